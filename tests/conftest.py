@@ -1,0 +1,37 @@
+"""What every test shares: no network, no cache of the user's, the embedded model."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# The libraries read these when they are imported, so they are set before any test module is.
+CACHE = Path(tempfile.mkdtemp(prefix="trim-tests-"))
+os.environ.update(
+    HF_HOME=str(CACHE / "huggingface"),
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    XDG_CACHE_HOME=str(CACHE / "cache"),
+)
+for variable in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "TRIM_TRACEBACK"):
+    os.environ.pop(variable, None)
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def nano_qwen2() -> Path:
+    """The trained model inside the package: Qwen2 form, 4 layers, float16, vocabulary 2,048."""
+    from trimcli.demo import MODEL
+
+    return MODEL
+
+
+@pytest.fixture
+def model_copy(nano_qwen2: Path, tmp_path: Path) -> Path:
+    """A copy of the embedded model that a test may damage."""
+    return Path(shutil.copytree(nano_qwen2, tmp_path / "model"))

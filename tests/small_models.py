@@ -1,0 +1,86 @@
+"""Tiny random models on disk, and masks for them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from trimcli.artifacts import MASKS, manifest
+from trimcli.checkpoint import Checkpoint
+from trimcli.maskfile import write_masks
+from trimcli.masks import lowest_per_row, n_of_m
+from trimcli.model import Linear, Skeleton
+
+LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 32,
+}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+
+
+def llama_config(**fields: Any) -> PretrainedConfig:
+    return LlamaConfig(**{**LLAMA, **TOKENS, **fields})
+
+
+def gpt2_config(**fields: Any) -> PretrainedConfig:
+    return GPT2Config(**{**GPT2, **TOKENS, **fields})
+
+
+def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # biases and norms too, so that none of them is a constant
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+def save(model: Any, directory: Path, *, max_shard_size: str = "5GB") -> Path:
+    """As save_pretrained writes it, with small files as a tokenizer leaves them."""
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
+    (directory / "tokenizer.json").write_text('{"a": 1}')
+    (directory / "merges.txt").write_text("a b\n")
+    return directory
+
+
+def skeleton_of(directory: Path) -> Skeleton:
+    return Skeleton(Checkpoint.open(directory))
+
+
+def masks_for(
+    directory: Path,
+    path: Path,
+    *,
+    sparsity: float = 0.5,
+    pattern: tuple[int, int] | None = None,
+    keep_of: Callable[[Linear, Tensor], Tensor] | None = None,
+    names: list[str] | None = None,
+    **fields: Any,
+) -> Path:
+    """A masks file for the model: magnitude in every row, or N:M, or what `keep_of(linear, weight)` says."""
+    skeleton = skeleton_of(directory)
+    target = 1 - pattern[0] / pattern[1] if pattern else sparsity
+
+    def keep(name: str) -> Tensor:
+        linear = skeleton.linears[name]
+        weight = skeleton.read_weight(linear).float()
+        if keep_of is not None:
+            return keep_of(linear, weight)
+        if pattern:
+            return n_of_m(weight.abs(), *pattern)
+        return lowest_per_row(weight.abs(), torch.full((linear.d_out,), round(sparsity * linear.d_in)))
+
+    linears = {name: skeleton.linears[name] for name in names or skeleton.linears}
+    known = {name: {"target": target, "pattern": list(pattern) if pattern else None} for name in linears}
+    options = {"sparsity": sparsity, "numerics": "exact"}
+    document = manifest(MASKS, "prune", options, skeleton.fingerprint, changes_weights=False, linears=known)
+    write_masks(path, {**document, **fields}, {name: linear.shape for name, linear in linears.items()}, keep)
+    return path

@@ -1,0 +1,59 @@
+"""What the published tools saved as `.npy`: OWL keep ratios per decoder layer, Alpha metrics per linear."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimcli.errors import InputError, MismatchError
+
+
+def read_keep_ratios(path: Path, layers: int) -> Tensor:
+    """OWL keep ratios of a model with `layers` decoder layers, float64 [layers].
+
+    Raises InputError (unreadable, not in 0..1) and MismatchError (made for another number of layers).
+    """
+    ratios = _read(path)
+    _check_count(path, ratios, layers, "decoder layers")
+    if float(ratios.min()) < 0 or float(ratios.max()) > 1:
+        raise InputError(
+            f"{path} holds values from {ratios.min():.4g} to {ratios.max():.4g}, so no keep ratios; "
+            "give it to --method alpha if they are metrics."
+        )
+    return ratios
+
+
+def read_metrics(path: Path, linears: int) -> Tensor:
+    """Metrics of a model with `linears` linears, in model order, float64 [linears].
+
+    Raises InputError (unreadable) and MismatchError (made for another number of linears).
+    """
+    metrics = _read(path)
+    _check_count(path, metrics, linears, "linears")
+    return metrics
+
+
+def _check_count(path: Path, values: Tensor, expected: int, what: str) -> None:
+    if len(values) != expected:
+        raise MismatchError(
+            f"{path} holds {len(values)} values where the model has {expected} {what}; "
+            "give the file made for this model."
+        )
+
+
+def _read(path: Path) -> Tensor:
+    try:
+        found = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; check the path.") from None
+    except (OSError, ValueError, EOFError) as problem:
+        raise InputError(
+            f"{path} is not a readable .npy file of numbers ({problem}); give another."
+        ) from None
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.ndim != 1:
+        raise InputError(f"{path} does not hold one row of numbers; give a file the published tools saved.")
+    values = torch.from_numpy(found.astype(np.float64).reshape(-1))
+    if not len(values) or not bool(values.isfinite().all()):
+        raise InputError(f"{path} is empty or holds NaN or infinite values; give another.")
+    return values

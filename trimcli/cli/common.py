@@ -1,0 +1,174 @@
+"""What the commands share: options, the error boundary, and how results are printed. No torch at import time."""
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from trimcli.artifacts import finite_or_none
+from trimcli.errors import ResourceError, TrimError, UsageError
+
+if TYPE_CHECKING:
+    from trimcli.console import RichProgress
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A directory in Hugging Face format, or a hub id such as Qwen/Qwen2.5-3B.")
+]
+RUN = "Run"
+Device = Annotated[
+    str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the computation: auto, float32, bfloat16 or float16. auto takes the model's own where the device "
+        "computes in it natively, else float32.",
+        rich_help_panel=RUN,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of every random draw.", rich_help_panel=RUN)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary; errors only.", rich_help_panel=RUN)]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.", rich_help_panel=RUN)
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace an existing output; a directory only if trim made it.", rich_help_panel=RUN),
+]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="The stage cache (default: in the user's cache folder).", rich_help_panel=RUN)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model brings.", rich_help_panel=RUN)
+]
+Revision = Annotated[str | None, typer.Option(help="Revision of a hub model.", rich_help_panel=RUN)]
+Numerics = Annotated[
+    str,
+    typer.Option(
+        help="exact: counts hold to the weight. reference: the published code's arithmetic, to reproduce its results."
+    ),
+]
+
+
+def boundary(function: Callable[P, R]) -> Callable[P, R]:
+    """Turn what a user can meet into one sentence on stderr and an exit status; a traceback only on request."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except BaseException as problem:
+            if os.environ.get("TRIM_TRACEBACK") == "1" and not isinstance(problem, KeyboardInterrupt):
+                raise
+            status, sentence = explain(problem)
+            if sentence is None:
+                raise
+            print(f"trim: {sentence}", file=sys.stderr)
+            raise typer.Exit(status) from None
+
+    return guarded
+
+
+def explain(problem: BaseException) -> tuple[int, str | None]:
+    """Exit status and sentence for an exception; no sentence for those that are not ours to explain."""
+    import errno
+
+    if isinstance(problem, UsageError | TrimError):
+        return problem.exit_status, str(problem)
+    if isinstance(problem, KeyboardInterrupt):
+        return 130, "interrupted; the same command goes on from the last finished layer."
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {problem.filename}" if problem.filename else ""
+        full = ResourceError(f"the disk is full{where}; free space or name an output on another disk (--cache-dir too).")
+        return full.exit_status, str(full)
+    if isinstance(problem, PermissionError):
+        return 2, f"no permission for {problem.filename}; choose another path or change its rights."
+    if isinstance(problem, MemoryError) or "out of memory" in str(problem).lower() or "can't allocate" in str(problem):
+        return 1, "memory ran out; give a smaller --batch-size, --nsamples or --seqlen, or --device cpu."
+    if isinstance(problem, Exception) and not isinstance(problem, typer.Abort | typer.BadParameter):
+        first = (str(problem).splitlines() or [""])[0]
+        return 1, (
+            f"internal error, {type(problem).__name__}: {first}; set TRIM_TRACEBACK=1 for the traceback, and report it."
+        )
+    return 1, None
+
+
+def start(quiet: bool, as_json: bool) -> "RichProgress":
+    """Progress on stderr; libraries' own chatter off; the command line noted for manifests."""
+    import shlex
+    import warnings
+
+    from trimcli.artifacts import COMMAND_LINE
+    from trimcli.console import RichProgress
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    COMMAND_LINE.set(shlex.join(["trim", *sys.argv[1:]]))
+    return RichProgress(quiet=quiet)
+
+
+def emit_json(document: Any) -> None:
+    """One JSON document on stdout; NaN and infinity become null, paths and enums strings."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Path | Enum):
+            return str(value)
+        return list(value)
+
+    print(json.dumps(finite_or_none(_plain(document)), indent=1, ensure_ascii=False, default=plain))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def split(text: str | None) -> tuple[str, ...]:
+    """A comma-separated option as its parts."""
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.2 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def memory(document: Mapping[str, int]) -> str:
+    """Peak memory for people."""
+    return ", ".join(f"{size(nbytes)} {kind}" for kind, nbytes in document.items())
+
+
+def facts(rows: Mapping[str, Any]) -> None:
+    """A summary on stdout: names and values in two columns."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value is not None:
+            table.add_row(name, str(value))
+    Console(soft_wrap=True).print(table)

@@ -1,0 +1,89 @@
+"""What a run says while it works: progress on stderr, nothing when stderr is no terminal or under --quiet."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+Advance = Callable[..., None]
+
+
+class Progress(Protocol):
+    """Where long work reports to."""
+
+    def task(self, description: str, total: int) -> contextlib.AbstractContextManager[Advance]:
+        """A bar of `total` steps; the yielded function advances it by its argument (1 if none)."""
+
+    def warn(self, message: str) -> None:
+        """Say something the user should know, once, in a line."""
+
+
+class NoProgress:
+    """Reports nothing: the library's default."""
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        """A bar nobody sees."""
+        yield lambda count=1: None
+
+    def warn(self, message: str) -> None:
+        """Python's own warning, so that library callers can see or silence it."""
+        import warnings
+
+        warnings.warn(message, stacklevel=3)
+
+
+NO_PROGRESS = NoProgress()
+
+
+class RichProgress:
+    """Bars with rate and remaining time on stderr; warnings as lines there."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, quiet=quiet)
+        self._bars = self._make()
+        self._depth = 0
+
+    def _make(self):  # type: ignore[no-untyped-def]
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bars
+        from rich.progress import ProgressColumn
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task):  # type: ignore[no-untyped-def]
+                speed = task.finished_speed or task.speed
+                return Text(f"{speed:,.1f}/s" if speed else "", style="progress.data.speed")
+
+        return Bars(
+            TextColumn("[progress.description]{task.description}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal or self.console.quiet,
+        )
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        """A bar of `total` steps; nested tasks stack below it."""
+        if self._depth == 0:
+            self._bars = self._make()
+            self._bars.start()
+        self._depth += 1
+        bar = self._bars.add_task(description, total=total)
+        try:
+            yield lambda count=1: self._bars.advance(bar, count)
+        finally:
+            self._bars.remove_task(bar)
+            self._depth -= 1
+            if self._depth == 0:
+                self._bars.stop()
+
+    def warn(self, message: str) -> None:
+        """One yellow line."""
+        self.console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)

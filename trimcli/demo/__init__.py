@@ -1,0 +1,47 @@
+"""What `trim demo` runs on: a small trained model inside the package and text of the standard library.
+
+The model is of Qwen2 form with 1.0 M parameters. Python's own help topics were part of its training text,
+except those whose name's MD5 digest starts with 0, 1 or 2: on these it is measured, on the others calibrated.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from pydoc_data.topics import topics
+
+MODEL = Path(__file__).parent / "model"
+"""The embedded model: an ordinary Hugging Face directory."""
+
+
+@dataclass(frozen=True)
+class DemoTexts:
+    """The two text files of a demo, with no topic in common."""
+
+    calibration: Path
+    measurement: Path
+
+
+def calibration_text() -> str:
+    """The help topics that the model was trained on, in the order of their names."""
+    return _joined(held_back=False)
+
+
+def measurement_text() -> str:
+    """The help topics that the model never saw, in the order of their names."""
+    return _joined(held_back=True)
+
+
+def write_texts(directory: Path) -> DemoTexts:
+    """Write both texts to `directory`, which must exist, and say where they are."""
+    texts = DemoTexts(directory / "topics.calibration.txt", directory / "topics.measurement.txt")
+    texts.calibration.write_text(calibration_text(), encoding="utf-8", newline="")
+    texts.measurement.write_text(measurement_text(), encoding="utf-8", newline="")
+    return texts
+
+
+def _joined(*, held_back: bool) -> str:
+    return "\n\n".join(topics[name] for name in sorted(topics) if _is_held_back(name) == held_back)
+
+
+def _is_held_back(name: str) -> bool:
+    return hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()[0] in "012"

@@ -1,0 +1,58 @@
+"""Peak memory of a run: anonymous memory of this process, and of the CUDA device where one is used."""
+
+import threading
+from pathlib import Path
+from types import TracebackType
+
+STATUS = Path("/proc/self/status")
+INTERVAL = 0.02
+
+
+class PeakMemory:
+    """Samples this process's memory while it is entered.
+
+    Anonymous memory (RssAnon) is what counts: mapped shard pages are the kernel's to drop. Where the system
+    does not tell the two apart, the largest resident size stands in.
+    """
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(INTERVAL):
+            self.peak = max(self.peak, anonymous_bytes())
+
+    def __enter__(self) -> "PeakMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.peak = max(self.peak, anonymous_bytes())
+
+    def document(self) -> dict[str, int]:
+        """Bytes: `anonymous` of the process, `cuda` of the device where there is one."""
+        import torch
+
+        found = {"anonymous": self.peak}
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            found["cuda"] = torch.cuda.max_memory_allocated()
+        return found
+
+
+def anonymous_bytes() -> int:
+    """Anonymous memory of this process in bytes, or its largest resident size where that is not told."""
+    try:
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

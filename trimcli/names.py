@@ -1,0 +1,91 @@
+"""Module names against checkpoint names.
+
+A checkpoint does not always spell a parameter as the module tree does: GPT-NeoX's `embed_out` is `lm_head`,
+some checkpoints lack the base prefix, some parameters are stacked from several tensors on loading. The
+mapping is transformers' own, so what `from_pretrained` loads is what is pruned.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Conversion:
+    """A parameter that transformers builds from several checkpoint tensors (experts merged on loading).
+
+    name: the parameter (the first, where one conversion yields several). pieces: (pattern, checkpoint key).
+    """
+
+    name: str
+    converter: Any
+    pieces: list[tuple[str, str]] = field(default_factory=list)
+
+    def build(self, model: Any, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """The parameters this conversion yields, by full module name."""
+        converter = copy.deepcopy(self.converter)
+        for pattern, key in self.pieces:
+            converter.add_tensor(self.name, key, pattern, load(key))
+        made = converter.convert(self.name, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """plain: parameter or buffer name -> checkpoint key. conversions: what is assembled from several keys."""
+
+    plain: dict[str, str]
+    conversions: list[Conversion]
+
+
+def map_names(model: torch.nn.Module, keys: Iterable[str]) -> NameMap:
+    """Match the checkpoint's `keys` with the names in `model.state_dict()`; what the model lacks is left out."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:
+        return _map_names_v4(model, keys)
+
+    wanted: dict[str, Any] = model.state_dict()
+    prefix: str = model.base_model_prefix  # type: ignore[assignment]
+    transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    plain: dict[str, str] = {}
+    conversions: dict[str, Conversion] = {}
+    for key in keys:
+        name, pattern = rename_source_key(key, renamings, converters, prefix, wanted)
+        if name not in wanted and key in wanted:
+            name, pattern = rename_source_key(key, [], [], prefix, wanted)
+        if name not in wanted:
+            continue
+        if pattern is None:
+            plain[name] = key
+        else:
+            entry = conversions.setdefault(name, Conversion(name, by_pattern[pattern]))
+            entry.pieces.append((pattern, key))
+    return NameMap(plain, list(conversions.values()))
+
+
+def _map_names_v4(model: torch.nn.Module, keys: Iterable[str]) -> NameMap:
+    """The same for transformers 4: regular expressions on the class, and the base prefix added or removed."""
+    wanted = model.state_dict()
+    prefix = f"{model.base_model_prefix}."
+    renames = {**getattr(model, "_checkpoint_conversion_mapping", {})}
+    plain = {}
+    for key in keys:
+        name = key
+        for source, target in renames.items():
+            name = re.sub(source, target, name)
+        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
+        for candidate in (name, prefix + name, name.removeprefix(prefix)):
+            if candidate in wanted:
+                plain[candidate] = key
+                break
+    return NameMap(plain, [])

@@ -1,0 +1,73 @@
+"""LLM-Barber's second pass over one decoder layer: attention first, then, with the attention rebuilt, the MLP."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from trimcli.barber import BarberOptions, rebuild
+from trimcli.blocks import Block, Call, block_gradients, find_blocks
+from trimcli.model import DecoderLayer
+from trimcli.walk import Walk
+
+
+def rebuild_layer(
+    walk: Walk,
+    layer: DecoderLayer,
+    dense: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+    pattern: tuple[int, int] | None,
+    options: BarberOptions,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """New masks and weights [D_out, D_in] of a layer's pruned linears, which the loaded layer then holds.
+
+    walk: at this layer, its hidden states those of the sparse model. layer: loaded with its sparse weights.
+    dense: every linear's dense weight, stored orientation. keep: the masks to rebuild, for the linears that
+    are pruned. Raises OptionError for a layer that is not attention and MLP in sequence (Su et al. 2024, section 3).
+    """
+    linears = {linear.name: linear for linear in layer.linears}
+
+    def run(hidden: Tensor, sample: int = 0) -> Tensor:
+        return walk.call(layer, slice(sample, sample + 1), hidden)
+
+    def states(sample: int) -> Tensor:
+        return walk.hidden[sample : sample + 1].to(walk.skeleton.device)
+
+    modules = {name: linear.module for name, linear in linears.items()}
+    result: dict[str, tuple[Tensor, Tensor]] = {}
+    for block in find_blocks(layer.module, modules, run, states(0), layer.name):
+        mine = [name for name in block.linears if name in keep]
+        if not mine:
+            continue
+        gradients = _gradients(walk, block, dense, run, states) if options.needs_gradients else None
+        rebuilt = rebuild(
+            {name: linears[name].oriented(dense[name]) for name in mine},
+            {name: linears[name].weight for name in mine},
+            {name: keep[name].to(walk.skeleton.device) for name in mine},
+            None if gradients is None else {name: linears[name].oriented(gradients[name]) for name in mine},
+            pattern,
+            options,
+        )
+        for name in mine:
+            linears[name].weight.copy_(rebuilt.weight[name])
+            result[name] = rebuilt.keep[name], rebuilt.weight[name]
+    return result
+
+
+def _gradients(
+    walk: Walk,
+    block: Block,
+    dense: Mapping[str, Tensor],
+    run: Callable[..., Tensor],
+    states: Callable[[int], Tensor],
+) -> dict[str, Tensor]:
+    total = walk.nsamples
+    with walk.progress.task(f"gradients of {len(block.linears)} linears", total) as step:
+
+        def calls() -> Iterator[Call]:
+            for sample in range(total):
+                yield block.capture(partial(run, sample=sample), states(sample))
+                step()
+
+        return block_gradients(block, {name: dense[name] for name in block.linears}, calls(), total)
+
