@@ -3,8 +3,8 @@
     python benchmarks/trim_rows.py --threads 2
     python benchmarks/trim_rows.py --device cuda
 
-The direct form is section 4 of the algorithm as one writes it down: sort once, then scatter a mask, multiply and
-compare in every iteration. Weights are Gaussian with uneven rows, inputs correlated with uneven channels. Time and
+The direct form is the search as one writes it down: sort once, then scatter a mask, multiply and compare in
+every iteration. Weights are Gaussian with uneven rows, inputs correlated with uneven channels. Time and
 memory are measured in processes of their own.
 """
 
@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds of W V, of the direct form and of the search; searches run, winning step, rows with equal counts."""
+    """Seconds of W V, direct form and search; searches run, winning step, rows of equal count."""
 
     product: float
     direct: float
@@ -104,7 +104,7 @@ def direct_search(weight: Tensor, scores: Tensor, inputs: Tensor, target: float)
         return best, best_sparsity
 
     uniform = torch.full((d_out,), target, device=weight.device)
-    best, best_sparsity, best_step = float(cosine(dense.flatten(), pruned(uniform).flatten(), 0)), uniform, 0.0
+    best, best_sparsity, best_step = -float("inf"), uniform, 0.0
     searches = 0
     for steps in _STEPS:
         previous = -float("inf")
@@ -112,7 +112,7 @@ def direct_search(weight: Tensor, scores: Tensor, inputs: Tensor, target: float)
             quality, sparsity = search(step)
             searches += 1
             if quality > best:
-                best, best_sparsity, best_step = quality, sparsity, step
+                best, best_sparsity, best_step = quality, sparsity, 0.0 if sparsity is uniform else step
             if quality <= previous:
                 break
             previous = quality
@@ -141,7 +141,7 @@ def synchronise(device: str) -> None:
 
 
 def peak_memory(case: Case) -> float | None:
-    """What a search holds at its peak beyond its arguments, in sizes of the float32 matrix; None if unknown."""
+    """What a search holds at its peak beyond its arguments, in float32 matrices; None if unknown."""
     torch.set_num_threads(case.threads)
     options = RowOptions(numerics="reference", iterations=_ITERATIONS)
     # A small matrix first, so that what libraries allocate once is not counted.
@@ -203,23 +203,38 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=1, help="repetitions, of which the quickest counts")
     given = parser.parse_args()
-    print("| matrix | W V, s | direct, s | search, s | direct / search | searches | step | equal rows | extra memory |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    heads = (
+        "matrix",
+        "W V, s",
+        "direct, s",
+        "search, s",
+        "ratio",
+        "searches",
+        "step",
+        "equal rows",
+        "memory",
+    )
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for size in given.sizes:
         d_out, d_in = map(int, size.split("x"))
         case = Case(d_out, d_in, given.samples, given.target, given.device, given.threads, given.repeat)
         found = alone(measure, case)
-        # Every larger block comes from and goes back to the system, so that the resident size shows what is held.
+        # Larger blocks then come from and go back to the system, so the resident size shows what is held.
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
         extra = alone(peak_memory, case)
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
-        memory = "-" if extra is None else f"{extra:.2f} x"
-        print(
-            f"| {d_out} x {d_in} | {found.product:.3f} | {found.direct:.2f} | {found.search:.2f} | "
-            f"{found.direct / found.search:.1f} | {found.searches} | {found.step} | {found.equal_rows} of {d_out} | "
-            f"{memory} |",
-            flush=True,
+        row = (
+            f"{d_out} x {d_in}",
+            f"{found.product:.3f}",
+            f"{found.direct:.2f}",
+            f"{found.search:.2f}",
+            f"{found.direct / found.search:.1f}",
+            f"{found.searches}",
+            f"{found.step}",
+            f"{found.equal_rows} of {d_out}",
+            "-" if extra is None else f"{extra:.2f} x",
         )
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,14 @@ def masks_for(
 
     linears = {name: skeleton.linears[name] for name in names or skeleton.linears}
     known = {name: {"target": target, "pattern": list(pattern) if pattern else None} for name in linears}
-    options = {"sparsity": sparsity, "numerics": "exact"}
-    document = manifest(MASKS, "prune", options, skeleton.fingerprint, changes_weights=False, linears=known)
+    document = manifest(
+        MASKS,
+        "prune",
+        {"sparsity": sparsity},
+        skeleton.fingerprint,
+        changes_weights=False,
+        numerics="exact",
+        linears=known,
+    )
     write_masks(path, {**document, **fields}, {name: linear.shape for name, linear in linears.items()}, keep)
     return path

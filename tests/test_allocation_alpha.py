@@ -147,7 +147,7 @@ def test_sparsities_follow_the_formula(
         epsilon,
         by_block=by_block,
     )
-    expected = slow_sparsities(metrics, layers, sizes, target, epsilon, by_block)  # type: ignore[arg-type]
+    expected = slow_sparsities(metrics, layers, sizes, target, epsilon, by_block)
     assert found.tolist() == pytest.approx(expected, rel=1e-9)
     assert float((found * weights).sum() / weights.sum()) == pytest.approx(target, rel=1e-12)
 

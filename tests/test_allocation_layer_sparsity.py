@@ -83,6 +83,14 @@ def test_damage_is_refused(ratios: LayerSparsity, changes: dict[str, Any], tmp_p
         LayerSparsity.load(written(ratios, tmp_path, **changes))
 
 
+def test_reference_numerics_may_ask_for_more_than_everything(ratios: LayerSparsity, tmp_path: Path) -> None:
+    name = next(iter(ratios.sparsity))
+    beyond = replace(ratios, numerics="reference", sparsity={**ratios.sparsity, name: 1.065})
+    path = written(beyond, tmp_path)
+    assert json.loads(path.read_text())["sparsity"][name] == 1.065
+    assert LayerSparsity.load(path).sparsity == {**ratios.sparsity, name: 1.0}
+
+
 def test_another_schema_is_refused(ratios: LayerSparsity, tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match=r"trim\.masks/1"):
         LayerSparsity.load(written(ratios, tmp_path, schema="trim.masks/1"))

@@ -32,11 +32,11 @@ def test_weightwatcher_leaves_no_trace(
         monkeypatch.delitem(sys.modules, name)
     root = logging.getLogger()
     before = (list(root.handlers), root.level, root.manager.disable, list(warnings.filters))
-    state = np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    state = np.random.get_state()[1].tolist()  # type: ignore[index]
     weightwatcher_metrics(weight[:6], 0)
     assert capfd.readouterr() == ("", "")
     assert (list(root.handlers), root.level, root.manager.disable, list(warnings.filters)) == before
-    assert np.random.get_state()[1].tolist() == state  # type: ignore[index, union-attr]
+    assert np.random.get_state()[1].tolist() == state  # type: ignore[index]
 
 
 def test_the_norms_are_those_of_the_spectrum(weight: Tensor, found: dict[str, float]) -> None:

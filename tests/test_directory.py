@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import COMMAND_LINE, MARK, PRUNED, manifest
 from trimcli.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ for place in sys.argv[1:]:
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
     logits = model.float()(torch.arange(16).reshape(2, 8)).logits
     assert torch.isfinite(logits).all()
-    torch.save(logits, f"{place}/../{place.rpartition('/')[2]}.logits")
+    torch.save(logits, place + ".logits")
 assert "trimcli" not in sys.modules
 """
 
@@ -40,13 +40,17 @@ def prune(directory: Path, target: Path, **options: Any) -> Path:
     return target
 
 
-def loads(*directories: Path) -> list[Tensor]:
-    """Logits of each model in a process that knows nothing of trim."""
-    places = [str(directory) for directory in directories]
-    subprocess.run(
-        [sys.executable, "-c", LOADS, *places], check=True, cwd="/", capture_output=True, text=True
-    )
-    return [torch.load(directory.with_name(f"{directory.name}.logits")) for directory in directories]
+def logits_of(directory: Path) -> Tensor:
+    found: Any = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    model, info = found
+    assert not any(info.values()), info
+    return logits(model)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.float()(torch.arange(16).reshape(2, 8)).logits
+    return found
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
@@ -99,9 +103,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["tied", "sharded", "gpt2"])
-def test_a_pruned_directory_has_the_shards_and_tensors_of_the_model(
-    base: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_pruned_directory_has_the_shards_and_tensors_of_the_model(base: Path, tmp_path: Path, name: str) -> None:
     target = prune(base / name, tmp_path / "pruned")
     here = {path.name for path in target.iterdir()}
     assert here == {path.name for path in (base / name).iterdir()} | {"README.md", MARK}
@@ -140,13 +142,12 @@ def test_only_pruned_weights_change_and_become_positive_zero(base: Path, tmp_pat
 
 def test_pruned_directories_load_where_trim_was_never_imported(base: Path, tmp_path: Path) -> None:
     names = ["tied", "sharded", "gpt2"]
-    logits = loads(*(prune(base / name, tmp_path / name) for name in names))
-    for name, found in zip(names, logits, strict=True):
-        model = masked(base / name, tmp_path / f"{name}.masks").float()
-        with torch.no_grad():
-            torch.testing.assert_close(
-                found, model(torch.arange(16).reshape(2, 8)).logits, rtol=1e-4, atol=1e-5
-            )
+    places = [str(prune(base / name, tmp_path / name)) for name in names]
+    subprocess.run([sys.executable, "-c", LOADS, *places], check=True, cwd="/", capture_output=True, text=True)
+    for name in names:
+        found = torch.load(tmp_path / f"{name}.logits")
+        expected = logits(masked(base / name, tmp_path / f"{name}.masks"))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_record_counts_what_was_written(base: Path, tmp_path: Path) -> None:
@@ -175,9 +176,8 @@ def test_weights_that_were_zero_before_are_told_apart(tmp_path: Path) -> None:
     model.model.layers[0].mlp.up_proj.weight.data[0] = 0
     model.model.layers[0].mlp.up_proj.weight.data[1] = -0.0
     save(model, tmp_path / "dense")
-    masks_for(tmp_path / "dense", tmp_path / "masks", keep_of=lambda linear, weight: weight > 0.0)
-    masks_for(tmp_path / "dense", tmp_path / "all", keep_of=lambda linear, weight: weight > -9)
-    apply_masks(str(tmp_path / "dense"), tmp_path / "all", tmp_path / "pruned")
+    masks_for(tmp_path / "dense", tmp_path / "masks", keep_of=lambda linear, weight: weight > -9)
+    apply_masks(str(tmp_path / "dense"), tmp_path / "masks", tmp_path / "pruned")
     entry = json.loads((tmp_path / "pruned" / MARK).read_text())["linears"]["model.layers.0.mlp.up_proj"]
     assert entry["zeros"] == 64
     assert entry["pruned"] == 0
@@ -187,9 +187,7 @@ def test_shards_anew(base: Path, tmp_path: Path) -> None:
     target = prune(base / "sharded", tmp_path / "pruned", max_shard_size="12KB")
     shards = {path.name: load_file(path) for path in target.glob("*.safetensors")}
     count = len(shards)
-    assert sorted(shards) == [
-        f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)
-    ]
+    assert sorted(shards) == [f"model-{place:05d}-of-{count:05d}.safetensors" for place in range(1, count + 1)]
     assert count > 3
     sizes = [sum(tensor.nbytes for tensor in found.values()) for found in shards.values()]
     assert max(sizes) <= 12_000
@@ -198,8 +196,7 @@ def test_shards_anew(base: Path, tmp_path: Path) -> None:
     assert index["metadata"]["total_size"] == sum(sizes)
     whole = prune(base / "sharded", tmp_path / "whole", max_shard_size="1GB")
     assert [path.name for path in whole.glob("model*")] == ["model.safetensors"]
-    same, other = loads(target, whole)
-    assert torch.equal(same, other)
+    assert torch.equal(logits_of(target), logits_of(whole))
 
 
 def test_a_tensor_larger_than_a_shard_has_one_to_itself(base: Path) -> None:
@@ -238,11 +235,8 @@ def test_a_pickled_checkpoint_becomes_safetensors(tmp_path: Path, family: Any, t
     target = prune(dense, tmp_path / "pruned")
     assert {path.name for path in target.iterdir()} == {"config.json", "README.md", "model.safetensors", MARK}
     assert ("lm_head.weight" in tensors(target)) is not tied
-    found, expected = loads(target, dense)
-    assert not torch.equal(found, expected)
-    model = masked(dense, tmp_path / "pruned.masks")
-    with torch.no_grad():
-        torch.testing.assert_close(found, model(torch.arange(16).reshape(2, 8)).logits, rtol=1e-4, atol=1e-5)
+    assert torch.equal(logits_of(target), logits(masked(dense, tmp_path / "pruned.masks")))
+    assert not torch.equal(logits_of(target), logits_of(dense))
 
 
 def test_a_sharded_pickled_checkpoint_keeps_its_shards(tmp_path: Path) -> None:
@@ -251,7 +245,7 @@ def test_a_sharded_pickled_checkpoint_keeps_its_shards(tmp_path: Path) -> None:
     shards = {f"model-{place:05d}-of-00003.safetensors" for place in (1, 2, 3)}
     beside = {"config.json", "README.md", "model.safetensors.index.json", MARK}
     assert {path.name for path in target.iterdir()} == shards | beside
-    loads(target)
+    assert torch.equal(logits_of(target), logits(masked(dense, tmp_path / "pruned.masks")))
 
 
 def test_an_existing_model_card_is_kept(base: Path, tmp_path: Path) -> None:

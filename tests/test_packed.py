@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from transformers import AutoModelForCausalLM
 
+from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import MARK, TensorSpec
 from trimcli.checkpoint import Checkpoint
@@ -21,9 +21,7 @@ from trimcli.packed import PackedReader, decode, kept_values, packed_nbytes
 BITS = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float8_e4m3fn: 1}
 
 
-@given(
-    st.sampled_from(list(BITS)), st.integers(1, 6), st.integers(1, 30), st.floats(0, 1), st.integers(0, 2**32)
-)
+@given(st.sampled_from(list(BITS)), st.integers(1, 6), st.integers(1, 30), st.floats(0, 1), st.integers(0, 2**32))
 def test_any_bits_survive(dtype: torch.dtype, rows: int, columns: int, share: float, seed: int) -> None:
     """Whatever is kept comes back to the bit: negative zeros and NaN payloads too."""
     generator = np.random.default_rng(seed)
@@ -62,7 +60,7 @@ def test_bytes_of_a_packed_matrix() -> None:
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`dense`, a bfloat16 Llama of several shards, and at 70% in dense form `pruned` and in packed form `packed`."""
+    """`dense`, a bfloat16 Llama of several shards; `pruned` to 70%, and the same `packed`."""
     base = tmp_path_factory.mktemp("packed")
     model = random_model(llama_config(tie_word_embeddings=True, hidden_size=64), dtype=torch.bfloat16)
     save(model, base / "dense", max_shard_size="40KB")
@@ -76,7 +74,7 @@ def test_a_packed_directory_reads_like_the_pruned_one(directories: Path) -> None
     packed, pruned = Checkpoint.open(directories / "packed"), Checkpoint.open(directories / "pruned")
     assert packed.keys() == pruned.keys()
     assert packed.shards().keys() == pruned.shards().keys()
-    for key in pruned.keys():  # noqa: SIM118
+    for key in sorted(pruned.keys()):
         assert packed.spec(key) == pruned.spec(key)
         assert torch.equal(packed.load(key).view(torch.int16), pruned.load(key).view(torch.int16))
 
@@ -121,12 +119,10 @@ def test_conv1d_is_packed_as_stored(tmp_path: Path) -> None:
     save(random_model(gpt2_config()), tmp_path / "dense")
     masks_for(tmp_path / "dense", tmp_path / "masks", sparsity=0.75)
     apply_masks(str(tmp_path / "dense"), tmp_path / "masks", tmp_path / "pruned")
-    apply_masks(
-        str(tmp_path / "dense"), tmp_path / "masks", tmp_path / "packed", ApplyOptions(format="packed")
-    )
+    apply_masks(str(tmp_path / "dense"), tmp_path / "masks", tmp_path / "packed", ApplyOptions(format="packed"))
     reader = PackedReader(tmp_path / "packed")
     pruned = Checkpoint.open(tmp_path / "pruned")
-    assert all(torch.equal(reader.load(key), pruned.load(key)) for key in pruned.keys())  # noqa: SIM118
+    assert all(torch.equal(reader.load(key), pruned.load(key)) for key in sorted(pruned.keys()))
     key = "transformer.h.0.attn.c_attn.weight"
     assert reader.spec(key).shape == (32, 96)
     assert reader.document["packed"]["tensors"][key]["kept"] == 8 * 96
@@ -136,9 +132,7 @@ def test_conv1d_is_packed_as_stored(tmp_path: Path) -> None:
 def test_a_matrix_that_would_not_shrink_stays_as_it_is(tmp_path: Path) -> None:
     save(random_model(llama_config(), dtype=torch.bfloat16), tmp_path / "dense")
     masks_for(tmp_path / "dense", tmp_path / "masks", sparsity=0.03)
-    apply_masks(
-        str(tmp_path / "dense"), tmp_path / "masks", tmp_path / "packed", ApplyOptions(format="packed")
-    )
+    apply_masks(str(tmp_path / "dense"), tmp_path / "masks", tmp_path / "packed", ApplyOptions(format="packed"))
     reader = PackedReader(tmp_path / "packed")
     assert all(entry["kept"] is None for entry in reader.document["packed"]["tensors"].values())
     dense = Checkpoint.open(tmp_path / "dense")

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
 import lm_eval.evaluator
 import pytest
 import torch
@@ -13,11 +11,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli import zeroshot
+from trimcli.demo import MODEL
 from trimcli.errors import HubError, InputError, OptionError, OutputExists, ResourceError, TrimError
 from trimcli.zeroshot import SEVEN_TASKS, ZeroShotOptions, evaluate_tasks
 
-MODEL = Path(zeroshot.__file__).parent / "demo" / "model"
 TASKS = Path(__file__).parents[1] / "examples" / "tasks"
 MULTIPLE_CHOICE = """
 output_type: multiple_choice
@@ -30,14 +29,6 @@ metric_list:
     aggregation: mean
     higher_is_better: true
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +94,7 @@ def test_scores_are_those_of_the_plain_computation(
     right = normed = 0
     for line in lines("seasons.jsonl"):
         scores = [
-            log_likelihood(model, tokenizer, line["question"] + "\nAnswer:", f" {choice}")
-            for choice in line["choices"]
+            log_likelihood(model, tokenizer, line["question"] + "\nAnswer:", f" {choice}") for choice in line["choices"]
         ]
         by_length = [score / len(choice) for score, choice in zip(scores, line["choices"], strict=True)]
         right += scores.index(max(scores)) == line["answer"]
@@ -117,10 +107,7 @@ def test_scores_are_those_of_the_plain_computation(
         "n_shot": 0, "limit": None, "samples": 24, "documents": 24, "version": 1.0
     }  # fmt: skip
 
-    words = [
-        log_likelihood(model, tokenizer, line["text"], " " + line["word"])
-        for line in lines("last_word.jsonl")
-    ]
+    words = [log_likelihood(model, tokenizer, line["text"], " " + line["word"]) for line in lines("last_word.jsonl")]
     mean = torch.tensor(words, dtype=torch.float64).mean()
     assert found["tasks"]["last_word"]["perplexity"] == pytest.approx(float((-mean).exp()), rel=1e-4)
     assert found["mean_acc_seven"] is None
@@ -161,6 +148,27 @@ def test_a_pruned_model_scores_as_lm_eval_scores_its_written_directory(
     assert entry["n_shot"] == 2
 
 
+def test_dense_masked_and_packed_from_the_command_line(tmp_path: Path) -> None:
+    masks, dense, packed = tmp_path / "masks.safetensors", tmp_path / "dense", tmp_path / "packed"
+    trim_json("prune", MODEL, "-o", masks, "--method", "magnitude", "--sparsity", 0.6, *COMPUTE)
+    trim_json("apply-masks", MODEL, masks, "-o", dense)
+    trim_json("apply-masks", MODEL, masks, "-o", packed, "--format", "packed")
+    asked = ("--tasks", "seasons,last_word", "--include-path", TASKS, *COMPUTE)
+    whole = trim_json("eval", MODEL, *asked)["tasks"]
+    pruned = [
+        trim_json("eval", MODEL, "--masks", masks, *asked)["tasks"],
+        trim_json("eval", dense, *asked)["tasks"],
+        trim_json("eval", packed, *asked)["tasks"],
+    ]
+    assert pruned[0] == pruned[1] == pruned[2]
+    assert pruned[0]["last_word"]["perplexity"] != whole["last_word"]["perplexity"]
+    shown = trim("eval", dense, *asked)
+    assert (shown.status, shown.err) == (0, "")
+    refused = trim("eval", dense, "--tasks", TASKS / "rte_local.yaml", *COMPUTE)
+    assert refused.status == 2
+    assert "rte.jsonl" in refused.err
+
+
 def test_limit_groups_tags_patterns_and_shots(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     quiz(tmp_path, "quiz_a", "quiz_b")
     task_file(tmp_path, "fixed", MULTIPLE_CHOICE + "num_fewshot: 0\n")
@@ -169,9 +177,7 @@ def test_limit_groups_tags_patterns_and_shots(model: Any, tokenizer: Any, tmp_pa
     (tmp_path / "both.yaml").write_text("group: both\n" + members + aggregate)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zeroshot, "TaskManager", lambda **k: TaskManager(**{**k, "include_defaults": False}))
-        found = evaluate_tasks(
-            model, tokenizer, ZeroShotOptions(("both",), include_path=tmp_path, limit=0.5)
-        )["tasks"]
+        found = evaluate_tasks(model, tokenizer, ZeroShotOptions(("both",), include_path=tmp_path, limit=0.5))["tasks"]
         with pytest.raises(OptionError, match="'quiz_a' twice"):
             evaluate_tasks(model, tokenizer, ZeroShotOptions(("both", "quiz_a"), include_path=tmp_path))
         with pytest.raises(OptionError, match=r"knows no task 'quiz_c'; did you mean quiz_"):
@@ -202,9 +208,7 @@ def test_the_seven_tasks_mean_and_local_files_winning(model: Any, tokenizer: Any
 
 def test_lm_eval_keeps_the_seven_where_they_are_looked_up() -> None:
     tree = Path(lm_eval.__file__).parent / "tasks"
-    manager = TaskManager(
-        include_path=[tree / folder for folder in SEVEN_TASKS.values()], include_defaults=False
-    )
+    manager = TaskManager(include_path=[tree / folder for folder in SEVEN_TASKS.values()], include_defaults=False)
     assert set(SEVEN_TASKS) <= set(manager.all_subtasks)
 
 
@@ -267,14 +271,10 @@ def test_long_requests_are_counted(model: Any, tokenizer: Any, tmp_path: Path) -
     spoken = Spoken()
     found = evaluate_tasks(model, tokenizer, ZeroShotOptions(("long",), include_path=tmp_path), spoken)
     assert found["lm_eval"]["truncated"] == 2
-    assert spoken.warnings == [
-        "2 requests were longer than the model's 512 positions and lost their beginning"
-    ]
+    assert spoken.warnings == ["2 requests were longer than the model's 512 positions and lost their beginning"]
 
 
-def test_memory_running_out_halves_the_batch(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_running_out_halves_the_batch(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ZeroShotOptions(("seasons",), include_path=TASKS, batch_size=8, limit=8)
     expected = evaluate_tasks(model, tokenizer, options)["tasks"]
     call = HFLM._model_call
@@ -325,9 +325,7 @@ def test_what_cannot_be_measured_is_refused(model: Any, tokenizer: Any, tmp_path
         run("broken", include_path=tmp_path)
 
 
-def test_lm_eval_failing_on_its_way_is_an_error(
-    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lm_eval_failing_on_its_way_is_an_error(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HFLM, "_model_call", lambda *_, **__: 1 / 0)
     with pytest.raises(TrimError, match="lm-eval failed on seasons \\(ZeroDivisionError"):
         evaluate_tasks(model, tokenizer, ZeroShotOptions(("seasons",), include_path=TASKS))

@@ -89,9 +89,7 @@ class AllocateOptions(RunOptions):
         if self.sparsity is None and not (imported and self.method == "owl"):
             raise OptionError(f"--method {self.method} needs --sparsity, the share of weights to prune.")
         if self.method == "owl" and self.calibration is None and not imported:
-            raise OptionError(
-                "--method owl needs --calibration, a file that trim calibrate made for this model."
-            )
+            raise OptionError("--method owl needs --calibration, a file that trim calibrate made for this model.")
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,12 @@ def allocate(
     if plan.pattern is None and options.method != "uniform":
         final = settle(final, counts, plan.target, options.numerics)
     names = list(skeleton.linears)
+    beyond = int((final > 1).sum())
+    if beyond:
+        progress.warn(
+            f"reference numerics leave {beyond} of {len(names)} linears a sparsity above 1, the largest "
+            f"{float(final.max()):.4g}: all their weights would go."
+        )
     result = LayerSparsity(
         method=options.method,
         parameters=plan.parameters,
@@ -177,8 +181,7 @@ def _owl(skeleton: Skeleton, options: AllocateOptions, target: float, progress: 
     for linear in skeleton.linears.values():
         if options.group is not None and linear.d_in % options.group:
             raise OptionError(
-                f"--group {options.group} does not divide the {linear.d_in} inputs of {linear.name}; "
-                "choose another."
+                f"--group {options.group} does not divide the {linear.d_in} inputs of {linear.name}; choose another."
             )
     outliers = _outliers(skeleton, options, progress)
     parameters: dict[str, Any] = {"lambda": options.lambda_, "hyper_m": options.hyper_m}
@@ -213,9 +216,7 @@ def _outliers(skeleton: Skeleton, options: AllocateOptions, progress: Progress) 
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _alpha(
-    skeleton: Skeleton, counts: Tensor, options: AllocateOptions, target: float, progress: Progress
-) -> _Plan:
+def _alpha(skeleton: Skeleton, counts: Tensor, options: AllocateOptions, target: float, progress: Progress) -> _Plan:
     parameters: dict[str, Any] = {"epsilon": options.epsilon, "mapping_type": options.mapping_type}
     if options.import_file is not None:
         metrics = read_metrics(options.import_file, len(counts))

@@ -6,13 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from trimcli.artifacts import PACKED, PRUNED, check_model, manifest, refuse_existing
 from trimcli.checkpoint import Checkpoint
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.directory import PrunedLinear, commands_so_far, parse_size, write_model
+from trimcli.directory import PrunedLinear, commands_so_far, masked, parse_size, write_model
 from trimcli.errors import MismatchError
 from trimcli.maskfile import MaskFile
 from trimcli.model import Skeleton
@@ -158,4 +157,4 @@ class MaskedWeights:
                 f"{self._found.path} comes from a prune that changed the kept weights too, which the masks "
                 f"alone do not carry to {self._skeleton.checkpoint.id}; use what prune --save-model wrote."
             )
-        return torch.where(keep, weight, torch.zeros((), dtype=weight.dtype))
+        return masked(weight, keep)

@@ -16,7 +16,6 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +95,8 @@ def manifest(
 
     sources: role ("calibration", "ratios", "masks") -> file it was made from. fields: what the schema adds.
     """
+    from importlib.metadata import version
+
     return {
         "schema": schema,
         "trim": version("trimcli"),
@@ -103,9 +104,7 @@ def manifest(
         "command_line": COMMAND_LINE.get(),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "model": model.document() if model else None,
-        "sources": {
-            role: {"path": str(path), "sha256": file_digest(path)} for role, path in (sources or {}).items()
-        },
+        "sources": {role: {"path": str(path), "sha256": file_digest(path)} for role, path in (sources or {}).items()},
         "versions": {
             "python": platform.python_version(),
             "torch": version("torch"),
@@ -122,9 +121,7 @@ def check_schema(found: Mapping[str, Any], expected: str, path: Path) -> None:
         raise MismatchError(f"{path} is of schema {schema!r} where {expected!r} is needed; give the right file.")
 
 
-def check_model(
-    found: Mapping[str, Any], model: ModelFingerprint, path: Path, *, structure_only: bool = False
-) -> None:
+def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path, *, structure_only: bool = False) -> None:
     """Raise MismatchError unless the manifest `found` in `path` belongs to `model`.
 
     structure_only: accept equal structure with other weights (uniform and imported ratios, fine-tuned models).

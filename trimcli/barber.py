@@ -189,9 +189,7 @@ def _swap_in_groups(metric: Tensor, keep: Tensor, pattern: tuple[int, int], opti
     kept, group = pattern
     if metric.shape[1] % group:
         inputs = metric.shape[1]
-        raise OptionError(
-            f"{kept}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}"
-        )
+        raise OptionError(f"{kept}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}")
     parts = []
     for worth, old in _row_chunks(metric, keep):
         pairs = _pair_rows(worth, old, options.threshold)
@@ -205,9 +203,7 @@ def _swap_in_groups(metric: Tensor, keep: Tensor, pattern: tuple[int, int], opti
     return torch.cat(parts).view(keep.shape)
 
 
-def _swap_together(
-    metrics: dict[str, Tensor], keep: Mapping[str, Tensor], options: BarberOptions
-) -> dict[str, Tensor]:
+def _swap_together(metrics: dict[str, Tensor], keep: Mapping[str, Tensor], options: BarberOptions) -> dict[str, Tensor]:
     """One unit of one or more whole matrices.
 
     Only sorted values are held, no order of all the weights: ties at the thresholds are taken by index later.

@@ -74,9 +74,7 @@ class Block:
         return _value(self.module(*call.args, **call.kwargs))
 
 
-def find_blocks(
-    layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, probe: Tensor, name: str
-) -> list[Block]:
+def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, probe: Tensor, name: str) -> list[Block]:
     """The attention block and the MLP block of a decoder layer, in order of execution.
 
     layer: the loaded decoder layer, in evaluation mode. linears: all its prunable linears, by any name. run:
@@ -94,8 +92,7 @@ def find_blocks(
     if len(groups) != 2:
         places = ", ".join(_short(group) for group in groups) or "none"
         raise unfit(
-            "it needs linears in two blocks, attention and MLP, and this layer has them in"
-            f" {len(groups)} ({places})"
+            f"it needs linears in two blocks, attention and MLP, and this layer has them in {len(groups)} ({places})"
         )
     order = _execution(layer, run, probe)
     blocks = []
@@ -159,9 +156,7 @@ def block_gradients(
 def _value(output: Any) -> Tensor:
     found = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(found, Tensor):
-        raise OptionError(
-            f"--prune-barber needs blocks that return tensors, and one returned {type(found).__name__}"
-        )
+        raise OptionError(f"--prune-barber needs blocks that return tensors, and one returned {type(found).__name__}")
     return found
 
 
@@ -203,9 +198,7 @@ def _short(group: Sequence[str]) -> str:
     return "+".join(name.rpartition(".")[2] for name in group)
 
 
-def _holder(
-    layer: nn.Module, wanted: Iterable[nn.Module], fits: Callable[[nn.Module], bool]
-) -> nn.Module | None:
+def _holder(layer: nn.Module, wanted: Iterable[nn.Module], fits: Callable[[nn.Module], bool]) -> nn.Module | None:
     """The smallest module of `layer` that holds all `wanted` and fits."""
     inside = set(wanted)
     holders = [module for module in layer.modules() if fits(module) and inside <= set(module.modules())]

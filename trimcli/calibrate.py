@@ -14,9 +14,10 @@ from trimcli.calibration import NAMES
 from trimcli.checkpoint import Checkpoint
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.data import calibration_tokens, load_tokenizer, read_tokens
+from trimcli.device import compute_device, compute_dtype
 from trimcli.errors import OptionError
 from trimcli.memory import PeakMemory
-from trimcli.model import Skeleton, compute_device, compute_dtype
+from trimcli.model import Skeleton
 from trimcli.options import RunOptions, check_positive, one_of
 from trimcli.statistics import Collector
 from trimcli.walk import Walk, default_seqlen
@@ -75,9 +76,7 @@ def draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> Tensor:
         return read_tokens(options.tokens)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
     seqlen = options.seqlen or default_seqlen(skeleton.config)
-    return calibration_tokens(
-        options.dataset, tokenizer, nsamples=options.nsamples, seqlen=seqlen, seed=options.seed
-    )
+    return calibration_tokens(options.dataset, tokenizer, nsamples=options.nsamples, seqlen=seqlen, seed=options.seed)
 
 
 def calibrate(
@@ -113,7 +112,12 @@ def calibrate(
 
 
 def _gather(
-    skeleton: Skeleton, tokens: Tensor, output: Path, options: CalibrateOptions, force: bool, progress: Progress
+    skeleton: Skeleton,
+    tokens: Tensor,
+    output: Path,
+    options: CalibrateOptions,
+    force: bool,
+    progress: Progress,
 ) -> dict[str, str]:
     needs = frozenset(NAMES[name][0] for name in options.stats)
     key = {
@@ -137,7 +141,7 @@ def _gather(
                         if done < len(skeleton.layers):
                             walk.advance(layer)
                     else:
-                        collector = Collector(walk.groups(layer), needs, walk.nsamples, skeleton.device)
+                        collector = Collector(walk.groups(layer), needs, walk.nsamples, walk.seqlen, skeleton.device)
                         walk.advance(layer, collector)
                         _write_part(parts, layer.index, collector)
                     step()

@@ -5,7 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from trimcli.artifacts import CALIBRATION, ModelFingerprint, check_model, file_digest, open_tensors, read_manifest
+from trimcli.artifacts import (
+    CALIBRATION,
+    ModelFingerprint,
+    check_model,
+    file_digest,
+    open_tensors,
+    read_manifest,
+)
 from trimcli.errors import InputError
 from trimcli.scores import LinearStats, Statistic
 

@@ -7,6 +7,7 @@ from typing import Any
 from trimcli.artifacts import PACKED
 
 BEGIN, END = "<!-- trim:begin -->", "<!-- trim:end -->"
+HOW_IT_RAN = {"device", "dtype", "batch_size", "resume", "save_model", "stats_out", "trust_remote_code"}
 FRONT_MATTER = "---\nlibrary_name: transformers\ntags:\n- pruned\n- sparse\n---\n"
 
 
@@ -52,10 +53,26 @@ def model_card_section(document: Mapping[str, Any]) -> str:
 
 
 def _settings(pruning: Mapping[str, Any]) -> list[str]:
-    """Every option that was set: off, absent and empty ones say nothing."""
-    options = pruning.get("options") or {}
-    shown = {key: value for key, value in options.items() if value not in (None, False, "", [], {})}
-    return [f"- {key.replace('_', ' ')}: `{value}`" for key, value in shown.items()]
+    """What shaped the result, by option: off, absent and empty ones say nothing."""
+    options = dict(pruning.get("options") or {})
+    options = {**(options.pop("recipe", None) or {}), **options}
+    if options.get("method") != "sparsegpt":
+        options.pop("update", None)
+    shown = {key: value for key, value in options.items() if key not in HOW_IT_RAN and _is_set(value)}
+    return [f"- {key.replace('_', ' ')}: {_spelled(value)}" for key, value in shown.items()]
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ("", [], {})
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Mapping):
+        parts = {key.replace("_", " "): part for key, part in value.items() if _is_set(part)}
+        return ", ".join(f"{key} {_spelled(part)}" for key, part in parts.items())
+    if isinstance(value, list):
+        return ", ".join(_spelled(part) for part in value)
+    return "yes" if value is True else f"`{value}`"
 
 
 def _table(linears: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -1,11 +1,12 @@
 """A model directory, tensor by tensor: never the whole model.
 
 Reads the config and single tensors, memory-mapped, from sharded or single safetensors, from
-`pytorch_model*.bin` (restricted unpickling, mapped) or from a packed directory; local or from the hub.
+`pytorch_model*.bin` (restricted unpickling, mapped where torch can) or from a packed directory; local or from the hub.
 """
 
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -43,9 +44,14 @@ class Shards(Protocol):
 
     files: dict[str, list[str]]
 
-    def keys(self) -> list[str]: ...
-    def spec(self, key: str) -> TensorSpec: ...
-    def load(self, key: str) -> Tensor: ...
+    def keys(self) -> list[str]:
+        """Names of all tensors, in natural order."""
+
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype and shape, without reading the tensor."""
+
+    def load(self, key: str) -> Tensor:
+        """The tensor, in its stored dtype."""
 
 
 class Checkpoint:
@@ -102,6 +108,11 @@ class Checkpoint:
         """A tensor on the CPU in its stored dtype, memory-mapped where the storage allows: do not write to it."""
         return self._tensors.load(key)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self._tensors.spec(key).nbytes for key in self._tensors.keys())  # noqa: SIM118 - no mapping
+
     def shards(self) -> dict[str, list[str]]:
         """Shard file name -> the names of the tensors in it."""
         return self._tensors.files
@@ -122,14 +133,14 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HFValidationError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     missing = f"there is no model directory {model}"
     try:
@@ -229,12 +240,14 @@ class BinShards:
     def __init__(self, directory: Path, files: list[str]) -> None:
         self._shards: dict[str, dict[str, Tensor]] = {}
         for name in files:
+            path = directory / name
             try:
-                found = torch.load(directory / name, map_location="cpu", mmap=True, weights_only=True)
+                # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+                found = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             except Exception as problem:  # torch raises anything from RuntimeError to UnpicklingError here
                 reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
                 raise InputError(
-                    f"{directory / name} cannot be read as a plain weights file ({reason}); give a safetensors one."
+                    f"{path} cannot be read as a plain weights file ({reason}); give a safetensors one."
                 ) from None
             self._shards[name] = {key: value for key, value in found.items() if isinstance(value, Tensor)}
         self.files = {name: list(tensors) for name, tensors in self._shards.items()}

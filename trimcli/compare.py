@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from trimcli.artifacts import RESULTS, read_json
+from trimcli.artifacts import LAYER_SPARSITY, RESULTS, file_digest, read_json
 from trimcli.errors import InputError
 
 METHODS = {"wanda": "Wanda", "magnitude": "Magnitude", "sparsegpt": "SparseGPT"}
@@ -90,26 +90,19 @@ def compare(files: Sequence[Path]) -> Table:
     return table_of([(path, read_json(path, RESULTS)) for path in dict.fromkeys(files)])
 
 
-def table_of(
-    results: Sequence[tuple[Path, Mapping[str, Any]]], allocations: Mapping[str, str] | None = None
-) -> Table:
-    """The table of results documents.
-
-    allocations: SHA-256 of a layer ratios file -> its method, to name what a mask was made with. Raises
-    InputError for a document that is not whole.
-    """
+def table_of(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> Table:
+    """The table of results documents, each with its file. Raises InputError for one that is not whole."""
     rows = []
     for path, document in results:
         try:
-            rows.append(_row(path, document, allocations or {}))
+            rows.append(_row(path, document))
         except (KeyError, TypeError, AttributeError, ValueError) as problem:
             reason = f"{type(problem).__name__}: {problem}"
             raise InputError(f"{path} is not a whole results file ({reason}); measure anew.") from None
     labels = distinct([row.label for row in rows], [row.file for row in rows])
     rows = [Row(**{**vars(row), "label": label}) for row, label in zip(rows, labels, strict=True)]
-    rows.sort(key=lambda row: (row.sparsity is None, row.sparsity, row.label))
-    order = {"perplexity": 0, "task": 1, "mean": 2}
-    columns = sorted(dict.fromkeys(c for row in rows for c in row.measures), key=lambda c: order[c.kind])
+    rows.sort(key=lambda row: (row.sparsity is None, round(row.sparsity or 0, 4), row.label))
+    columns = sorted(dict.fromkeys(column for row in rows for column in row.measures), key=_rank)
     structures = {(document.get("model") or {}).get("structure") for _, document in results}
     return Table(tuple(columns), tuple(rows), tuple(_notes(columns, results, len(structures))))
 
@@ -119,15 +112,14 @@ def distinct(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     for name in (lambda path: path.stem, str):
         often = Counter(labels)
         labels = [
-            f"{label} ({name(path)})" if often[label] > 1 else label
-            for label, path in zip(labels, paths, strict=True)
+            f"{label} ({name(path)})" if often[label] > 1 else label for label, path in zip(labels, paths, strict=True)
         ]
         if len(set(labels)) == len(labels):
             break
     return list(labels)
 
 
-def method_of(pruning: Mapping[str, Any] | None, allocations: Mapping[str, str]) -> str:
+def method_of(pruning: Mapping[str, Any] | None) -> str:
     """A pruning in a few words, such as "Wanda + OWL + TRIM", from the manifest of its masks or directory."""
     while pruning and pruning.get("pruning"):
         pruning = pruning["pruning"]
@@ -143,7 +135,7 @@ def method_of(pruning: Mapping[str, Any] | None, allocations: Mapping[str, str])
     if options.get("allocate"):
         parts.append(ALLOCATIONS.get(options["allocate"]["method"], str(options["allocate"]["method"])))
     elif ratios:
-        parts.append(ALLOCATIONS.get(allocations.get(ratios["sha256"], ""), "layer ratios"))
+        parts.append(_allocation(ratios))
     if recipe.get("rows"):
         parts.append("TRIM")
     if recipe.get("barber"):
@@ -151,26 +143,54 @@ def method_of(pruning: Mapping[str, Any] | None, allocations: Mapping[str, str])
     return " + ".join(parts)
 
 
+def _allocation(source: Mapping[str, str]) -> str:
+    """The method behind a layer ratios file, if that still lies where it was and is what it was."""
+    path = Path(source["path"])
+    if path.is_file() and file_digest(path) == source["sha256"]:
+        method = read_json(path, LAYER_SPARSITY).get("method")
+        return ALLOCATIONS.get(str(method), str(method))
+    return "layer ratios"
+
+
 def render(table: Table) -> RichTable:
-    """The table for a terminal: the main columns, and the notes below."""
+    """The table for a terminal: the main columns, and below it how each was measured."""
     columns = [column for column in table.columns if column.main]
     several_models = len({row.model for row in table.rows}) > 1
-    drawn = RichTable(box=None, pad_edge=False, header_style="", caption_justify="left")
+    drawn = RichTable(box=None, pad_edge=False, header_style="bold", caption_justify="left")
     for title in ("run", "model", "method") if several_models else ("run", "method"):
-        drawn.add_column(Text(title, "bold"), overflow="fold")
-    drawn.add_column(Text("sparsity", "bold"), justify="right", no_wrap=True)
+        drawn.add_column(title, overflow="fold")
+    drawn.add_column("sparsity", justify="right", no_wrap=True)
+    named = titles(columns)
     for column in columns:
-        metric = "" if column.metric in ("perplexity", "acc") else f" {column.metric}"
-        drawn.add_column(
-            Text.assemble((column.group + metric, "bold"), "\n", (column.setting, "dim")), justify="right"
-        )
+        drawn.add_column(Text(named[column]), justify="right", overflow="fold")
     for row in table.rows:
         texts = [row.label, *([row.model] if several_models else []), row.method]
         cells = [percent(row.sparsity), *(shown(column, row.measures.get(column)) for column in columns)]
         drawn.add_row(*(Text(text) for text in [*texts, *cells]))
-    if table.notes:
-        drawn.caption = Text("\n".join(table.notes), "dim")
+    drawn.caption = Text("\n".join([*settings(named), *table.notes]), "dim not italic")
     return drawn
+
+
+def titles(columns: Sequence[Column]) -> dict[Column, str]:
+    """A heading a column: data set or task, the metric if it is not the usual one, a number if needed."""
+    usual = {"perplexity": "perplexity", "task": "acc", "mean": "acc"}
+    names = [
+        column.group if column.metric == usual[column.kind] else f"{column.group} {column.metric}" for column in columns
+    ]
+    often, seen = Counter(names), Counter[str]()
+    found = {}
+    for column, name in zip(columns, names, strict=True):
+        seen[name] += 1
+        found[column] = f"{name} [{seen[name]}]" if often[name] > 1 else name
+    return found
+
+
+def settings(named: Mapping[Column, str]) -> list[str]:
+    """How each titled column was measured, a line for all that were measured alike."""
+    alike: dict[str, list[str]] = {}
+    for column, title in named.items():
+        alike.setdefault(f"{column.metric}, {column.setting}", []).append(title)
+    return [f"{', '.join(names)}: {setting}" for setting, names in alike.items()]
 
 
 def percent(fraction: float | None) -> str:
@@ -197,10 +217,9 @@ def figure(value: float, *, large: bool = False) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
-def _row(path: Path, document: Mapping[str, Any], allocations: Mapping[str, str]) -> Row:
+def _row(path: Path, document: Mapping[str, Any]) -> Row:
     sparsity = (document.get("sparsity") or {}).get("total")
-    pruning = document.get("pruning")
-    method = method_of(pruning, allocations)
+    method = method_of(document.get("pruning"))
     if not method and sparsity is not None and sparsity < 0.01:
         method = "dense"
     return Row(
@@ -211,6 +230,11 @@ def _row(path: Path, document: Mapping[str, Any], allocations: Mapping[str, str]
         file=path,
         measures=dict([*_perplexities(document), *_tasks(document), *_means(document)]),
     )
+
+
+def _rank(column: Column) -> int:
+    """Perplexities, the tasks' main metrics, their mean, and then what else was measured."""
+    return {"perplexity": 0, "task": 1, "mean": 2}[column.kind] if column.main else 3
 
 
 def _perplexities(document: Mapping[str, Any]) -> list[tuple[Column, Measure]]:
@@ -226,7 +250,7 @@ def _perplexities(document: Mapping[str, Any]) -> list[tuple[Column, Measure]]:
 def _tasks(document: Mapping[str, Any]) -> list[tuple[Column, Measure]]:
     found = []
     for name, entry in (document.get("tasks") or {}).items():
-        metrics = [key for key in entry if f"{key}_stderr" in entry]
+        metrics = sorted((key for key in entry if f"{key}_stderr" in entry), key=lambda key: key != "acc")
         shots = "shots differ" if entry["n_shot"] is None else f"{entry['n_shot']}-shot"
         measured, documents = entry["samples"], entry["documents"]
         part = f"{documents:,} docs" if measured == documents else f"{measured:,} of {documents:,} docs"
@@ -246,9 +270,7 @@ def _means(document: Mapping[str, Any]) -> list[tuple[Column, Measure]]:
     return [(Column("mean", "mean", "acc", setting), Measure(mean))]
 
 
-def _notes(
-    columns: Sequence[Column], results: Sequence[tuple[Path, Mapping[str, Any]]], structures: int
-) -> list[str]:
+def _notes(columns: Sequence[Column], results: Sequence[tuple[Path, Mapping[str, Any]]], structures: int) -> list[str]:
     notes = []
     ways = Counter((column.kind, column.group, column.metric) for column in columns)
     for group in dict.fromkeys(group for (_, group, _), number in ways.items() if number > 1):

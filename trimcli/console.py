@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 Advance = Callable[..., None]
 
@@ -45,14 +45,20 @@ class RichProgress:
         self._bars = self._make()
         self._depth = 0
 
-    def _make(self):  # type: ignore[no-untyped-def]
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    def _make(self) -> Any:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            ProgressColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
-        from rich.progress import ProgressColumn
         from rich.text import Text
 
         class Rate(ProgressColumn):
-            def render(self, task):  # type: ignore[no-untyped-def]
+            def render(self, task: Any) -> Any:
                 speed = task.finished_speed or task.speed
                 return Text(f"{speed:,.1f}/s" if speed else "", style="progress.data.speed")
 

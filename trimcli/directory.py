@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from trimcli import masks
@@ -27,6 +29,7 @@ from trimcli.seal import sealed
 
 README = "README.md"
 PREFIXES = "KMGT"
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 METADATA = {"format": "pt"}
 
 
@@ -93,6 +96,16 @@ def parse_size(text: str) -> int:
     return size
 
 
+def bit_view(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A contiguous CPU tensor's bits as integers of its width: moving them alters no sign and no payload."""
+    return tensor.view(INTEGERS[tensor.dtype.itemsize]).numpy()
+
+
+def masked(weight: Tensor, keep: Tensor) -> Tensor:
+    """`weight` where `keep`, +0.0 elsewhere. weight: any CPU matrix. keep: bool, of its shape."""
+    return torch.from_numpy(bit_view(weight.contiguous()) * keep.numpy()).view(weight.dtype)
+
+
 def commands_so_far(*sources: Mapping[str, Any]) -> list[str]:
     """The command lines behind the manifests `sources`, each once, in order, and the one that is running."""
     lines = [
@@ -126,9 +139,7 @@ def plan_shards(checkpoint: Checkpoint, max_shard_size: int | None = None) -> di
         room -= nbytes
     if len(bins) == 1:
         return {SAFE_SINGLE: bins[0]}
-    return {
-        f"model-{place:05d}-of-{len(bins):05d}.safetensors": keys for place, keys in enumerate(bins, start=1)
-    }
+    return {f"model-{place:05d}-of-{len(bins):05d}.safetensors": keys for place, keys in enumerate(bins, start=1)}
 
 
 def _safe_name(name: str) -> str:

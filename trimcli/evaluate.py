@@ -41,7 +41,9 @@ class EvaluateOptions(RunOptions):
     def check(self) -> None:
         """Raise OptionError for values that cannot be used."""
         if not self.ppl and not self.tasks:
-            raise OptionError("nothing to measure was asked for; give --ppl wikitext2 (or a FILE) or --tasks boolq,rte.")
+            raise OptionError(
+                "nothing to measure was asked for; give --ppl wikitext2 (or a FILE) or --tasks boolq,rte."
+            )
         if not self.tasks:
             for option, value in (
                 ("--include-path", self.include_path),
@@ -118,7 +120,9 @@ def _perplexities(
     seqlen = options.seqlen or default_seqlen(skeleton.config)
     positions = max_positions(skeleton.config)
     if positions is not None and seqlen > positions:
-        raise OptionError(f"--seqlen {seqlen} is beyond the {positions} positions of {skeleton.checkpoint.id}; give less.")
+        raise OptionError(
+            f"--seqlen {seqlen} is beyond the {positions} positions of {skeleton.checkpoint.id}; give less."
+        )
     texts = [
         evaluation_windows(dataset, tokenizer, seqlen=seqlen, max_windows=options.max_windows)
         for dataset in options.ppl
@@ -126,9 +130,7 @@ def _perplexities(
     return [
         {
             "dataset": text.dataset,
-            "value": perplexity(
-                skeleton, text.windows, mask=mask, batch_size=options.batch_size, progress=progress
-            ),
+            "value": perplexity(skeleton, text.windows, mask=mask, batch_size=options.batch_size, progress=progress),
             "seqlen": seqlen,
             "windows": len(text.windows),
             "tokens": text.tokens,

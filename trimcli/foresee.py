@@ -5,7 +5,8 @@ from trimcli.artifacts import MARK
 from trimcli.calibrate import CalibrateOptions
 from trimcli.calibration import CalibrationFile
 from trimcli.checkpoint import BIN_INDEX, BIN_SINGLE, SAFE_INDEX, SAFE_SINGLE, Checkpoint
-from trimcli.model import Skeleton, compute_device, compute_dtype
+from trimcli.device import compute_device, compute_dtype
+from trimcli.model import Skeleton
 from trimcli.options import check_sparsity
 from trimcli.plan import Plan, chosen_linears, make_plan
 from trimcli.prune import PruneOptions
@@ -37,9 +38,7 @@ def foresee(model: str, options: PruneOptions) -> Plan:
         assert options.allocate.sparsity is not None, "checked above"
         targets = dict.fromkeys((one.name for one in linears), Target(check_sparsity(options.allocate.sparsity)))
     else:
-        targets = dict.fromkeys(
-            (one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type)
-        )
+        targets = dict.fromkeys((one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type))
     drawn = options.calibrate or CalibrateOptions()
     nsamples, seqlen = drawn.nsamples, drawn.seqlen or default_seqlen(skeleton.config)
     if options.calibration:

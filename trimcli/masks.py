@@ -192,13 +192,9 @@ def n_of_m(scores: Tensor, kept: int, group: int) -> Tensor:
     """
     d_out, d_in = scores.shape
     if not 0 < kept < group:
-        raise ValueError(
-            f"{kept}:{group} keeps {kept} of every {group} weights, which must be between 0 and {group}."
-        )
+        raise ValueError(f"{kept}:{group} keeps {kept} of every {group} weights, which must be between 0 and {group}.")
     if d_in % group:
-        raise ValueError(
-            f"{kept}:{group} does not fit rows of {d_in} weights, since {group} does not divide {d_in}."
-        )
+        raise ValueError(f"{kept}:{group} does not fit rows of {d_in} weights, since {group} does not divide {d_in}.")
     _refuse_nan(scores)
     keep = torch.empty((d_out, d_in // group, group), dtype=torch.bool, device=scores.device)
     for rows in _row_blocks(scores):

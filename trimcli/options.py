@@ -26,8 +26,16 @@ class RunOptions:
     cache_dir: Path | None = None
 
     def document(self) -> dict[str, Any]:
-        """The options as a manifest records them: what shapes the result."""
-        return {key: value for key, value in asdict(self).items() if key != "cache_dir"}
+        """The options as a manifest records them, as JSON values: what shapes the result."""
+        found: dict[str, Any] = _recorded(asdict(self))
+        return found
+
+
+def _recorded(value: Any) -> Any:
+    """An option's value, or the options of a stage within, with paths as text and without cache folders."""
+    if isinstance(value, dict):
+        return {key: _recorded(entry) for key, entry in value.items() if key != "cache_dir"}
+    return str(value) if isinstance(value, Path) else value
 
 
 def one_of(option: str, value: str, known: Iterable[str]) -> str:

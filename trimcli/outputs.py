@@ -10,18 +10,18 @@ from trimcli.masks import keep_from_ranks
 from trimcli.quality import Dense, Outputs, compare
 from trimcli.ranking import ranks_of, row_order
 
-# A matrix is worked through in blocks of rows, this many unless they get small, so that temporaries stay small.
+# A matrix is worked through in this many blocks of rows, unless they get small, to keep temporaries small.
 _BLOCKS = 8
 _SMALLEST_BLOCK = 1 << 18
 
-# Share of a block's weights that may change before multiplying the block anew is quicker (measured on two x86 cores
-# at 4096 x 4096 with 256 samples: the break-even lies between a third and a half).
+# Share of a block's weights that may change before multiplying the block anew is quicker. On two x86 cores,
+# at 4096 x 4096 with 256 samples, the two take the same time somewhere between a third and a half.
 _UPDATE_SHARE = 0.3
 
 
 @dataclass(frozen=True)
 class State:
-    """Counts and the outputs they lead to. counts: int64 [D_out] on the CPU, weights that go from each row."""
+    """Outputs at given row counts. counts: int64 [D_out] on the CPU, the weights that go from each row."""
 
     counts: Tensor
     outputs: Outputs
@@ -31,8 +31,8 @@ class Product:
     """B = P V for one matrix at any row counts, P the weight without the counts[k] lowest scores of row k.
 
     weight, scores: float [D_out, D_in]; inputs: float [D_in, N], all on one device. Outputs are float32.
-    On a CPU the columns between the old and the new count are added or taken away; on an accelerator multiplying the
-    masked matrix anew takes no longer. Raises ValueError for NaN scores.
+    On a CPU the columns between the old and the new count are added or taken away; on an accelerator
+    multiplying the masked matrix anew takes no longer. Raises ValueError for NaN scores.
     """
 
     def __init__(self, weight: Tensor, scores: Tensor, inputs: Tensor) -> None:
@@ -46,13 +46,13 @@ class Product:
         self._dense = Dense(self._outputs(None, None))
 
     def at(self, counts: Tensor, near: State | None = None) -> State:
-        """The outputs at `counts`, int64 [D_out] on the CPU; `near`: a state of this product to start from."""
+        """Outputs at `counts`, int64 [D_out] on the CPU. near: a state of this product to start from."""
         if near is not None and torch.equal(counts, near.counts):
             return near
         return State(counts, compare(self._dense, self._outputs(counts, near)))
 
     def _outputs(self, counts: Tensor | None, near: State | None) -> Tensor:
-        """Outputs at `counts`, the dense ones without; both by the same multiplications, so equal where they agree."""
+        """Outputs at `counts` or, without, the dense ones; in the same blocks, so counts of 0 give these."""
         outputs = self._weight.new_empty((self.d_out, self._inputs.shape[1]))
         for start in range(0, self.d_out, self._rows):
             rows = slice(start, start + self._rows)
@@ -75,7 +75,7 @@ class Product:
         total = int(ends[-1])
         if total > _UPDATE_SHARE * order.numel():
             return False
-        # Place p of the changed weights belongs to the row with begin <= p < end and has rank p - begin + lowest count.
+        # Changed weight p belongs to the row with begin <= p < end and has rank p - begin + the lower count.
         begins = ends - changes
         first = torch.arange(len(counts)) * self.d_in
         places = torch.arange(total, dtype=torch.int32)

@@ -10,10 +10,11 @@ checked whenever it is read.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,12 +30,12 @@ from trimcli.artifacts import (
 )
 from trimcli.checkpoint import Checkpoint, natural
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.directory import METADATA, PrunedLinear, WrittenModel, finish, plan_shards
+from trimcli.directory import METADATA, PrunedLinear, WrittenModel, bit_view, finish, plan_shards
 from trimcli.errors import InputError
 from trimcli.seal import is_intact
 
-# Picking and placing works on the bits: every dtype of a width alike, and no payload is touched.
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Weights picked or placed at a time: their indices take no more than 8 MiB.
+BLOCK = 1 << 20
 
 
 def kept_values(weight: Tensor, keep: Tensor) -> Tensor:
@@ -42,9 +43,13 @@ def kept_values(weight: Tensor, keep: Tensor) -> Tensor:
 
     weight: [rows, columns], any dtype, CPU. keep: bool [rows, columns].
     """
-    # A boolean index into a numpy array makes no list of indices, unlike one into a tensor.
-    bits = weight.contiguous().view(INTEGERS[weight.dtype.itemsize]).numpy()
-    return torch.from_numpy(bits[keep.numpy()]).view(weight.dtype)
+    bits = bit_view(weight.contiguous()).reshape(-1)
+    values = np.empty(int(keep.count_nonzero()), bits.dtype)
+    start = 0
+    for block, found in _kept_places(keep):
+        values[start : start + len(found)] = bits[block][found]
+        start += len(found)
+    return torch.from_numpy(values).view(weight.dtype)
 
 
 def decode(packed: Tensor, values: Tensor, columns: int) -> Tensor:
@@ -53,11 +58,24 @@ def decode(packed: Tensor, values: Tensor, columns: int) -> Tensor:
     packed: uint8 [rows, ceil(columns / 8)], of `masks.pack`. values: [n_kept], CPU. The kept weights are
     those that went in, to the bit. Raises ValueError where the bits call for more or fewer values or columns.
     """
-    keep = masks.unpack(packed, columns).numpy()
-    kind = INTEGERS[values.dtype.itemsize]
-    dense = torch.zeros(keep.shape, dtype=kind)
-    dense.numpy()[keep] = values.view(kind).numpy()
-    return dense.view(values.dtype)
+    keep = masks.unpack(packed, columns)
+    if int(keep.count_nonzero()) != len(values):
+        raise ValueError(f"the keep bits call for {int(keep.count_nonzero())} values, not {len(values)}.")
+    bits = bit_view(values)
+    dense = np.zeros(keep.numel(), bits.dtype)
+    start = 0
+    for block, found in _kept_places(keep):
+        dense[block][found] = bits[start : start + len(found)]
+        start += len(found)
+    return torch.from_numpy(dense).view(values.dtype).reshape(keep.shape)
+
+
+def _kept_places(keep: Tensor) -> Iterator[tuple[slice, np.ndarray[Any, Any]]]:
+    """Blocks of the flattened matrix, and the places kept within each."""
+    flags = keep.contiguous().numpy().reshape(-1)
+    for start in range(0, len(flags), BLOCK):
+        block = slice(start, start + BLOCK)
+        yield block, np.flatnonzero(flags[block])
 
 
 def packed_nbytes(spec: TensorSpec, kept: int) -> int:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
+from trimcli.forward import Head
 from trimcli.maskfile import MaskFile
-from trimcli.model import DecoderLayer, Head, Skeleton
+from trimcli.model import DecoderLayer, Skeleton
 from trimcli.walk import Walk
 
 # Hidden states of at most this many bytes are walked together; more windows take another round through the layers.
@@ -25,7 +26,7 @@ def perplexity(
     batch_size: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> float:
-    """exp of the mean over windows of the mean cross-entropy of a window's seqlen - 1 predictions.
+    """Exp of the mean over windows of the mean cross-entropy of a window's seqlen - 1 predictions.
 
     windows: integer [n, seqlen]. mask: applied to each layer as it is loaded. Infinite where a model is that
     damaged; NaN where its activations are.

@@ -108,7 +108,10 @@ def make_plan(
     check_patterns(targets, {linear.name: linear.shape for linear in linears})
     planned = tuple(
         PlannedLinear(
-            linear.name, linear.shape, targets[linear.name], expected_zeros(linear.shape, targets[linear.name], recipe)
+            linear.name,
+            linear.shape,
+            targets[linear.name],
+            expected_zeros(linear.shape, targets[linear.name], recipe),
         )
         for linear in linears
     )
@@ -126,9 +129,7 @@ def make_plan(
         host_bytes=host,
         device_bytes=device,
         mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in (linear.shape for linear in linears)),
-        model_bytes=sum(checkpoint.spec(key).nbytes for key in checkpoint.keys())
-        if saves_model and checkpoint.has_weights
-        else None,
+        model_bytes=checkpoint.nbytes if saves_model and checkpoint.has_weights else None,
     )
 
 
@@ -138,7 +139,7 @@ def walks(recipe: Recipe) -> bool:
 
 
 def forward_passes(recipe: Recipe, layers: int) -> float:
-    """Forward passes through the model that the recipe needs: two a layer when propagating, less the last layer's second."""
+    """Forward passes through the model that the recipe needs: two a layer when propagating, but one in the last."""
     passes = 2 - 1 / layers if walks(recipe) else 0.0
     if recipe.input_recalc:
         passes += 3

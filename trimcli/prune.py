@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimcli import masks
@@ -21,16 +20,15 @@ from trimcli.directory import PrunedLinear, commands_so_far, write_model
 from trimcli.errors import OptionError
 from trimcli.maskfile import write_masks
 from trimcli.memory import PeakMemory
-from trimcli.model import DecoderLayer, Linear, Skeleton
+from trimcli.model import Skeleton
 from trimcli.options import RunOptions, check_positive
+from trimcli.passes import Passes
 from trimcli.plan import Plan, chosen_linears, make_plan, walks
-from trimcli.recipe import Outcome, Recipe, Target, uniform_target
-from trimcli.rowstats import row_facts, row_tensors, stats_paths, write_row_stats
-from trimcli.scores import LinearStats, Statistic
-from trimcli.second_pass import rebuild_layer
+from trimcli.recipe import Recipe, Target, uniform_target
+from trimcli.rowstats import stats_paths, write_row_stats
+from trimcli.scores import Statistic
 from trimcli.stages import cached_calibration, cached_ratios, with_stats
-from trimcli.statistics import Collector, InputGroup, refuse_unusable
-from trimcli.walk import Walk, default_seqlen
+from trimcli.walk import default_seqlen
 
 Announce = Callable[[Plan], None]
 
@@ -67,12 +65,27 @@ class PruneOptions(RunOptions):
         self.recipe.check(pattern=pattern is not None)
         check_positive("--batch-size", self.batch_size)
         refused = [
-            (self.ratios and self.sparsity is not None, "--ratios with --sparsity: the ratios file holds the target"),
-            (self.ratios and pattern, f"--ratios with --sparsity-type {self.sparsity_type}: each says what goes"),
+            (
+                self.ratios and self.sparsity is not None,
+                "--ratios with --sparsity: the ratios file holds the target",
+            ),
+            (
+                self.ratios and pattern,
+                f"--ratios with --sparsity-type {self.sparsity_type}: each says what goes",
+            ),
             (self.ratios and self.allocate, "--ratios with --alloc: the ratios file is an allocation"),
-            (pattern and self.allocate, f"--alloc with --sparsity-type {self.sparsity_type}: each says what goes"),
-            (self.calibration and self.calibrate, "--calibration with --dataset, --tokens, --nsamples or --seqlen"),
-            (self.stats_out and not self.recipe.rows, "--stats-out without --use-trim: it holds what TRIM found"),
+            (
+                pattern and self.allocate,
+                f"--alloc with --sparsity-type {self.sparsity_type}: each says what goes",
+            ),
+            (
+                self.calibration and self.calibrate,
+                "--calibration with --dataset, --tokens, --nsamples or --seqlen",
+            ),
+            (
+                self.stats_out and not self.recipe.rows,
+                "--stats-out without --use-trim: it holds what TRIM found",
+            ),
             (
                 self.recipe.changes_weights and not self.save_model,
                 f"--method {self.recipe.method} without --save-model: it changes the kept weights, so masks alone do "
@@ -134,12 +147,12 @@ def prune(
         with Cache(options.cache_dir).parts(run.key("first")) as first:
             if not options.resume:
                 first.discard()
-            resumed = run.first_pass(first)
+            resumed = run.passes.first(first)
             if options.recipe.barber:
                 with Cache(options.cache_dir).parts(run.key("second")) as second:
                     if not options.resume:
                         second.discard()
-                    resumed += run.second_pass(first, second)
+                    resumed += run.passes.second(first, second)
                     results = run.write(second, output, force=force, rows=first)
                     second.discard()
             else:
@@ -155,17 +168,26 @@ class _Run:
         self.skeleton, self.options, self.progress = skeleton, options, progress
         self.recipe = options.recipe
         self.linears = chosen_linears(skeleton, options.only, options.skip)
-        self._chosen = {linear.name for linear in self.linears}
         self.ratios: Path | None = options.ratios
         self.calibration: CalibrationFile | None = None
         if options.calibration:
             self.calibration = CalibrationFile(options.calibration)
             self.calibration.check(skeleton.fingerprint)
+        self.allocation: LayerSparsity | None = None
         self.targets = self._targets()
         if self.calibration is None and (self.recipe.needs or self.recipe.barber):
             self.calibration = self._calibrated()
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
+        self.passes = Passes(
+            skeleton,
+            self.recipe,
+            self.targets,
+            self.calibration,
+            progress,
+            gram_dtype=options.gram_dtype,
+            batch_size=options.batch_size,
+        )
 
     # --- what is asked for -------------------------------------------------------------------------------
 
@@ -180,10 +202,12 @@ class _Run:
         if self.ratios is None:
             target = uniform_target(self.options.sparsity, self.options.sparsity_type)
             return {linear.name: target for linear in self.linears}
-        ratios = LayerSparsity.load(self.ratios)
+        ratios = self.allocation = LayerSparsity.load(self.ratios)
         ratios.check(self.skeleton)
         pattern = ratios.pattern or {}
-        targets = {name: Target(ratios.sparsity[name], pattern.get(name)) for name in self._chosen}
+        targets = {
+            name: Target(ratios.sparsity[name], pattern.get(name)) for name in (linear.name for linear in self.linears)
+        }
         if pattern:
             self.recipe.check(pattern=True)
         return targets
@@ -234,149 +258,14 @@ class _Run:
             "gram": self.options.gram_dtype,
         }
 
-    # --- the passes --------------------------------------------------------------------------------------
-
-    def _walk(self) -> Walk:
-        assert self.calibration is not None, "a recipe that walks has been given tokens"
-        tokens = self.calibration.tokens
-        return Walk(self.skeleton, tokens, batch_size=self.options.batch_size, progress=self.progress)
-
-    def first_pass(self, parts: Parts) -> int:
-        """Choose the masks layer by layer, leaving a part file each. Returns how many an earlier run had left."""
-        done, total = parts.finished(), len(self.skeleton.layers)
-        if done == total:
-            return done
-        with self.progress.task("pruning layers", total) as step:
-            if not walks(self.recipe):
-                for layer in self.skeleton.layers:
-                    if layer.index >= done:
-                        self._prune_from_file(layer, parts)
-                    step()
-                return done
-            walk = self._walk()
-            for layer in walk.layers():
-                if layer.index < done:
-                    self._replay(layer, parts.read(layer.index))
-                else:
-                    self._prune_layer(walk, layer, parts)
-                if layer.index + 1 < total:
-                    walk.advance(layer)
-                step()
-        return done
-
-    def second_pass(self, first: Parts, second: Parts) -> int:
-        """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber)."""
-        done, total = second.finished(), len(self.skeleton.layers)
-        if done == total:
-            return done
-        walk = self._walk()
-        with self.progress.task("rebuilding layers", total) as step:
-            for layer in walk.layers():
-                if layer.index < done:
-                    self._replay(layer, second.read(layer.index))
-                else:
-                    self._rebuild(walk, layer, first.read(layer.index), second)
-                if layer.index + 1 < total:
-                    walk.advance(layer)
-                step()
-        return done
-
-    def _mine(self, layer: DecoderLayer) -> list[Linear]:
-        return [linear for linear in layer.linears if linear.name in self._chosen]
-
-    def _prune_from_file(self, layer: DecoderLayer, parts: Parts) -> None:
-        """Without propagation: statistics from the calibration file, one matrix in memory."""
-        writer = _PartWriter(self)
-        device = self.skeleton.device
-        for linear in self._mine(layer):
-            stats = LinearStats()
-            if self.recipe.needs and self.calibration:
-                found = self.calibration.statistics(linear.name)
-                refuse_unusable(found, linear.name)
-                stats = LinearStats(
-                    sqnorm=None if found.sqnorm is None else found.sqnorm.to(device),
-                    inputs=None if found.inputs is None else found.inputs.to(device),
-                )
-            weight = self.skeleton.read_weight(linear).to(device)
-            writer.add(linear, self.recipe.choose(weight, stats, self.targets[linear.name]))
-        writer.finish(parts, layer)
-
-    def _prune_layer(self, walk: Walk, layer: DecoderLayer, parts: Parts) -> None:
-        """With propagation: dense weights, pruned inputs."""
-        groups = [group for group in walk.groups(layer) if any(one.name in self._chosen for one in group.linears)]
-        stats = self._collect(walk, layer, groups, self.recipe.needs)
-        writer = _PartWriter(self)
-        factors: dict[int, Any] = {}
-        for number, group in enumerate(groups):
-            if self.recipe.input_recalc and number:
-                self._recalculate(walk, layer, group, stats)
-            for linear in group.linears:
-                if linear.name in self._chosen:
-                    # The stored weight, not the layer's: the computation may run in fewer bits.
-                    weight = self.skeleton.read_weight(linear).to(self.skeleton.device)
-                    outcome = self.recipe.choose(weight, stats[linear.name], self.targets[linear.name], factors)
-                    writer.add(linear, outcome)
-                    apply_outcome(linear, outcome.keep, writer.weight(linear))
-            factors.clear()
-            for linear in group.linears:
-                stats.pop(linear.name, None)
-        writer.finish(parts, layer)
-
-    def _collect(
-        self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[Statistic]
-    ) -> dict[str, LinearStats]:
-        if not groups:
-            return {}
-        gram = torch.float64 if self.options.gram_dtype == "float64" else torch.float32
-        collector = Collector(groups, needs, walk.nsamples, self.skeleton.device, gram)
-        walk.collect(layer, collector)
-        return collector.by_linear()
-
-    def _recalculate(
-        self, walk: Walk, layer: DecoderLayer, group: InputGroup, stats: dict[str, LinearStats]
-    ) -> None:
-        """Last-token inputs anew, the linears before the group now being pruned (TRIM's input recalculation)."""
-        reference = self.recipe.numerics == "reference"
-        needs = {Statistic.INPUTS}
-        if reference and Statistic.SQNORM in self.recipe.needs:
-            needs.add(Statistic.SQNORM)
-        again = self._collect(walk, layer, [group], frozenset(needs))
-        for position, linear in enumerate(group.linears):
-            before, after = stats[linear.name], again[linear.name]
-            sqnorm = before.sqnorm
-            if position and sqnorm is not None and after.sqnorm is not None:
-                # The published code goes on adding to the norms of the linears whose turn has not come.
-                sqnorm = (sqnorm + after.sqnorm) / 2
-            stats[linear.name] = replace(before, sqnorm=sqnorm, inputs=after.inputs)
-
-    def _replay(self, layer: DecoderLayer, part: Part) -> None:
-        for linear in self._mine(layer):
-            key = f"{linear.name}.weight"
-            keep = masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in)
-            apply_outcome(linear, keep, part.load(key) if key in part.names else None)
-
-    def _rebuild(self, walk: Walk, layer: DecoderLayer, part: Part, second: Parts) -> None:
-        assert self.recipe.barber is not None
-        mine = self._mine(layer)
-        dense = {linear.name: linear.module.weight.detach().clone() for linear in layer.linears}  # type: ignore[operator, union-attr]
-        self._replay(layer, part)
-        keep = {linear.name: masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in) for linear in mine}
-        pattern = self.targets[mine[0].name].pattern if mine else None
-        writer = _PartWriter(self)
-        outcomes = rebuild_layer(walk, layer, dense, keep, pattern, self.recipe.barber) if mine else {}
-        for linear in mine:
-            keep_new, weight = outcomes[linear.name]
-            writer.add(linear, Outcome(keep_new, weight if self.recipe.changes_weights else None))
-            if writer.weight(linear) is not None:
-                apply_outcome(linear, keep_new, writer.weight(linear))
-        writer.finish(second, layer)
-
     # --- the results -------------------------------------------------------------------------------------
 
     def write(self, parts: Parts, output: Path, *, force: bool, rows: Parts) -> PruneSummary:
         """The masks file, and on request the model directory and TRIM's findings, from the part files."""
         found = {layer.index: parts.read(layer.index) for layer in self.skeleton.layers}
-        homes = {linear.name: found[layer.index] for layer in self.skeleton.layers for linear in self._mine(layer)}
+        homes = {
+            linear.name: found[layer.index] for layer in self.skeleton.layers for linear in self.passes.mine(layer)
+        }
         remarks = tuple(remark for part in found.values() for remark in part.facts["remarks"])
         options = self.options
         sources = {"calibration": self.calibration.path if self.calibration else None, "ratios": self.ratios}
@@ -393,6 +282,7 @@ class _Run:
             changes_weights=self.recipe.changes_weights,
             numerics=self.recipe.numerics,
             remarks=list(remarks),
+            allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
             compute_dtype=str(self.skeleton.dtype).removeprefix("torch."),
         )
 
@@ -405,7 +295,11 @@ class _Run:
             self._write_model(options.save_model, complete, homes, keep, force=force)
         improved = None
         if options.recipe.rows:
-            facts = {name: fact for layer in self.skeleton.layers for name, fact in rows.read(layer.index).facts["rows"].items()}
+            facts = {
+                name: fact
+                for layer in self.skeleton.layers
+                for name, fact in rows.read(layer.index).facts["rows"].items()
+            }
             improved = sum(fact["step"] != 0 for fact in facts.values())
             if options.stats_out:
                 write_row_stats(options.stats_out, complete, facts, rows, len(self.skeleton.layers), force=force)
@@ -457,7 +351,7 @@ class _Run:
         zeros = {name: entry["zeros"] for name, entry in document["linears"].items()}
         layers = {}
         for layer in self.skeleton.layers:
-            mine = self._mine(layer)
+            mine = self.passes.mine(layer)
             if mine:
                 layers[layer.name] = sum(zeros[one.name] for one in mine) / sum(one.numel for one in mine)
         return PruneSummary(
@@ -474,43 +368,3 @@ class _Run:
             seconds=0.0,
             peak_memory={},
         )
-
-
-class _PartWriter:
-    """Gathers one layer's outcomes on the CPU and leaves them as a part file."""
-
-    def __init__(self, run: _Run) -> None:
-        self._run = run
-        self._tensors: dict[str, Tensor] = {}
-        self._rows: dict[str, Any] = {}
-        self._remarks: list[str] = []
-
-    def add(self, linear: Linear, outcome: Outcome) -> None:
-        """Take one matrix's masks, and its weights as the checkpoint will store them."""
-        self._tensors[f"{linear.name}.keep"] = masks.pack(outcome.keep).cpu()
-        if outcome.weight is not None:
-            assert linear.key is not None
-            stored = self._run.skeleton.checkpoint.spec(linear.key).dtype
-            self._tensors[f"{linear.name}.weight"] = linear.oriented(outcome.weight).to("cpu", stored).contiguous()
-        if outcome.rows is not None:
-            self._rows[linear.name] = row_facts(outcome.rows, self._run.targets[linear.name].sparsity)
-            self._tensors.update(row_tensors(linear.name, outcome.rows))
-        for remark in outcome.remarks:
-            self._remarks.append(f"{linear.name}: {remark}")
-            self._run.progress.warn(self._remarks[-1])
-
-    def weight(self, linear: Linear) -> Tensor | None:
-        """The new weight in stored orientation and dtype, None where the dense values stay."""
-        return self._tensors.get(f"{linear.name}.weight")
-
-    def finish(self, parts: Parts, layer: DecoderLayer) -> None:
-        """Write the part: the layer is finished."""
-        parts.write(layer.index, self._tensors, {"rows": self._rows, "remarks": self._remarks})
-
-
-def apply_outcome(linear: Linear, keep: Tensor, stored: Tensor | None) -> None:
-    """Make the loaded layer's linear sparse: new weights where there are any (stored orientation), zeros elsewhere."""
-    parameter: Tensor = linear.module.weight.data  # type: ignore[assignment, union-attr]
-    if stored is not None:
-        parameter.copy_(stored)
-    linear.weight.masked_fill_(~keep.to(parameter.device), 0)

@@ -1,10 +1,11 @@
 """Quality of a pruned matrix: how close its outputs B stay to the dense outputs A (Beck et al. 2025).
 
-A = W V and B = P V are float32 [D_out, N]; every metric is computed in float64 and larger is better. Metrics of the
-whole matrix return one number, row metrics one per row. Cosines divide by (norm + 1e-8) and lie in [-1, 1].
+A = W V and B = P V are float32 [D_out, N]; every metric is computed in float64, and larger is better. Metrics
+of the whole matrix return one number, row metrics one per row. Cosines divide by (norm + 1e-8) and lie in
+[-1, 1].
 
-Most metrics follow from two numbers per row, <A_k, B_k> and ||B_k||^2, besides what belongs to A alone; `compare`
-computes these once and every metric starts from them.
+Most metrics follow from two numbers per row, <A_k, B_k> and ||B_k||^2, besides what belongs to A alone;
+`compare` takes these once and the metrics start from them.
 """
 
 from collections.abc import Callable
@@ -47,15 +48,15 @@ class Dense:
     @cached_property
     def column_norm(self) -> Tensor:
         """The L2 norm of each column, float64 [N] on the CPU."""
-        return torch.linalg.vector_norm(self.values, dim=0, dtype=torch.float64).cpu()
+        return self.values.double().square().sum(dim=0).sqrt().cpu()
 
 
 @dataclass(frozen=True)
 class Outputs:
     """Dense and pruned outputs of one matrix, compared.
 
-    dense: A. pruned: B, float32 [D_out, N] on A's device. dot: <A_k, B_k>, sqnorm: ||B_k||^2, float64 [D_out] on
-    the CPU.
+    dense: A. pruned: B, float32 [D_out, N] on A's device.
+    dot: <A_k, B_k>, sqnorm: ||B_k||^2, both float64 [D_out] on the CPU.
     """
 
     dense: Dense
@@ -64,10 +65,19 @@ class Outputs:
     sqnorm: Tensor
 
     @property
+    def row_error(self) -> Tensor:
+        """Sum of each row's squared errors, float64 [D_out]."""
+        return (self.dense.sqnorm - 2 * self.dot + self.sqnorm).clamp(min=0)
+
+    @property
     def row_mse(self) -> Tensor:
         """Mean square error of each row, float64 [D_out]."""
-        error = (self.dense.sqnorm - 2 * self.dot + self.sqnorm).clamp(min=0)
-        return error / self.pruned.shape[1]
+        return self.row_error / self.pruned.shape[1]
+
+    @property
+    def mse(self) -> Tensor:
+        """Mean square error, a float64 scalar."""
+        return self.row_error.sum() / self.pruned.numel()
 
     @property
     def row_cosine(self) -> Tensor:
@@ -81,7 +91,7 @@ def compare(dense: Dense, pruned: Tensor) -> Outputs:
     pruned: float32 [D_out, N], on the device of `dense`. Raises ValueError for another shape than A's.
     """
     if pruned.shape != dense.values.shape:
-        raise ValueError(f"pruned outputs {list(pruned.shape)} do not match dense {list(dense.values.shape)}.")
+        raise ValueError(f"pruned outputs {list(pruned.shape)} are not like the dense {list(dense.values.shape)}.")
     return Outputs(dense, pruned, *_row_sums(dense.values, pruned))
 
 
@@ -128,7 +138,7 @@ def quality_function(name: str) -> Quality:
 def row_quality_function(name: str) -> RowQuality:
     """The row metric called `name`. Raises OptionError for an unknown name."""
     if name not in _row_qualities:
-        raise OptionError(f"there is no row quality metric {name!r}; choose one of {', '.join(_row_qualities)}.")
+        raise OptionError(f"there is no row metric {name!r}; choose one of {', '.join(_row_qualities)}.")
     return _row_qualities[name]
 
 
@@ -159,14 +169,14 @@ def cosim_sample(outputs: Outputs) -> Tensor:
     """Mean over columns (samples) of the column cosine."""
     pruned = outputs.pruned.double()
     dot = (outputs.dense.values * pruned).sum(dim=0).cpu()
-    norm = torch.linalg.vector_norm(pruned, dim=0).cpu()
+    norm = pruned.square().sum(dim=0).sqrt().cpu()
     return _cosine(dot, outputs.dense.column_norm, norm).mean()
 
 
 @register_quality("mse")
 def mse(outputs: Outputs) -> Tensor:
     """Minus the mean square error."""
-    return -outputs.row_mse.mean()
+    return -outputs.mse
 
 
 # Rows are equally long, so the mean of the rows' means is the mean.
@@ -182,16 +192,15 @@ def mae(outputs: Outputs) -> Tensor:
 @register_quality("snr")
 def snr(outputs: Outputs) -> Tensor:
     """Signal-to-noise ratio in dB, infinite when the mean square error is below 1e-10."""
-    error = outputs.row_mse.mean()
-    if error < _MSE_FLOOR:
-        return torch.full_like(error, torch.inf)
-    return _decibel(outputs.dense.sqnorm.sum() / outputs.pruned.numel(), error)
+    if outputs.mse < _MSE_FLOOR:
+        return torch.full_like(outputs.mse, torch.inf)
+    return _decibel(outputs.dense.sqnorm.sum() / outputs.pruned.numel(), outputs.mse)
 
 
 @register_quality("psnr_flat")
 def psnr_flat(outputs: Outputs) -> Tensor:
     """Peak signal-to-noise ratio over everything, in dB."""
-    return _decibel(outputs.dense.row_peak.max(), outputs.row_mse.mean())
+    return _decibel(outputs.dense.row_peak.max(), outputs.mse)
 
 
 @register_quality("psnr_dim")

@@ -12,8 +12,8 @@ _BLOCK = 1 << 18
 def row_order(scores: Tensor) -> Tensor:
     """Columns of every row by ascending score, equal scores in index order.
 
-    scores: float [D_out, D_in], at most 2**31 columns. Returns [D_out, D_in] on their device, int16 where it can hold
-    D_in, int32 else. Raises ValueError for NaN scores.
+    scores: float [D_out, D_in]. Returns [D_out, D_in] on their device, int16 where it can hold D_in, int32
+    else. Raises ValueError for NaN scores.
     """
     d_out, d_in = scores.shape
     if scores.numel() and scores.max().isnan():
@@ -34,7 +34,7 @@ def row_order(scores: Tensor) -> Tensor:
 
 
 def ranks_of(order: Tensor) -> Tensor:
-    """The inverse permutation of every row: the rank of each column from the columns by rank, or the other way.
+    """The rank of every column in its row: the inverse of each row's permutation.
 
     order: int16 or int32 [D_out, D_in]. Returns the like.
     """

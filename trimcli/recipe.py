@@ -1,4 +1,4 @@
-"""What to do with one matrix: score, row allocation, pattern and weight update, chosen independently and composed here."""
+"""What to do with one matrix: score, rows, pattern and weight update, chosen independently and composed here."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -63,18 +63,27 @@ class Recipe:
         one_of("--numerics", self.numerics, get_args(Numerics))
         refused = [
             (self.rows and pattern, "--use-trim with an N:M pattern: the pattern fixes every row's count"),
-            (self.variant and pattern, "--use-variant with an N:M pattern: the variant chooses rows' counts itself"),
+            (
+                self.variant and pattern,
+                "--use-variant with an N:M pattern: the variant chooses rows' counts itself",
+            ),
             (self.variant and self.rows, "--use-variant with --use-trim: both choose the rows' counts"),
             (
                 self.variant and self.method != "wanda",
                 f"--use-variant with --method {self.method}: it is a variant of wanda",
             ),
-            (self.input_recalc and not self.rows, "--input-recalc without --use-trim: only TRIM reads the inputs again"),
+            (
+                self.input_recalc and not self.rows,
+                "--input-recalc without --use-trim: only TRIM reads the inputs again",
+            ),
             (
                 not self.propagate and self.method == "sparsegpt",
                 "--no-propagate with --method sparsegpt: its Gram comes from a forward pass",
             ),
-            (not self.propagate and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs"),
+            (
+                not self.propagate and self.barber,
+                "--no-propagate with --prune-barber: it rebuilds on sparse inputs",
+            ),
             (
                 not self.propagate and self.input_recalc,
                 "--no-propagate with --input-recalc: it needs forward passes while pruning",
@@ -144,12 +153,10 @@ class Recipe:
             return Outcome(variant_keep(scores, target.sparsity, self.numerics))
         if self.method == "magnitude":
             return Outcome(masks.lowest_overall(scores, target.sparsity, self.numerics))
-        counts = masks.even_row_counts(*weight.shape, target.sparsity, self.numerics)
+        counts = masks.even_row_counts(weight.shape[0], weight.shape[1], target.sparsity, self.numerics)
         return Outcome(masks.lowest_per_row(scores, counts))
 
-    def _sparsegpt(
-        self, weight: Tensor, stats: LinearStats, target: Target, factors: dict[int, Factor]
-    ) -> Outcome:
+    def _sparsegpt(self, weight: Tensor, stats: LinearStats, target: Target, factors: dict[int, Factor]) -> Outcome:
         gram = stats[Statistic.GRAM]
         if id(gram) not in factors:
             factors[id(gram)] = factorise(gram, self.update.damping)
@@ -174,14 +181,14 @@ class Recipe:
 
 
 def uniform_target(sparsity: float | None, sparsity_type: str) -> Target:
-    """The one target of --sparsity and --sparsity-type. Raises OptionError when neither or contradictory ones are given."""
+    """The one target of --sparsity and --sparsity-type. Raises OptionError for none or contradictory ones."""
     pattern = masks.parse_pattern(sparsity_type)
     if pattern:
         implied = 1 - pattern[0] / pattern[1]
         if sparsity is not None and abs(sparsity - implied) > 1e-9:
             raise OptionError(
-                f"--sparsity {sparsity} with --sparsity-type {sparsity_type}: {pattern[0]} kept of {pattern[1]} implies "
-                f"{implied:g}; drop --sparsity."
+                f"--sparsity {sparsity} with --sparsity-type {sparsity_type}: {pattern[0]} kept of {pattern[1]} "
+                f"implies {implied:g}; drop --sparsity."
             )
         return Target(implied, pattern)
     if sparsity is None:

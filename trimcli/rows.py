@@ -1,7 +1,7 @@
-"""TRIM: a sparsity for every row of a matrix, by targeted row-wise iterative search (Beck et al. 2025, section 3).
+"""TRIM: a sparsity for every row of a matrix by iterative search (Beck et al. 2025, section 3).
 
-Rows whose outputs suffer little lose more weights, rows that suffer much lose fewer, step by step, as long as the
-quality of the whole matrix's outputs grows. The mean sparsity stays on the target.
+Rows whose outputs suffer little lose more weights, rows that suffer much lose fewer, step by step; the
+iterate whose outputs are best as a whole wins. The mean sparsity stays on the target.
 """
 
 from dataclasses import dataclass
@@ -71,6 +71,7 @@ class RowResult:
     row_quality_after: Tensor
 
 
+@torch.no_grad()
 def search_rows(
     weight: Tensor, scores: Tensor, inputs: Tensor, target: float, options: RowOptions | None = None
 ) -> RowResult:
@@ -78,15 +79,15 @@ def search_rows(
 
     weight: float [D_out, D_in]. scores: float [D_out, D_in], the lowest of a row go first. inputs: float
     [D_in, N], the last token's input of each sample. All on one device; outputs are computed in float32.
-    exact numerics: the counts sum to round(target * D_out * D_in) and, where whole counts allow it, no row loses more
-    than the larger of 95% and the target. reference: the published code's arithmetic.
+    exact numerics: the counts sum to round(target * D_out * D_in) and, where whole counts allow it, no row
+    loses more than the larger of 95% and the target. reference: the published code's arithmetic.
     Raises ValueError for shapes that do not fit, NaN scores and a target outside [0, 1].
     """
     options = options or RowOptions()
     if scores.shape != weight.shape or inputs.ndim != 2 or inputs.shape[0] != weight.shape[1]:
         raise ValueError(
-            f"weight {list(weight.shape)}, scores {list(scores.shape)} and inputs {list(inputs.shape)} do not fit; "
-            f"they are [D_out, D_in], [D_out, D_in] and [D_in, N]."
+            f"weight {list(weight.shape)}, scores {list(scores.shape)} and inputs {list(inputs.shape)} do "
+            f"not fit; they are [D_out, D_in], [D_out, D_in] and [D_in, N]."
         )
     if not 0 <= target <= 1:
         raise ValueError(f"the target sparsity {target} is not between 0 and 1.")
@@ -139,7 +140,7 @@ class _Search:
 
     def _best(self) -> _Iterate:
         if self.options.qmetric == "pass":
-            # Nothing can be above a quality that is always 1, which is what the published comparison asks for.
+            # The published comparison asks for more than the 1 that uniform sparsity has, too.
             return self._uniform if self.options.numerics == "reference" else self._search(_STEPS[0])
         best = self._over(_STEPS)
         if best is self._uniform and not self.options.forbid_negative:
@@ -176,7 +177,7 @@ class _Search:
         return best
 
     def _quality_of(self, state: State) -> float:
-        """The quality at a state; the same counts reached on another way have the same, not one rounding away."""
+        """Quality at a state; counts reached again have their first one, not one that rounding moved."""
         key = state.counts.numpy().tobytes()
         if key not in self._seen:
             self._seen[key] = float(self._quality(state.outputs))
@@ -201,7 +202,8 @@ class _Search:
             sparsity = self._recentre(sparsity)
             return sparsity, self._floors(sparsity)
         d_out, d_in = self.product.d_out, self.product.d_in
-        # A cap of whole weights, so that rounding takes no row above it; the tolerance is for 0.95 * 20 and its like.
+        # A cap of whole weights, so that rounding takes no row above it. The tolerance is for the likes of
+        # 0.95 * 20.
         whole = int(_CAP * d_in + 1e-9) / d_in
         sparsity = self._project(sparsity, whole if whole >= self.target else _CAP)
         total = masks.matrix_budget(d_out, d_in, self.target)

@@ -34,9 +34,7 @@ class LinearStats:
         """The tensor of `statistic`. Raises ValueError when it was not collected."""
         found: Tensor | None = getattr(self, statistic.value)
         if found is None:
-            raise ValueError(
-                f"the statistic {statistic.value!r} was not collected; name it in the score's needs."
-            )
+            raise ValueError(f"the statistic {statistic.value!r} was not collected; name it in the score's needs.")
         return found
 
 

@@ -70,4 +70,3 @@ def _gradients(
                 step()
 
         return block_gradients(block, {name: dense[name] for name in block.linears}, calls(), total)
-

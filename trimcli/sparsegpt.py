@@ -54,9 +54,7 @@ class UpdateOptions:
         """Refuse values that no matrix could be pruned with."""
         _check_damping(self.damping)
         if self.block_size < 1:
-            raise OptionError(
-                f"--block-size {self.block_size} holds no column; give at least 1 (the default is 128)."
-            )
+            raise OptionError(f"--block-size {self.block_size} holds no column; give at least 1 (the default is 128).")
         if self.mask_score not in get_args(MaskScore):
             raise OptionError(
                 f"--mask-score {self.mask_score} is unknown; give one of {', '.join(get_args(MaskScore))}."
@@ -138,9 +136,7 @@ def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"the Gram has shape {tuple(gram.shape)} where a square matrix is needed.")
     if not torch.isfinite(gram).all():
-        raise ValueError(
-            "the Gram holds NaN or infinite values; the layer's inputs overflowed or are NaN themselves."
-        )
+        raise ValueError("the Gram holds NaN or infinite values; the layer's inputs overflowed or are NaN themselves.")
     diagonal = gram.diagonal()
     if (diagonal < 0).any():
         raise ValueError(
@@ -206,18 +202,14 @@ def sparsegpt(
     d_out, d_in = weight.shape
     given: list[_Budget] = [budget for budget in (sparsity, pattern, row_counts) if budget is not None]
     if len(given) != 1:
-        raise ValueError(
-            f"SparseGPT takes one of sparsity, pattern and row_counts, but {len(given)} were given."
-        )
+        raise ValueError(f"SparseGPT takes one of sparsity, pattern and row_counts, but {len(given)} were given.")
     _check_budget(given[0], d_out, d_in)
     once = _fixed_beforehand(given[0], options)
     if options.mask_score == "wanda" and sqnorm is None:
         raise ValueError("mask_score wanda needs sqnorm, the inputs' square norms.")
     factor = gram if isinstance(gram, Factor) else factorise(gram, options.damping)
     if factor.upper.shape[0] != d_in:
-        raise ValueError(
-            f"a Gram of {factor.upper.shape[0]} channels does not fit a weight of {d_in} inputs."
-        )
+        raise ValueError(f"a Gram of {factor.upper.shape[0]} channels does not fit a weight of {d_in} inputs.")
 
     updated = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     updated[:, factor.dead] = 0.0
@@ -274,9 +266,7 @@ class _Choice:
         return masks.even_row_counts(d_out, end, sparsity, "exact") - before
 
 
-def _prune_block(
-    updated: Tensor, keep: Tensor, upper: Tensor, start: int, end: int, choice: _Choice | None
-) -> None:
+def _prune_block(updated: Tensor, keep: Tensor, upper: Tensor, start: int, end: int, choice: _Choice | None) -> None:
     """Prune columns start..end-1 in place and move what stays in them and to their right.
 
     choice: where given, the mask is chosen by it, and written to `keep`, as the columns are reached.

@@ -5,7 +5,7 @@ per sample at the sample's own place, so a batch may be run again, and neither b
 the result.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,7 +36,7 @@ class InputGroup:
 
 
 def find_groups(layer: DecoderLayer, run: Callable[[], Any]) -> list[InputGroup]:
-    """The layer's input groups, seen in one forward pass `run` of a small batch. Raises TrimError for an unused linear."""
+    """The layer's input groups, seen in one pass `run` of a small batch. Raises TrimError for an unused linear."""
     seen: list[tuple[Tensor, list[Linear]]] = []
 
     def watch(linear: Linear) -> Any:
@@ -92,12 +92,13 @@ class GroupStatistics:
 class Collector:
     """Gathers statistics of `groups` while batches of a layer run.
 
-    needs: which statistics. nsamples: N. gram_dtype: accumulation of the Gram (float32 or float64).
+    needs: which statistics. nsamples, seqlen: N and L. gram_dtype: accumulation of the Gram (float32 or float64).
     """
 
     groups: list[InputGroup]
     needs: frozenset[Statistic]
     nsamples: int
+    seqlen: int
     device: torch.device
     gram_dtype: torch.dtype = torch.float32
     found: dict[str, GroupStatistics] = field(default_factory=dict)
@@ -120,9 +121,7 @@ class Collector:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hook the first linear of every group for the duration."""
-        hooks = [
-            group.linears[0].module.register_forward_pre_hook(self._hook(group.name)) for group in self.groups
-        ]
+        hooks = [group.linears[0].module.register_forward_pre_hook(self._hook(group.name)) for group in self.groups]
         try:
             yield
         finally:
@@ -138,6 +137,11 @@ class Collector:
             rows, found = self._rows, self.found[name]
             count = rows.stop - rows.start
             inputs = args[0].detach()
+            if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
+                raise TrimError(
+                    f"{name} is not given every token (a routed expert, perhaps), so its inputs have no samples; "
+                    f"leave it dense with --skip '{name}'."
+                )
             if inputs.shape[0] != count:  # some layers flatten samples and tokens into one dimension
                 inputs = inputs.reshape(count, -1, inputs.shape[-1])
             if found.sample_sqnorm is not None:
@@ -168,5 +172,3 @@ def refuse_unusable(stats: LinearStats, name: str) -> None:
                 f"the inputs of {name} hold NaN or infinite values (the model overflows or is damaged); "
                 "try --dtype float32, or another checkpoint."
             )
-
-

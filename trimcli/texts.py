@@ -172,9 +172,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(columns=[column]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
-                        raise InputError(
-                            f"the column `{column}` of {path} holds {text!r} where text is needed."
-                        )
+                        raise InputError(f"the column `{column}` of {path} holds {text!r} where text is needed.")
                     yield text
     except (pa.ArrowException, OSError) as problem:
         raise InputError(f"{path} is no whole parquet file ({first_line(problem)}); fetch it anew.") from None

@@ -11,15 +11,13 @@ from trimcli.checkpoint import Checkpoint
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.directory import PrunedLinear, WrittenModel, commands_so_far, write_model
 from trimcli.errors import InputError
-from trimcli.model import build_empty
+from trimcli.meta import build_empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def unpack(
-    packed: Path, output: Path, *, force: bool = False, progress: Progress = NO_PROGRESS
-) -> WrittenModel:
+def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progress = NO_PROGRESS) -> WrittenModel:
     """Write the ordinary directory of a packed one: the same tensors and shards as apply-masks writes dense.
 
     Memory of one tensor. Raises InputError (not a packed directory, truncated or altered), OutputExists.
@@ -65,7 +63,7 @@ def load_packed(
         None,
         config=type(empty.config).from_pretrained(path),
         state_dict={key: checkpoint.load(key) for keys in checkpoint.shards().values() for key in keys},
-        torch_dtype=dtype or "auto",
+        dtype=dtype or "auto",
         **options,
     )
     if (path / "generation_config.json").is_file():

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, ResourceError
-from trimcli.model import DecoderLayer, Recording, Skeleton, first_output
+from trimcli.forward import Embedder, Recording, first_output
+from trimcli.model import DecoderLayer, Skeleton
 from trimcli.statistics import Collector, InputGroup, find_groups
 
 # Tokens in a batch when no batch size is given: enough to fill the device, few enough that activations stay small.
@@ -85,12 +86,12 @@ class Walk:
             yield slice(first, min(first + size, self.nsamples))
 
     def _keep_recording(self, rows: slice, recording: Recording) -> None:
-        """Batches of one size are called alike; where a model's calls depend on the tokens, each batch keeps its own."""
+        """Batches of one size are called alike; where the calls depend on the tokens, each batch keeps its own."""
         shared = self._recordings.setdefault(rows.stop - rows.start, recording)
         if shared is not recording and not _alike(shared.calls, recording.calls):
             self._own[rows.start] = recording
 
-    def _record_size(self, size: int, embed: Any) -> None:
+    def _record_size(self, size: int, embed: Embedder) -> None:
         if size not in self._recordings:
             self._recordings[size] = embed(self._tokens[:size])[1]
 
@@ -165,8 +166,8 @@ class Walk:
     def _halve(self, layer: DecoderLayer) -> None:
         if self.batch_size == 1 or self._own:
             raise ResourceError(
-                f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device} at {layer.name}; "
-                "give a smaller --seqlen or a device with more memory."
+                f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device} at "
+                f"{layer.name}; give a smaller --seqlen or a device with more memory."
             ) from None
         self.batch_size = max(1, self.batch_size // 2)
         if self.skeleton.device.type == "cuda":
@@ -190,8 +191,8 @@ def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
     positions = max_positions(skeleton.config)
     if positions is not None and tokens.shape[1] > positions:
         raise InputError(
-            f"samples of {tokens.shape[1]} tokens are longer than the {positions} positions of {skeleton.checkpoint.id}; "
-            f"give --seqlen {positions} or less."
+            f"samples of {tokens.shape[1]} tokens are longer than the {positions} positions of "
+            f"{skeleton.checkpoint.id}; give --seqlen {positions} or less."
         )
 
 
@@ -219,5 +220,3 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, list | tuple):
         return isinstance(other, list | tuple) and len(one) == len(other) and all(map(_alike, one, other))
     return type(one) is type(other)
-
-

@@ -226,7 +226,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _seed(seed: int | None) -> None:
-    """The generators that lm-eval's command seeds before loading tasks, some of which shuffle their choices."""
+    """The generators that lm-eval's command seeds before loading tasks, some of which shuffle choices."""
     random.seed(0 if seed is None else seed)
     np.random.seed(1234 if seed is None else seed)
     torch.manual_seed(1234 if seed is None else seed)
@@ -307,9 +307,7 @@ def _set_shots(tasks: Mapping[str, Any], options: ZeroShotOptions, progress: Pro
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         if options.num_fewshot and own == 0:
-            progress.warn(
-                f"{name} sets its examples to 0: --num-fewshot {options.num_fewshot} is not applied"
-            )
+            progress.warn(f"{name} sets its examples to 0: --num-fewshot {options.num_fewshot} is not applied")
         elif options.num_fewshot is not None:
             task.set_config(key="num_fewshot", value=options.num_fewshot)
         elif own is None:
@@ -317,9 +315,7 @@ def _set_shots(tasks: Mapping[str, Any], options: ZeroShotOptions, progress: Pro
         task.set_fewshot_seed(seed=1234 if options.seed is None else options.seed)
 
 
-def _evaluate(
-    scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions, progress: Progress
-) -> dict[str, Any]:
+def _evaluate(scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
     """lm-eval's results; the batch is halved while it does not fit."""
     while True:
         scorer.truncated = 0
@@ -336,15 +332,14 @@ def _evaluate(
         except torch.OutOfMemoryError as problem:
             if scorer.batch_size == 1:
                 raise ResourceError(
-                    "the zero-shot tasks do not fit into memory even one sequence at a time; use another "
-                    "device."
+                    "the zero-shot tasks do not fit into memory even one sequence at a time; use another device."
                 ) from problem
             scorer.batch_size_per_gpu = scorer.batch_size // 2
             progress.warn(f"out of memory: trying again with {scorer.batch_size} sequences at a time")
         except Exception as problem:
             raise TrimError(
-                f"lm-eval failed on {', '.join(loaded['tasks'])} ({type(problem).__name__}: {problem}); check "
-                "the task file, or try a smaller --limit to find the document."
+                f"lm-eval failed on {', '.join(loaded['tasks'])} ({type(problem).__name__}: {problem}); "
+                "check the task file, or try a smaller --limit to find the document."
             ) from problem
 
 

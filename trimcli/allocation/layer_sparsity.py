@@ -21,6 +21,8 @@ class LayerSparsity:
     sparsity: full module name -> fraction to prune. metric: the same names -> the value it was derived from,
     None where there is none. pattern: for mixed N:M, name -> (kept, group), else None. model: the model it is
     for; without content, any weights of that structure. path: the file it was read from.
+
+    Reference numerics may ask for more than 1. The file keeps that; read back, it is 1, all that there is.
     """
 
     method: str
@@ -67,7 +69,9 @@ class LayerSparsity:
             reason = f"{type(problem).__name__}: {problem}"
             raise InputError(f"{path} is not a whole layer ratios file ({reason}); make it anew.") from None
         for name, value in sparsity.items():
-            if not (math.isfinite(value) and 0 <= value <= 1):
+            if result.numerics == "reference" and 1 < value < math.inf:
+                sparsity[name] = 1.0
+            elif not 0 <= value <= 1:
                 raise InputError(f"{path} gives {name} the sparsity {value}, outside 0..1; correct it.")
         for name, (kept, group) in (pattern or {}).items():
             if not 1 <= kept <= group:

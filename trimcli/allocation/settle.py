@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from trimcli.errors import OptionError
 from trimcli.masks import Numerics, project
 
 CAP = 0.99
@@ -22,19 +21,12 @@ def settle(sparsity: Tensor, weights: Tensor, target: float, numerics: Numerics)
 
     sparsity: float64 [n], one per linear, as a method proposes them. weights: [n], their weight counts.
     `exact`: projected onto {0 <= s <= max(0.99, target), mean weighted by `weights` = target}, one shift for
-    all. `reference`: neither clipped nor shifted, but what is not positive becomes 0.01. Returns float64 [n].
-    Raises OptionError where `reference` leaves a sparsity above 1 or one that is no number.
+    all. `reference`: neither clipped nor shifted, so some may exceed 1; what is not positive becomes 0.01.
+    Returns float64 [n].
     """
     if numerics == "exact":
         return project(sparsity, weights, target, max(CAP, target))
-    result = torch.where(sparsity <= 0, FLOOR, sparsity)
-    worst = float(result.max())
-    if not worst <= 1:
-        raise OptionError(
-            f"reference numerics give a linear the sparsity {worst:.4g}, above 1; "
-            "lower --lambda, --epsilon or --sparsity, or use --numerics exact."
-        )
-    return result
+    return torch.where(sparsity <= 0, FLOOR, sparsity)
 
 
 def weighted_mean(sparsity: Tensor, weights: Tensor) -> float:

@@ -17,24 +17,28 @@ def alloc_layers(
     sparsity: Annotated[float | None, typer.Option(help="Target: the fraction of weights to prune, in [0, 1).")] = None,
     calibration: Annotated[Path | None, typer.Option(help="OWL: a file of `trim calibrate`.")] = None,
     lambda_: Annotated[
-        float, typer.Option("--lambda", help="OWL: how far a layer may lie from the target (of N when mixed N:M).")
+        float,
+        typer.Option("--lambda", help="OWL: how far a layer may lie from the target (of N when mixed N:M)."),
     ] = 0.08,
     hyper_m: Annotated[float, typer.Option(help="OWL: a score is an outlier above this many times the mean.")] = 5.0,
     group: Annotated[
-        int | None, typer.Option(help="OWL: mixed N:M patterns with groups of this many inputs; N is what is kept.")
+        int | None,
+        typer.Option(help="OWL: mixed N:M patterns with groups of this many inputs; N is what is kept."),
     ] = None,
     ww_metric: Annotated[
         str, typer.Option(help="Alpha: alpha_peak, alpha_mid, or one of weightwatcher's ten.")
     ] = "alpha_peak",
     epsilon: Annotated[float, typer.Option(help="Alpha: the spread of the layers' shares.")] = 0.3,
     mapping_type: Annotated[
-        str, typer.Option(help="Alpha: block gives a decoder layer's linears their mean, layer leaves them apart.")
+        str,
+        typer.Option(help="Alpha: block gives a decoder layer's linears their mean, layer leaves them apart."),
     ] = "block",
     metrics_cache: Annotated[
         Path | None, typer.Option(help="Alpha: a JSON file of metrics, read and extended.")
     ] = None,
     import_file: Annotated[
-        Path | None, typer.Option("--import", help="A published tool's .npy: OWL's keep ratios or Alpha's metrics.")
+        Path | None,
+        typer.Option("--import", help="A published tool's .npy: OWL's keep ratios or Alpha's metrics."),
     ] = None,
     numerics: common.Numerics = "exact",
     device: common.Device = "auto",

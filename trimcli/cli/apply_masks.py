@@ -91,9 +91,7 @@ def unpack(
 
     written = run(packed, output, force=force, progress=progress)
     if as_json:
-        common.emit_json(
-            {"model": output, "nbytes": written.nbytes, "sparsity": written.document["sparsity"]}
-        )
+        common.emit_json({"model": output, "nbytes": written.nbytes, "sparsity": written.document["sparsity"]})
     elif not quiet:
         common.facts(
             {

@@ -37,4 +37,6 @@ def cache(
         rows = [(entry.kind, common.size(entry.nbytes), entry.path.name) for entry in entries]
         if rows:
             console.print(rows_table((("kind", "left"), ("size", "right"), ("name", "left")), rows))
-        console.print(f"{len(entries)} entries in {found.directory}" + (f", {common.size(freed)} freed" if clear else ""))
+        console.print(
+            f"{len(entries)} entries in {found.directory}" + (f", {common.size(freed)} freed" if clear else "")
+        )

@@ -16,11 +16,14 @@ def calibrate(
     output: Annotated[Path, typer.Option("--output", "-o", help="The calibration file to write.")],
     dataset: Annotated[
         str,
-        typer.Option(help="c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet) or hf:NAME with a text column."),
+        typer.Option(
+            help="c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet) or hf:NAME with a text column."
+        ),
     ] = "c4",
     nsamples: Annotated[int, typer.Option(help="Calibration samples.")] = 256,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens a sample; the smaller of 2048 and the model's positions if not given.")
+        int | None,
+        typer.Option(help="Tokens a sample; the smaller of 2048 and the model's positions if not given."),
     ] = None,
     stats: Annotated[
         str, typer.Option(help="What to keep: norms (wanda, OWL) and inputs (TRIM without propagation).")
@@ -28,7 +31,9 @@ def calibrate(
     batch_size: Annotated[int | None, typer.Option(help="Samples a batch; chosen if not given.")] = None,
     tokens: Annotated[
         Path | None,
-        typer.Option(help="A safetensors file with an integer tensor `tokens` [nsamples, seqlen]: exactly these samples."),
+        typer.Option(
+            help="A safetensors file with an integer tensor `tokens` [nsamples, seqlen]: exactly these samples."
+        ),
     ] = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",

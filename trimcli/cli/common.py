@@ -21,12 +21,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A directory in Hugging Face format, or a hub id such as Qwen/Qwen2.5-3B.")
+    str,
+    typer.Argument(metavar="MODEL", help="A directory in Hugging Face format, or a hub id such as Qwen/Qwen2.5-3B."),
 ]
 RUN = "Run"
-Device = Annotated[
-    str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)
-]
+Device = Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.", rich_help_panel=RUN)]
 Dtype = Annotated[
     str,
     typer.Option(
@@ -38,14 +37,16 @@ Dtype = Annotated[
 Seed = Annotated[int, typer.Option(help="Seed of every random draw.", rich_help_panel=RUN)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary; errors only.", rich_help_panel=RUN)]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout instead of tables.", rich_help_panel=RUN)
+    bool,
+    typer.Option("--json", help="Print one JSON document on stdout instead of tables.", rich_help_panel=RUN),
 ]
 Force = Annotated[
     bool,
     typer.Option("--force", help="Replace an existing output; a directory only if trim made it.", rich_help_panel=RUN),
 ]
 CacheDir = Annotated[
-    Path | None, typer.Option(help="The stage cache (default: in the user's cache folder).", rich_help_panel=RUN)
+    Path | None,
+    typer.Option(help="The stage cache (default: in the user's cache folder).", rich_help_panel=RUN),
 ]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that the model brings.", rich_help_panel=RUN)
@@ -90,7 +91,9 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
         return 130, "interrupted; the same command goes on from the last finished layer."
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {problem.filename}" if problem.filename else ""
-        full = ResourceError(f"the disk is full{where}; free space or name an output on another disk (--cache-dir too).")
+        full = ResourceError(
+            f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."
+        )
         return full.exit_status, str(full)
     if isinstance(problem, PermissionError):
         return 2, f"no permission for {problem.filename}; choose another path or change its rights."

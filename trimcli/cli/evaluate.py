@@ -16,17 +16,18 @@ TASKS = "Zero-shot tasks (lm-eval)"
 def evaluate(
     model: common.Model,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The results file (JSON) to write.")] = None,
-    masks: Annotated[
-        Path | None, typer.Option(help="Measure the model under these masks, without writing it.")
-    ] = None,
+    masks: Annotated[Path | None, typer.Option(help="Measure the model under these masks, without writing it.")] = None,
     ppl: Annotated[
         str | None, typer.Option(help="Perplexity on wikitext2, c4, ptb or files, separated by commas.")
     ] = None,
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens a window; the smaller of 2048 and the model's positions if not given.")
+        int | None,
+        typer.Option(help="Tokens a window; the smaller of 2048 and the model's positions if not given."),
     ] = None,
     max_windows: Annotated[int | None, typer.Option(help="Only the first so many windows.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Windows or task sequences a batch; chosen if not given.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows or task sequences a batch; chosen if not given.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="lm-eval tasks or groups: boolq,rte,hellaswag,winogrande,...", rich_help_panel=TASKS),
@@ -34,12 +35,16 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="A folder of local task files.", rich_help_panel=TASKS)
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(help="Examples before each question.", rich_help_panel=TASKS)] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question.", rich_help_panel=TASKS)
+    ] = None,
     limit: Annotated[
-        float | None, typer.Option(help="Documents a task, or their fraction if below 1.", rich_help_panel=TASKS)
+        float | None,
+        typer.Option(help="Documents a task, or their fraction if below 1.", rich_help_panel=TASKS),
     ] = None,
     log_samples: Annotated[
-        Path | None, typer.Option(help="A folder for one JSON lines file of answers a task.", rich_help_panel=TASKS)
+        Path | None,
+        typer.Option(help="A folder for one JSON lines file of answers a task.", rich_help_panel=TASKS),
     ] = None,
     device: common.Device = "auto",
     dtype: common.Dtype = "auto",
@@ -95,10 +100,13 @@ def _print(document: Mapping[str, Any], output: Path | None) -> None:
         )
     for name, entry in document.get("tasks", {}).items():
         metrics = {key: value for key, value in entry.items() if f"{key}_stderr" in entry}
-        rows[name] = ", ".join(
-            f"{key} {value:.4g}" + (f" ± {entry[f'{key}_stderr']:.2g}" if entry[f"{key}_stderr"] else "")
-            for key, value in metrics.items()
-        ) + f" ({entry['n_shot']}-shot, {entry['samples']} of {entry['documents']} documents)"
+        rows[name] = (
+            ", ".join(
+                f"{key} {value:.4g}" + (f" ± {entry[f'{key}_stderr']:.2g}" if entry[f"{key}_stderr"] else "")
+                for key, value in metrics.items()
+            )
+            + f" ({entry['n_shot']}-shot, {entry['samples']} of {entry['documents']} documents)"
+        )
     for name in ("mean_acc", "mean_acc_seven"):
         if document.get(name) is not None:
             rows[name] = f"{document[name]:.4f}"

@@ -1,9 +1,5 @@
 """`trim plan`."""
 
-from typing import Annotated
-
-import typer
-
 from trimcli.cli import common
 from trimcli.cli import prune_options as shared
 from trimcli.cli.common import boundary

@@ -76,9 +76,9 @@ def prune(
     Later layers see what the already pruned ones produce; --no-propagate uses the dense model's cached statistics
     instead. An interrupted run goes on from the last finished layer.
 
-    Example: trim prune Qwen/Qwen2.5-3B -o masks.safetensors --calibration calib.safetensors --ratios owl70.json --use-trim
+    Example: trim prune Qwen/Qwen2.5-3B -o m.safetensors --calibration calib.safetensors --ratios owl70.json --use-trim
 
-    In one go: trim prune Qwen/Qwen2.5-3B -o masks.safetensors --sparsity 0.7 --alloc owl --use-trim --save-model pruned
+    In one go: trim prune Qwen/Qwen2.5-3B -o m.safetensors --sparsity 0.7 --alloc owl --use-trim --save-model pruned
     """
     progress = common.start(quiet, as_json)
     options = shared.build(locals())
@@ -111,7 +111,9 @@ def _print(summary: "PruneSummary") -> None:
             "model": summary.model_directory,
             "sparsity": f"{summary.sparsity:.4%} ({summary.zeros:,} of {summary.weights:,} weights, "
             f"{summary.linears} linears)",
-            "TRIM": None if improved is None else f"row sparsities beat uniform in {improved} of {summary.linears} linears",
+            "TRIM": None
+            if improved is None
+            else f"row sparsities beat uniform in {improved} of {summary.linears} linears",
             "resumed": f"after {summary.resumed} layers" if summary.resumed else None,
             "seconds": f"{summary.seconds:.1f}",
             "peak memory": common.memory(summary.peak_memory),

@@ -8,7 +8,13 @@ import typer
 if TYPE_CHECKING:
     from trimcli.prune import PruneOptions
 
-TARGET, TRIM, UPDATE, BARBER, ONE_GO = "Target", "TRIM rows", "SparseGPT", "LLM-Barber", "In one go (no --calibration)"
+TARGET, TRIM, UPDATE, BARBER, ONE_GO = (
+    "Target",
+    "TRIM rows",
+    "SparseGPT",
+    "LLM-Barber",
+    "In one go (no --calibration)",
+)
 
 
 def option(help: str, panel: str | None = None, *names: str) -> Any:
@@ -19,7 +25,8 @@ def option(help: str, panel: str | None = None, *names: str) -> Any:
 Method = Annotated[str, option("The score: wanda, magnitude or sparsegpt (which also updates the kept weights).")]
 Sparsity = Annotated[float | None, option("The fraction to prune, in [0, 1).", TARGET)]
 SparsityType = Annotated[
-    str, option("unstructured, or N:M: N weights are KEPT of each M consecutive inputs (2:4, 4:8, ...).", TARGET)
+    str,
+    option("unstructured, or N:M: N weights are KEPT of each M consecutive inputs (2:4, 4:8, ...).", TARGET),
 ]
 Ratios = Annotated[Path | None, option("Layer sparsities: a file of `trim alloc-layers`.", TARGET)]
 Only = Annotated[list[str] | None, option("Prune only linears whose full name matches this glob (repeatable).", TARGET)]
@@ -29,10 +36,19 @@ NoPropagate = Annotated[
     bool,
     option("Use the dense model's statistics: no forward pass, one matrix in memory.", None, "--no-propagate"),
 ]
-UseVariant = Annotated[bool, option("The Wanda paper's variant: rows' counts by running score sums.", None, "--use-variant")]
+UseVariant = Annotated[
+    bool, option("The Wanda paper's variant: rows' counts by running score sums.", None, "--use-variant")
+]
 UseTrim = Annotated[bool, option("Search row-wise sparsities (Beck et al. 2025).", TRIM, "--use-trim")]
-Qmetric = Annotated[str, option("Quality of a whole matrix's outputs that the search maximises.", TRIM)]
-QmetricDimwise = Annotated[str, option("Quality of each row that steers the search.", TRIM)]
+Qmetric = Annotated[
+    str,
+    option(
+        "Quality of a whole matrix's outputs that the search maximises: cosim_flat, cosim_dim, cosim_sample, mse, "
+        "mse_dim, mae, snr, psnr_flat, psnr_dim, psnr_sample or pass.",
+        TRIM,
+    ),
+]
+QmetricDimwise = Annotated[str, option("Quality of each row that steers the search: cosim, mse or psnr.", TRIM)]
 Iterations = Annotated[int, option("Iterations of a search.", TRIM)]
 ForbidNegLr = Annotated[bool, option("Never try negative steps.", TRIM, "--forbid-neg-lr")]
 InputRecalc = Annotated[
@@ -51,7 +67,8 @@ PruneGranularity = Annotated[str, option("The unit whose weights are paired: blo
 Threshold = Annotated[float, option("Share of a unit's improving pairs that swap.", BARBER)]
 PruneMetric = Annotated[str, option("A weight's worth: WD, W or D.", BARBER)]
 RetainReconstruction = Annotated[
-    bool, option("Kept weights keep the sparse model's values (SparseGPT's).", BARBER, "--retain-reconstruction")
+    bool,
+    option("Kept weights keep the sparse model's values (SparseGPT's).", BARBER, "--retain-reconstruction"),
 ]
 NoResume = Annotated[bool, option("Start over instead of going on with an interrupted run.", None, "--no-resume")]
 SaveModel = Annotated[Path | None, option("Also write the pruned model to this directory.")]
@@ -81,9 +98,7 @@ def build(values: dict[str, Any]) -> "PruneOptions":
     from trimcli.rows import RowOptions
     from trimcli.sparsegpt import UpdateOptions
 
-    run = {
-        name: values[name] for name in ("device", "dtype", "seed", "revision", "trust_remote_code", "cache_dir")
-    }
+    run = {name: values[name] for name in ("device", "dtype", "seed", "revision", "trust_remote_code", "cache_dir")}
     numerics = values["numerics"]
     recipe = Recipe(
         method=values["method"],
@@ -158,5 +173,3 @@ def build(values: dict[str, Any]) -> "PruneOptions":
         batch_size=values["batch_size"],
         resume=not values.get("no_resume", False),
     )
-
-

@@ -33,7 +33,12 @@ def bar(fraction: float, width: int = BAR) -> str:
 
 def print_allocation(found: "LayerSparsity", output: Path) -> None:
     """The allocation by decoder layer, with the metric behind it."""
-    table = Table(title=f"{found.method}, target {found.target:.4g}", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        title=f"{found.method}, target {found.target:.4g}",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     table.add_column("layer")
     table.add_column("metric", justify="right")
     table.add_column("sparsity", justify="right")
@@ -57,11 +62,19 @@ def plan_table(plan: "Plan") -> Table:
         pattern = ":".join(map(str, linear.target.pattern)) if linear.target.pattern else ""
         groups.setdefault((short, linear.shape), []).append((linear, pattern))
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name, justify in (("linear", "left"), ("matrices", "right"), ("shape", "right"), ("target", "right"), ("zeros", "right")):
+    for name, justify in (
+        ("linear", "left"),
+        ("matrices", "right"),
+        ("shape", "right"),
+        ("target", "right"),
+        ("zeros", "right"),
+    ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for (short, shape), members in groups.items():
         targets = [linear.target.sparsity for linear, _ in members]
-        spread = f"{min(targets):.4f}" if max(targets) - min(targets) < 1e-9 else f"{min(targets):.4f} to {max(targets):.4f}"
+        spread = (
+            f"{min(targets):.4f}" if max(targets) - min(targets) < 1e-9 else f"{min(targets):.4f} to {max(targets):.4f}"
+        )
         patterns = sorted({pattern for _, pattern in members if pattern})
         target = ", ".join(patterns) + f" ({spread})" if patterns else spread
         zeros = sum(linear.zeros for linear, _ in members)

@@ -1,0 +1,85 @@
+"""`trim verify`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimcli.cli import common
+from trimcli.cli.common import boundary
+
+if TYPE_CHECKING:
+    from trimcli.verify import VerifyReport
+
+
+@boundary
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="DIR|MASKS", help="A pruned or packed directory, or a masks file.")],
+    masks: Annotated[
+        Path | None, typer.Option(help="Hold the directory against these masks: zero wherever they are.")
+    ] = None,
+    quiet: common.Quiet = False,
+    as_json: common.Json = False,
+    trust_remote_code: common.TrustRemoteCode = False,
+) -> None:
+    """Read saved files back, tensor by tensor: sparsity per linear and layer, N:M groups, counts against the manifest.
+
+    Exit status 1 when something does not hold.
+
+    Example: trim verify Qwen2.5-3B-70
+    """
+    progress = common.start(quiet, as_json)
+    from trimcli.verify import VerifyOptions
+    from trimcli.verify import verify as run
+
+    report = run(path, VerifyOptions(masks=masks, trust_remote_code=trust_remote_code), progress=progress)
+    if as_json:
+        common.emit_json(report.document())
+    elif not quiet:
+        _print(report)
+    report.check()
+
+
+def _print(report: "VerifyReport") -> None:
+    from rich.console import Console
+
+    from trimcli.cli.tables import bar, rows_table
+
+    console = Console(soft_wrap=True)
+    rows = []
+    for linear in report.linears:
+        asked = ":".join(map(str, linear.pattern)) if linear.pattern else ""
+        if not asked and linear.target is not None:
+            asked = f"{linear.target:.4f}"
+        rows.append(
+            (
+                linear.name,
+                f"{linear.shape[0]} x {linear.shape[1]}",
+                f"{linear.zeros:,}",
+                f"{linear.sparsity:.4f}",
+                asked,
+                f"{linear.row_min:.3f} {linear.row_median:.3f} {linear.row_max:.3f}",
+            )
+        )
+    columns = [(name, "right") for name in ("shape", "zeros", "sparsity", "asked for", "rows: min median max")]
+    console.print(rows_table((("linear", "left"), *columns), rows))
+    layers = [(name, f"{sparsity:.4f}", bar(sparsity)) for name, sparsity in report.layers.items()]
+    console.print(rows_table((("layer", "left"), ("sparsity", "right"), ("", "left")), layers))
+    counts = report.row_histogram
+    most = max(counts) or 1
+    width = 1 / len(counts)
+    histogram = [
+        (f"{index * width:.2f} to {(index + 1) * width:.2f}", f"{count:,}", bar(count / most))
+        for index, count in enumerate(counts)
+        if count
+    ]
+    console.print(rows_table((("row sparsity", "left"), ("rows", "right"), ("", "left")), histogram))
+    if report.schema is None:
+        verdict = "nothing to check against: trim did not write this directory"
+    else:
+        verdict = "does not hold" if report.failures else "holds"
+    console.print(
+        f"{report.path}: sparsity {report.sparsity:.4%} ({report.zeros:,} zeros in {len(report.linears)} linears); "
+        f"{verdict}",
+        highlight=False,
+    )

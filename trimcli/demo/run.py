@@ -1,0 +1,127 @@
+"""`trim demo`: every stage on the embedded model, offline: methods side by side, then the files of the best one."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimcli.allocate import AllocateOptions, allocate
+from trimcli.apply import ApplyOptions, apply_masks
+from trimcli.calibrate import CalibrateOptions, calibrate
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.demo import MODEL, write_texts
+from trimcli.evaluate import EvaluateOptions, evaluate
+from trimcli.prune import PruneOptions, prune
+from trimcli.recipe import Recipe
+from trimcli.rows import RowOptions
+from trimcli.verify import verify
+
+SAMPLES, SEQLEN, WINDOWS = 64, 128, 240
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the demo: its label, the method, the layer allocation and whether TRIM allocates rows."""
+
+    label: str
+    method: str
+    allocation: str | None = None
+    trim: bool = False
+
+
+VARIANTS = (
+    Variant("magnitude", "magnitude"),
+    Variant("wanda", "wanda"),
+    Variant("wanda + OWL", "wanda", "owl"),
+    Variant("wanda + Alpha", "wanda", "alpha"),
+    Variant("wanda + TRIM", "wanda", None, True),
+    Variant("wanda + OWL + TRIM", "wanda", "owl", True),
+)
+
+
+@dataclass(frozen=True)
+class DemoRow:
+    """One measured row: perplexity on the held-back topics, achieved sparsity, seconds of pruning."""
+
+    label: str
+    perplexity: float
+    sparsity: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """rows: dense first. best: label of the best pruned row. dense_bytes, packed_bytes: of its directories."""
+
+    rows: tuple[DemoRow, ...]
+    best: str
+    dense_bytes: int
+    packed_bytes: int
+    directory: Path
+    seconds: float
+
+
+def demo(
+    directory: Path,
+    sparsity: float,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = NO_PROGRESS,
+    say: Callable[[str], None] = lambda line: None,
+) -> DemoResult:
+    """Run the stages into `directory`, which must exist and be empty. say: is told each stage's command line."""
+    started = time.monotonic()
+    texts = write_texts(directory)
+    model = str(MODEL)
+    run: dict[str, Any] = {"device": device, "seed": seed, "cache_dir": directory / "cache"}
+    calibration = directory / "calibration.safetensors"
+    say(f"trim calibrate MODEL -o {calibration.name} --dataset {texts.calibration.name} --nsamples {SAMPLES} --seqlen {SEQLEN}")
+    drawn = CalibrateOptions(dataset=str(texts.calibration), nsamples=SAMPLES, seqlen=SEQLEN, **run)
+    calibrate(model, calibration, drawn, progress=progress)
+
+    def measured(label: str, masks: Path | None, seconds: float) -> DemoRow:
+        options = EvaluateOptions(
+            masks=masks, ppl=(str(texts.measurement),), seqlen=SEQLEN, max_windows=WINDOWS, **run
+        )
+        output = directory / f"results-{label.replace(' + ', '-').lower()}.json"
+        found = evaluate(model, options, output, progress=progress)
+        return DemoRow(label, found["perplexity"][0]["value"], found["sparsity"]["total"], seconds)
+
+    ratios: dict[str | None, Path] = {}
+    for method in ("owl", "alpha"):
+        ratios[method] = directory / f"ratios-{method}.json"
+        needs = f" --calibration {calibration.name}" if method == "owl" else ""
+        say(f"trim alloc-layers MODEL -o {ratios[method].name} --method {method} --sparsity {sparsity}{needs}")
+        options = AllocateOptions(
+            method=method, sparsity=sparsity, calibration=calibration if method == "owl" else None, **run
+        )
+        allocate(model, ratios[method], options, progress=progress)
+    rows = [measured("dense", None, 0.0)]
+    masks = {}
+    for variant in VARIANTS:
+        masks[variant.label] = directory / f"masks-{variant.label.replace(' + ', '-').lower()}.safetensors"
+        target = f"--ratios {ratios[variant.allocation].name}" if variant.allocation else f"--sparsity {sparsity}"
+        trim = " --use-trim" if variant.trim else ""
+        needs = "" if variant.method == "magnitude" else f" --calibration {calibration.name}"
+        say(f"trim prune MODEL -o {masks[variant.label].name} --method {variant.method} {target}{needs}{trim}")
+        choice = PruneOptions(
+            recipe=Recipe(method=variant.method, rows=RowOptions() if variant.trim else None),  # type: ignore[arg-type]
+            ratios=ratios.get(variant.allocation),
+            sparsity=None if variant.allocation else sparsity,
+            calibration=calibration if needs else None,
+            **run,
+        )
+        summary = prune(model, masks[variant.label], choice, progress=progress)
+        rows.append(measured(variant.label, masks[variant.label], summary.seconds))
+    best = min(rows[1:], key=lambda row: row.perplexity)
+    pruned, packed = directory / "pruned", directory / "packed"
+    say(f"trim apply-masks MODEL {masks[best.label].name} -o {pruned.name}")
+    dense_form = apply_masks(model, masks[best.label], pruned, progress=progress)
+    say(f"trim apply-masks MODEL {masks[best.label].name} -o {packed.name} --format packed")
+    packed_form = apply_masks(model, masks[best.label], packed, ApplyOptions(format="packed"), progress=progress)
+    say(f"trim verify {pruned.name}")
+    verify(pruned, progress=progress).check()
+    seconds = time.monotonic() - started
+    return DemoResult(tuple(rows), best.label, dense_form.nbytes, packed_form.nbytes, directory, seconds)
