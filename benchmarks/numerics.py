@@ -112,8 +112,7 @@ def _prune(study: Study, output: Path, recipe: Recipe, ratios: Path | None, spar
         sparsity=None if ratios else sparsity,
         ratios=ratios,
         calibration=study.calibration() if recipe.needs else None,
-        cache_dir=study.cache,
-        resume=False,
+        cache_dir=output.parent / "cache",
     )
     prune(str(study.model), output, options)
 

@@ -95,8 +95,6 @@ class Setting:
             sparsity_type=self.pattern or "unstructured",
             ratios=study.ratios(self.allocation, self.sparsity or 0) if allocated else None,
             calibration=study.calibration() if walks else None,
-            cache_dir=study.cache,
-            resume=False,
         )
 
 
@@ -142,9 +140,10 @@ def run(study: Study, setting: Setting) -> Run:
     if setting.name == "dense":
         perplexity, sparsity = study.measure(study.model)
         return Run(perplexity, sparsity, 0.0)
-    options = setting.prune_options(study)
     with tempfile.TemporaryDirectory(dir=study.folder) as folder:
         masks, pruned = Path(folder) / "masks.safetensors", Path(folder) / study.model.name
+        # A cache of its own: another process may be in the same first pass, before its own second one.
+        options = replace(setting.prune_options(study), cache_dir=Path(folder) / "cache")
         if options.recipe.changes_weights:
             made = prune(str(study.model), masks, replace(options, save_model=pruned))
             perplexity, sparsity = study.measure(pruned)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimcli.allocate import AllocateOptions, allocate
+from trimcli.stages.allocate import AllocateOptions, allocate
 from trimcli.allocation import LayerSparsity
 from trimcli.allocation.metrics import METRICS
-from trimcli.calibrate import CalibrateOptions, calibrate
+from trimcli.stages.calibrate import CalibrateOptions, calibrate
 from trimcli.calibration import CalibrationFile
 from trimcli.checkpoint import Checkpoint
 from trimcli.console import Advance

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.apply import ApplyOptions, apply_masks
+from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import COMMAND_LINE, MARK, PRUNED, manifest
 from trimcli.checkpoint import Checkpoint
 from trimcli.directory import PrunedLinear, commands_so_far, parse_size, plan_shards, write_model

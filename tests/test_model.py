@@ -164,13 +164,26 @@ def test_a_head_that_is_not_tied_must_be_there(llama: Path, tmp_path: Path) -> N
         skeleton_of(lacking)
 
 
-def test_missing_experts_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("experts.", r"lacks a tensor for model\.layers\.1\.mlp\.experts"),
+        ("experts.2.", r"model\.layers\.1\.mlp\.experts\.\S+ the shape \(3, "),
+        ("experts.2.w1.", r"do not make up model\.layers\.1\.mlp\.experts"),
+    ],
+)
+def test_missing_experts_are_named(missing: str, message: str, tmp_path: Path) -> None:
     model = save_family("mixtral", tmp_path / "mixtral")
     tensors = load_file(model / "model.safetensors")
-    experts = [key for key in tensors if ".1." in key and "experts" in key]
-    lacking = with_tensors(model, tmp_path / "lacking", **dict.fromkeys(experts))
-    with pytest.raises(InputError, match="lacks a tensor for"):
-        skeleton_of(lacking)
+    gone = [key for key in tensors if ".layers.1." in key and missing in key]
+    lacking = with_tensors(model, tmp_path / "lacking", **dict.fromkeys(gone))
+
+    def load() -> None:
+        skeleton = skeleton_of(lacking)
+        skeleton.load_layer(skeleton.layers[1])
+
+    with pytest.raises(InputError, match=message):
+        load()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

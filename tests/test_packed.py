@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.apply import ApplyOptions, apply_masks
+from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import MARK, TensorSpec
 from trimcli.checkpoint import Checkpoint
 from trimcli.errors import InputError

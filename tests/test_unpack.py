@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from trimcli.apply import ApplyOptions, apply_masks
+from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import MARK, PRUNED
 from trimcli.errors import InputError, MismatchError, OutputExists
-from trimcli.unpack import load_packed, unpack
+from trimcli.stages.unpack import load_packed, unpack
 
 FAMILIES = {
     "tied": (llama_config(tie_word_embeddings=True), torch.bfloat16),

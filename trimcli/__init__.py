@@ -12,40 +12,40 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimcli.allocate import AllocateOptions, allocate
-    from trimcli.apply import ApplyOptions, apply_masks
     from trimcli.barber import BarberOptions
-    from trimcli.calibrate import CalibrateOptions, calibrate
     from trimcli.errors import TrimError, UsageError
-    from trimcli.evaluate import EvaluateOptions, evaluate
-    from trimcli.prune import PruneOptions, prune
     from trimcli.recipe import Recipe
     from trimcli.rows import RowOptions
     from trimcli.sparsegpt import UpdateOptions
-    from trimcli.unpack import load_packed, unpack
-    from trimcli.verify import VerifyOptions, verify
+    from trimcli.stages.allocate import AllocateOptions, allocate
+    from trimcli.stages.apply import ApplyOptions, apply_masks
+    from trimcli.stages.calibrate import CalibrateOptions, calibrate
+    from trimcli.stages.evaluate import EvaluateOptions, evaluate
+    from trimcli.stages.prune import PruneOptions, prune
+    from trimcli.stages.unpack import load_packed, unpack
+    from trimcli.stages.verify import VerifyOptions, verify
 
 _HOMES = {
-    "AllocateOptions": "allocate",
-    "ApplyOptions": "apply",
+    "AllocateOptions": "stages.allocate",
+    "ApplyOptions": "stages.apply",
     "BarberOptions": "barber",
-    "CalibrateOptions": "calibrate",
-    "EvaluateOptions": "evaluate",
-    "PruneOptions": "prune",
+    "CalibrateOptions": "stages.calibrate",
+    "EvaluateOptions": "stages.evaluate",
+    "PruneOptions": "stages.prune",
     "Recipe": "recipe",
     "RowOptions": "rows",
     "TrimError": "errors",
     "UpdateOptions": "sparsegpt",
     "UsageError": "errors",
-    "VerifyOptions": "verify",
-    "allocate": "allocate",
-    "apply_masks": "apply",
-    "calibrate": "calibrate",
-    "evaluate": "evaluate",
-    "load_packed": "unpack",
-    "prune": "prune",
-    "unpack": "unpack",
-    "verify": "verify",
+    "VerifyOptions": "stages.verify",
+    "allocate": "stages.allocate",
+    "apply_masks": "stages.apply",
+    "calibrate": "stages.calibrate",
+    "evaluate": "stages.evaluate",
+    "load_packed": "stages.unpack",
+    "prune": "stages.prune",
+    "unpack": "stages.unpack",
+    "verify": "stages.verify",
 }
 
 __all__ = [
@@ -77,6 +77,5 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'trimcli' has no attribute {name!r}")
     found = getattr(import_module(f"trimcli.{home}"), name)
-    # The submodule of the same name would shadow the function from here on.
     globals()[name] = found
     return found

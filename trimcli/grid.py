@@ -7,14 +7,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
-from trimcli.allocate import METHODS, AllocateOptions
-from trimcli.calibrate import CalibrateOptions
 from trimcli.errors import OptionError
 from trimcli.masks import Numerics
 from trimcli.options import RunOptions, check_positive, check_sparsity, one_of
-from trimcli.prune import PruneOptions
 from trimcli.recipe import Method, Recipe
 from trimcli.rows import RowOptions
+from trimcli.stages.allocate import METHODS, AllocateOptions
+from trimcli.stages.calibrate import CalibrateOptions
+from trimcli.stages.prune import PruneOptions
 
 # Which settings a choice brings with it: name in this module -> option of `trim prune`.
 OWL = {"lambda_": "--lambda", "hyper_m": "--hyper-m"}

@@ -21,7 +21,7 @@ from trimcli.seal import is_intact, sealed
 
 def keep_digest(packed: Tensor) -> str:
     """SHA-256 of packed keep bits (`masks.pack` of bool [D_out, D_in]), hexadecimal."""
-    return hashlib.sha256(memoryview(packed.contiguous().numpy())).hexdigest()
+    return hashlib.sha256(packed.contiguous().numpy().data).hexdigest()
 
 
 class MaskFile:

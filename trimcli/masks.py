@@ -213,6 +213,8 @@ def pack(keep: Tensor) -> Tensor:
 
     keep: bool [D_out, D_in]. Returns uint8 [D_out, ceil(D_in / 8)].
     """
+    if keep.device.type == "cpu":
+        return torch.from_numpy(np.packbits(keep.numpy(), axis=1))
     surplus = keep.shape[1] % 8
     padded = torch.nn.functional.pad(keep, (0, 8 - surplus)) if surplus else keep
     bits = padded.contiguous().view(torch.uint8).unflatten(1, (-1, 8))
@@ -229,6 +231,8 @@ def unpack(packed: Tensor, d_in: int) -> Tensor:
     """
     if packed.shape[1] != -(-d_in // 8):
         raise ValueError(f"{packed.shape[1]} bytes a row do not hold {d_in} bits; {-(-d_in // 8)} would.")
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), axis=1, count=d_in).view(bool))
     keep = torch.empty((*packed.shape, 8), dtype=torch.bool, device=packed.device)
     for place in range(8):
         keep[..., place] = (packed & (128 >> place)) != 0

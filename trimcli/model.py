@@ -21,7 +21,8 @@ from trimcli.checkpoint import Checkpoint, canonical_json, natural
 from trimcli.errors import InputError
 from trimcli.forward import AllRecorded, Embedder, Head, split_call
 from trimcli.meta import build_empty, empty, find_decoder_layers, finite, set_parameter
-from trimcli.names import NameMap, map_names
+from trimcli.names import Conversion, NameMap, map_names
+from trimcli.texts import first_line
 
 # Of a config.json: what does not change which function of the weights the model is.
 VOLATILE = {

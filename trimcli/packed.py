@@ -86,7 +86,7 @@ def packed_nbytes(spec: TensorSpec, kept: int) -> int:
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a CPU tensor's bytes, hexadecimal."""
-    return hashlib.sha256(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())).hexdigest()
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 class PackedReader:

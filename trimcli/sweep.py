@@ -27,18 +27,18 @@ from trimcli.artifacts import (
     write_tensors,
 )
 from trimcli.cache import Cache, digest
-from trimcli.calibrate import CalibrateOptions, open_model
 from trimcli.calibration import NAMES, CalibrationFile
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.data import calibration_tokens, load_tokenizer, read_tokens
 from trimcli.errors import InputError, OptionError
-from trimcli.evaluate import open_masks
 from trimcli.grid import Setting, SweepOptions, prune_command, settings_of
 from trimcli.model import Skeleton
 from trimcli.perplexity import perplexity
 from trimcli.plan import chosen_linears, forward_passes, walks
-from trimcli.prune import prune
-from trimcli.stages import cached_calibration
+from trimcli.stages.cached import cached_calibration
+from trimcli.stages.calibrate import CalibrateOptions, open_model
+from trimcli.stages.evaluate import open_masks
+from trimcli.stages.prune import prune
 from trimcli.walk import default_seqlen
 
 SWEEP = "trim.sweep/1"
@@ -72,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found. runs: by perplexity, best first, what is no number last. document: `trim.sweep/1`."""
+    """What a sweep found. runs: by perplexity, best first, NaN (where it is no finite number) last. document: `trim.sweep/1`."""
 
     dense: Run
     runs: tuple[Run, ...]
@@ -278,8 +278,10 @@ class _Measurer:
             seconds = time.monotonic() - started
             found = {"schema": SWEEP, "perplexity": value, "sparsity": sparsity, "seconds": seconds}
             write_json(path, found, force=True)
-        # JSON has no infinity and no NaN: what is no number there was none.
-        value = math.nan if found["perplexity"] is None else found["perplexity"]
+        # JSON has neither infinity nor NaN, so both come back as nothing.
+        value = found["perplexity"]
+        if value is None or not math.isfinite(value):
+            value = math.nan
         return Run(values, value, found["sparsity"], found["seconds"])
 
     def _pruned(self, setting: Setting) -> tuple[float, float]:

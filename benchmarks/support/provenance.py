@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+# Options, each with a value, that say where things lie or who does them.
+INCIDENTAL = {"--work", "--runs", "--shard"}
+
 
 def machine() -> str:
     """Processor, its count, memory, the CUDA device where there is one, and torch's threads."""
@@ -35,11 +38,19 @@ def versions() -> str:
     return ", ".join([*named, f"transformers {version('transformers')}", f"Python {platform.python_version()}"])
 
 
-def command(script: str, options: Sequence[str] | None = None) -> str:
-    """The command that runs `script` with this process's options, every path in it as its last part."""
-    given = sys.argv[1:] if options is None else options
-    names = [Path(option).name if "/" in option else option for option in given]
-    return shlex.join(["python", "-m", f"benchmarks.{script}", *names])
+def command(script: str) -> str:
+    """The command that runs `script` with this process's options.
+
+    Paths from elsewhere appear as their last part; options that shape no figure are left out.
+    """
+    words = iter(sys.argv[1:])
+    shown = ["python", "-m", f"benchmarks.{script}"]
+    for word in words:
+        if word in INCIDENTAL:
+            next(words, None)
+        elif word != "--render":
+            shown.append(Path(word).name if word.startswith(("/", "..", "~")) else word)
+    return shlex.join(shown)
 
 
 def head(title: str, script: str, facts: Mapping[str, str]) -> list[str]:

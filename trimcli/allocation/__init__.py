@@ -9,7 +9,7 @@
     metrics_cache   metrics kept between runs
     layer_sparsity  the result, and its file
 
-`trimcli.allocate` composes them into the command.
+`trimcli.stages.allocate` composes them into the command.
 """
 
 from trimcli.allocation.layer_sparsity import LayerSparsity

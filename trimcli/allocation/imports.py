@@ -48,9 +48,7 @@ def _read(path: Path) -> Tensor:
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; check the path.") from None
     except (OSError, ValueError, EOFError) as problem:
-        raise InputError(
-            f"{path} is not a readable .npy file of numbers ({problem}); give another."
-        ) from None
+        raise InputError(f"{path} is not a readable .npy file of numbers ({problem}); give another.") from None
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.ndim != 1:
         raise InputError(f"{path} does not hold one row of numbers; give a file the published tools saved.")
     values = torch.from_numpy(found.astype(np.float64).reshape(-1))

@@ -34,10 +34,6 @@ def apply_masks(
     force: common.Force = False,
     trust_remote_code: common.TrustRemoteCode = False,
     revision: common.Revision = None,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
-    cache_dir: common.CacheDir = None,
 ) -> None:
     """Write the pruned model: the weights that the masks take are zero, everything else is as it was.
 
@@ -45,10 +41,9 @@ def apply_masks(
 
     Example: trim apply-masks Qwen/Qwen2.5-3B masks.safetensors -o Qwen2.5-3B-70
     """
-    del device, dtype, seed, cache_dir  # every command takes them; nothing is computed or drawn here
     progress = common.start(quiet, as_json)
-    from trimcli.apply import ApplyOptions
-    from trimcli.apply import apply_masks as run
+    from trimcli.stages.apply import ApplyOptions
+    from trimcli.stages.apply import apply_masks as run
 
     options = ApplyOptions(
         format=form,  # type: ignore[arg-type]
@@ -87,7 +82,7 @@ def unpack(
     Example: trim unpack Qwen2.5-3B-70-packed -o Qwen2.5-3B-70
     """
     progress = common.start(quiet, as_json)
-    from trimcli.unpack import unpack as run
+    from trimcli.stages.unpack import unpack as run
 
     written = run(packed, output, force=force, progress=progress)
     if as_json:

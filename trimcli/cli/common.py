@@ -1,13 +1,15 @@
 """What the commands share: options, the error boundary, and how results are printed. No torch at import time."""
 
+import contextlib
 import functools
+import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,9 +18,6 @@ from trimcli.errors import ResourceError, TrimError, UsageError
 
 if TYPE_CHECKING:
     from trimcli.console import RichProgress
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 Model = Annotated[
     str,
@@ -60,13 +59,36 @@ Numerics = Annotated[
 ]
 
 
-def boundary(function: Callable[P, R]) -> Callable[P, R]:
-    """Turn what a user can meet into one sentence on stderr and an exit status; a traceback only on request."""
+def _unused(*names: str) -> Any:
+    return typer.Option(*names, hidden=True)
+
+
+# What every command takes, so that one set of flags fits a whole Makefile; not shown where it changes nothing.
+EVERYWHERE: dict[str, tuple[Any, Any]] = {
+    "device": (Annotated[str, _unused("--device")], "auto"),
+    "dtype": (Annotated[str, _unused("--dtype")], "auto"),
+    "seed": (Annotated[int, _unused("--seed")], 0),
+    "quiet": (Annotated[bool, _unused("--quiet")], False),
+    "as_json": (Annotated[bool, _unused("--json")], False),
+    "force": (Annotated[bool, _unused("--force")], False),
+    "cache_dir": (Annotated[Path | None, _unused("--cache-dir")], None),
+    "trust_remote_code": (Annotated[bool, _unused("--trust-remote-code")], False),
+    "revision": (Annotated[str | None, _unused("--revision")], None),
+}
+
+
+def boundary(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a function: errors become one sentence and an exit status, options of all commands are taken.
+
+    A traceback is shown only under TRIM_TRACEBACK=1.
+    """
+    signature = inspect.signature(function)
+    unused = {name: entry for name, entry in EVERYWHERE.items() if name not in signature.parameters}
 
     @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+    def guarded(**options: Any) -> None:
         try:
-            return function(*args, **kwargs)
+            function(**{name: value for name, value in options.items() if name not in unused})
         except typer.Exit:
             raise
         except BaseException as problem:
@@ -78,6 +100,12 @@ def boundary(function: Callable[P, R]) -> Callable[P, R]:
             print(f"trim: {sentence}", file=sys.stderr)
             raise typer.Exit(status) from None
 
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in unused.items()
+    ]
+    guarded.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
+    guarded.__annotations__ = function.__annotations__ | {name: annotation for name, (annotation, _) in unused.items()}
     return guarded
 
 
@@ -110,6 +138,7 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
 def start(quiet: bool, as_json: bool) -> "RichProgress":
     """Progress on stderr; libraries' own chatter off; the command line noted for manifests."""
     import shlex
+    import signal
     import warnings
 
     from trimcli.artifacts import COMMAND_LINE
@@ -121,8 +150,15 @@ def start(quiet: bool, as_json: bool) -> "RichProgress":
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    with contextlib.suppress(ValueError):  # only the main thread may; a server's worker keeps its own
+        signal.signal(signal.SIGTERM, _terminated)
     COMMAND_LINE.set(shlex.join(["trim", *sys.argv[1:]]))
     return RichProgress(quiet=quiet)
+
+
+def _terminated(number: int, _: Any) -> None:
+    """Leave as after Ctrl-C, so that nothing half-written stays."""
+    raise SystemExit(128 + number)
 
 
 def emit_json(document: Any) -> None:

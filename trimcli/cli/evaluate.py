@@ -64,8 +64,8 @@ def evaluate(
     Example: trim eval Qwen2.5-3B-70 -o results.json --ppl wikitext2 --tasks boolq,rte
     """
     progress = common.start(quiet, as_json)
-    from trimcli.evaluate import EvaluateOptions
-    from trimcli.evaluate import evaluate as run
+    from trimcli.stages.evaluate import EvaluateOptions
+    from trimcli.stages.evaluate import evaluate as run
 
     options = EvaluateOptions(
         device=device,

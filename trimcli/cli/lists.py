@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def values(option: str, text: str, kind: Callable[[str], T]) -> tuple[T, ...]:
-    """The values in `text`, such as "0.02,0.05", each made by `kind`. Raises OptionError naming the first that is none."""
+    """The values in `text`, such as "0.02,0.05", each made by `kind`. Raises OptionError naming one that is none."""
     found = []
     for part in split(text):
         try:

@@ -66,7 +66,7 @@ def plan(
     """
     common.start(quiet, as_json)
     options = shared.build(locals())
-    from trimcli.foresee import foresee
+    from trimcli.stages.foresee import foresee
 
     found = foresee(model, options)
     if as_json:

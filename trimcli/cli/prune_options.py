@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from trimcli.prune import PruneOptions
+    from trimcli.stages.prune import PruneOptions
 
 TARGET, TRIM, UPDATE, BARBER, ONE_GO = (
     "Target",
@@ -89,14 +89,14 @@ MetricsCache = Annotated[Path | None, option("Alpha's metrics file.", ONE_GO)]
 
 def build(values: dict[str, Any]) -> "PruneOptions":
     """PruneOptions from a command's parameters by name (`locals()` of the command)."""
-    from trimcli.allocate import AllocateOptions
     from trimcli.barber import BarberOptions
-    from trimcli.calibrate import CalibrateOptions
     from trimcli.errors import OptionError
-    from trimcli.prune import PruneOptions
     from trimcli.recipe import Recipe
     from trimcli.rows import RowOptions
     from trimcli.sparsegpt import UpdateOptions
+    from trimcli.stages.allocate import AllocateOptions
+    from trimcli.stages.calibrate import CalibrateOptions
+    from trimcli.stages.prune import PruneOptions
 
     run = {name: values[name] for name in ("device", "dtype", "seed", "revision", "trust_remote_code", "cache_dir")}
     numerics = values["numerics"]

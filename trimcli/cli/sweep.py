@@ -147,9 +147,12 @@ def _print(result: "SweepResult", output: Path | None) -> None:
     from trimcli.cli.tables import rows_table
 
     runs = result.runs
-    names = list(dict.fromkeys(name for run in runs for name in run.values))
-    # What is the same in every run is in the command line below; what one varies, the table shows.
-    varied = [name for name in names if len({str(run.values.get(name)) for run in runs}) > 1] or ["method"]
+    seen: dict[str, set[str]] = {}
+    for run in runs:
+        for name, value in run.values.items():
+            seen.setdefault(name, set()).add(str(value))
+    # What is the same wherever it applies is in the command line below; what varies, the table shows.
+    varied = [name for name, found in seen.items() if len(found) > 1] or ["method"]
     columns = [(name.replace("_", "-"), "left") for name in varied]
     columns += [("sparsity", "right"), ("perplexity", "right"), ("of dense", "right"), ("seconds", "right")]
     first = ["dense", *[""] * (len(varied) - 1)]

@@ -9,7 +9,7 @@ from trimcli.cli import common
 from trimcli.cli.common import boundary
 
 if TYPE_CHECKING:
-    from trimcli.verify import VerifyReport
+    from trimcli.stages.verify import VerifyReport
 
 
 @boundary
@@ -29,8 +29,8 @@ def verify(
     Example: trim verify Qwen2.5-3B-70
     """
     progress = common.start(quiet, as_json)
-    from trimcli.verify import VerifyOptions
-    from trimcli.verify import verify as run
+    from trimcli.stages.verify import VerifyOptions
+    from trimcli.stages.verify import verify as run
 
     report = run(path, VerifyOptions(masks=masks, trust_remote_code=trust_remote_code), progress=progress)
     if as_json:

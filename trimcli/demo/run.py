@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimcli.allocate import AllocateOptions, allocate
-from trimcli.apply import ApplyOptions, apply_masks
-from trimcli.calibrate import CalibrateOptions, calibrate
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.demo import MODEL, write_texts
-from trimcli.evaluate import EvaluateOptions, evaluate
-from trimcli.prune import PruneOptions, prune
 from trimcli.recipe import Recipe
 from trimcli.rows import RowOptions
-from trimcli.verify import verify
+from trimcli.stages.allocate import AllocateOptions, allocate
+from trimcli.stages.apply import ApplyOptions, apply_masks
+from trimcli.stages.calibrate import CalibrateOptions, calibrate
+from trimcli.stages.evaluate import EvaluateOptions, evaluate
+from trimcli.stages.prune import PruneOptions, prune
+from trimcli.stages.verify import verify
 
 SAMPLES, SEQLEN, WINDOWS = 64, 128, 240
 
@@ -77,14 +77,15 @@ def demo(
     model = str(MODEL)
     run: dict[str, Any] = {"device": device, "seed": seed, "cache_dir": directory / "cache"}
     calibration = directory / "calibration.safetensors"
-    say(f"trim calibrate MODEL -o {calibration.name} --dataset {texts.calibration.name} --nsamples {SAMPLES} --seqlen {SEQLEN}")
+    say(
+        f"trim calibrate MODEL -o {calibration.name} --dataset {texts.calibration.name} "
+        f"--nsamples {SAMPLES} --seqlen {SEQLEN}"
+    )
     drawn = CalibrateOptions(dataset=str(texts.calibration), nsamples=SAMPLES, seqlen=SEQLEN, **run)
     calibrate(model, calibration, drawn, progress=progress)
 
     def measured(label: str, masks: Path | None, seconds: float) -> DemoRow:
-        options = EvaluateOptions(
-            masks=masks, ppl=(str(texts.measurement),), seqlen=SEQLEN, max_windows=WINDOWS, **run
-        )
+        options = EvaluateOptions(masks=masks, ppl=(str(texts.measurement),), seqlen=SEQLEN, max_windows=WINDOWS, **run)
         output = directory / f"results-{label.replace(' + ', '-').lower()}.json"
         found = evaluate(model, options, output, progress=progress)
         return DemoRow(label, found["perplexity"][0]["value"], found["sparsity"]["total"], seconds)

@@ -9,10 +9,8 @@ from trimcli.compare import Column, Row, titles
 from trimcli.report.gather import (
     Gathered,
     Source,
-    by_layer,
     place_of,
     sparsity_by_linear,
-    structure_of,
 )
 from trimcli.report.panels import Figure, Trace, colour, grid, integers, labelled, log_if_wide, series
 from trimcli.report.rows import chosen_steps, quality, row_sparsity
@@ -55,7 +53,7 @@ def _perplexity(gathered: Gathered) -> Figure | None:
         return None
     named = titles([column for column, _ in panels])
     spec = grid(
-        [(named[column], traces) for column, traces in panels],
+        [(escape(named[column]), traces) for column, traces in panels],
         per_row=3,
         height=330,
         x={**labelled("sparsity"), "tickformat": ".0%"},
@@ -120,10 +118,7 @@ def _layers(gathered: Gathered) -> Figure | None:
 
 
 def _layer_line(gathered: Gathered, source: Source, index: int) -> list[Trace]:
-    sparsity = sparsity_by_linear(source)
-    structure = structure_of(source)
-    weights = {name: gathered.weights.get((structure, name), 1) for name in sparsity}
-    means = by_layer(sparsity, weights)
+    sparsity, means = sparsity_by_linear(source), gathered.layers(source)
     label = escape(source.label)
     line = {
         **series(label, index),

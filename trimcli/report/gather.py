@@ -29,6 +29,14 @@ DIRECTORIES = (PRUNED, PACKED)
 KNOWN = (RESULTS, LAYER_SPARSITY, MASKS, ROWS, CALIBRATION, *DIRECTORIES)
 # A matrix has thousands of rows; its sparsities are drawn at so many quantiles.
 QUANTILES = 64
+NEEDED = {
+    LAYER_SPARSITY: {"method", "target", "sparsity"},
+    MASKS: {"linears", "sparsity"},
+    PACKED: {"linears", "sparsity"},
+    PRUNED: {"linears", "sparsity"},
+    ROWS: {"linears"},
+}
+NEEDED_OF_ROWS = {"quality_uniform", "quality_best", "step"}
 POPCOUNT = np.array([value.bit_count() for value in range(256)], np.uint8)
 
 Array = np.ndarray[Any, Any]
@@ -87,11 +95,20 @@ class Gathered:
             for name, entry in source.document["linears"].items()
         }
 
+    def layers(self, source: Source) -> dict[int, float]:
+        """Layer -> its sparsity, or its target in a layer ratios file; empty for files that know none.
+
+        Linears count by their size as far as a given file tells it, alike where none does.
+        """
+        values = sparsity_by_linear(source)
+        structure = structure_of(source)
+        return by_layer(values, {name: self.weights.get((structure, name), 1) for name in values})
+
     @cached_property
     def models(self) -> list[str]:
         """Names of the models involved, each once: the dense ones where masks or stats tell."""
         made_for = [
-            Path(source.document["model"]["id"]).name
+            Path(str(source.document["model"].get("id"))).name
             for source in self.sources
             if source.document.get("model") and source.schema not in DIRECTORIES
         ]
@@ -136,8 +153,10 @@ def structure_of(source: Source) -> str:
 
 
 def sparsity_by_linear(source: Source) -> dict[str, float]:
-    """Linear -> fraction zero, of masks, model directories and results; empty for other files."""
+    """Linear -> fraction zero, or the target of a layer ratios file; empty for files that know none."""
     document = source.document
+    if source.schema == LAYER_SPARSITY:
+        return dict(document["sparsity"])
     if source.schema == RESULTS:
         return dict((document.get("sparsity") or {}).get("linears") or {})
     if source.schema in (MASKS, *DIRECTORIES):
@@ -181,6 +200,11 @@ def _document(path: Path) -> Mapping[str, Any]:
         raise MismatchError(f"{path} is of schema {schema!r}; a report is made of {', '.join(KNOWN)}.")
     if schema in (MASKS, *DIRECTORIES) and not is_intact(document):
         raise InputError(f"the manifest of {path} was changed after trim wrote it; make the file anew.")
+    missing = NEEDED.get(str(schema), set()) - document.keys()
+    if schema == ROWS and not missing:
+        missing = {field for entry in document["linears"].values() for field in NEEDED_OF_ROWS - entry.keys()}
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(sorted(missing))}, so it is not whole; make it anew.")
     return document
 
 

@@ -6,11 +6,9 @@ from trimcli.artifacts import LAYER_SPARSITY, MASKS, PACKED, PRUNED, ROWS
 from trimcli.compare import Table, percent, settings, shown, titles
 from trimcli.report.gather import (
     Gathered,
-    by_layer,
     sparsity_by_linear,
-    structure_of,
 )
-from trimcli.report.origin import commands_of, versions_of
+from trimcli.report.origin import WHAT, commands_of, versions_of
 
 SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]<>|#~"})
 
@@ -59,30 +57,17 @@ def _results(table: Table) -> list[str]:
 
 def _sparsity(gathered: Gathered) -> list[str]:
     rows = []
-    for source in gathered.of(MASKS, PRUNED, PACKED):
-        sparsity = sparsity_by_linear(source)
-        structure = structure_of(source)
-        layers = by_layer(sparsity, {name: gathered.weights[structure, name] for name in sparsity})
-        if layers:
-            span = f"{percent(min(layers.values()))} to {percent(max(layers.values()))}"
-            total = percent(source.document.get("sparsity"))
-            rows.append([escaped(source.label), str(len(sparsity)), total, span])
-    for source in gathered.of(LAYER_SPARSITY):
-        values = source.document["sparsity"]
-        span = f"{percent(min(values.values()))} to {percent(max(values.values()))}" if values else ""
-        method = escaped(str(source.document["method"]))
-        rows.append(
-            [
-                f"{escaped(source.label)} ({method})",
-                str(len(values)),
-                percent(source.document["target"]),
-                span,
-            ]
-        )
+    for source in gathered.of(MASKS, PRUNED, PACKED, LAYER_SPARSITY):
+        layers = gathered.layers(source).values()
+        ratios = source.schema == LAYER_SPARSITY
+        total = percent(source.document.get("target" if ratios else "sparsity"))
+        name = f"{source.label}, {source.document['method']}" if ratios else source.label
+        span = f"{percent(min(layers))} to {percent(max(layers))}" if layers else ""
+        rows.append([escaped(name), WHAT[source.schema], str(len(sparsity_by_linear(source))), total, span])
     if not rows:
         return []
-    headings = ["file", "matrices", "sparsity", "layers, least to most"]
-    return ["### Sparsity", "", *_grid(headings, 1, rows), ""]
+    headings = ["file", "kind", "matrices", "sparsity", "layers, least to most"]
+    return ["### Sparsity", "", *_grid(headings, 2, rows), ""]
 
 
 def _rows(gathered: Gathered) -> list[str]:

@@ -9,11 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from trimcli import masks
-from trimcli.allocate import AllocateOptions
 from trimcli.allocation import LayerSparsity
-from trimcli.artifacts import MASKS, PRUNED, manifest, refuse_existing
+from trimcli.artifacts import MASKS, PRUNED, manifest, read_json, refuse_existing
 from trimcli.cache import Cache, Part, Parts
-from trimcli.calibrate import CalibrateOptions, open_model
 from trimcli.calibration import CalibrationFile
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.directory import PrunedLinear, commands_so_far, write_model
@@ -27,7 +25,9 @@ from trimcli.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.recipe import Recipe, Target, uniform_target
 from trimcli.rowstats import stats_paths, write_row_stats
 from trimcli.scores import Statistic
-from trimcli.stages import cached_calibration, cached_ratios, with_stats
+from trimcli.stages.allocate import AllocateOptions
+from trimcli.stages.cached import cached_calibration, cached_ratios, with_stats
+from trimcli.stages.calibrate import CalibrateOptions, open_model
 from trimcli.walk import default_seqlen
 
 Announce = Callable[[Plan], None]
@@ -280,6 +280,7 @@ class _Run:
                 for name, target in self.targets.items()
             },
             changes_weights=self.recipe.changes_weights,
+            commands=commands_so_far(*self._made_before()),
             numerics=self.recipe.numerics,
             remarks=list(remarks),
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
@@ -304,6 +305,11 @@ class _Run:
             if options.stats_out:
                 write_row_stats(options.stats_out, complete, facts, rows, len(self.skeleton.layers), force=force)
         return self._summary(output, complete, remarks, improved)
+
+    def _made_before(self) -> list[Mapping[str, Any]]:
+        """The manifests of the stages before this one."""
+        before: list[Mapping[str, Any]] = [read_json(self.ratios)] if self.ratios else []
+        return [self.calibration.manifest, *before] if self.calibration else before
 
     def _write_model(
         self,

@@ -4,12 +4,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trimcli.allocate import AllocateOptions, allocate
 from trimcli.artifacts import file_digest
 from trimcli.cache import Cache
-from trimcli.calibrate import CalibrateOptions, calibrate
 from trimcli.console import Progress
 from trimcli.model import Skeleton
+from trimcli.stages.allocate import AllocateOptions, allocate
+from trimcli.stages.calibrate import CalibrateOptions, calibrate
 
 
 def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: Progress) -> Path:

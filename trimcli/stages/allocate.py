@@ -17,7 +17,6 @@ from trimcli.allocation.metrics_cache import MetricsCache
 from trimcli.allocation.owl import keep_ratios, kept_of_group, outlier_share
 from trimcli.allocation.settle import settle, uniform, weighted_mean
 from trimcli.artifacts import refuse_existing, write_json
-from trimcli.calibrate import open_model
 from trimcli.calibration import CalibrationFile
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, OptionError
@@ -25,6 +24,7 @@ from trimcli.masks import Numerics
 from trimcli.model import DecoderLayer, Linear, Skeleton
 from trimcli.options import RunOptions, check_sparsity, one_of
 from trimcli.scores import LinearStats, Statistic, score_function
+from trimcli.stages.calibrate import open_model
 
 METHODS = ("uniform", "owl", "alpha")
 MAPPINGS = ("block", "layer")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from trimcli.artifacts import MARK, RESULTS, check_model, manifest, read_json, refuse_existing, write_json
-from trimcli.calibrate import open_model
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.data import evaluation_windows, load_tokenizer
 from trimcli.errors import InputError, MismatchError, OptionError
@@ -15,6 +14,7 @@ from trimcli.memory import PeakMemory
 from trimcli.model import Skeleton
 from trimcli.options import RunOptions, check_positive
 from trimcli.perplexity import apply_masks_to_layer, perplexity
+from trimcli.stages.calibrate import open_model
 from trimcli.walk import default_seqlen, max_positions
 
 

@@ -2,15 +2,15 @@
 
 from trimcli.allocation import LayerSparsity
 from trimcli.artifacts import MARK
-from trimcli.calibrate import CalibrateOptions
 from trimcli.calibration import CalibrationFile
 from trimcli.checkpoint import BIN_INDEX, BIN_SINGLE, SAFE_INDEX, SAFE_SINGLE, Checkpoint
 from trimcli.device import compute_device, compute_dtype
 from trimcli.model import Skeleton
 from trimcli.options import check_sparsity
 from trimcli.plan import Plan, chosen_linears, make_plan
-from trimcli.prune import PruneOptions
 from trimcli.recipe import Target, uniform_target
+from trimcli.stages.calibrate import CalibrateOptions
+from trimcli.stages.prune import PruneOptions
 from trimcli.walk import default_seqlen
 
 
