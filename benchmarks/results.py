@@ -12,6 +12,7 @@ import math
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,7 +101,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished setting: perplexity by text, sparsity read back from the weights, seconds of the prune."""
+    """A finished setting: perplexity by text, sparsity read back from the weights, processor seconds of the prune."""
 
     perplexity: dict[str, float]
     sparsity: float
@@ -145,12 +146,15 @@ def run(study: Study, setting: Setting) -> Run:
         # A cache of its own: another process may be in the same first pass, before its own second one.
         options = replace(setting.prune_options(study), cache_dir=Path(folder) / "cache")
         if options.recipe.changes_weights:
-            made = prune(str(study.model), masks, replace(options, save_model=pruned))
+            options = replace(options, save_model=pruned)
+        started = time.process_time()
+        prune(str(study.model), masks, options)
+        seconds = time.process_time() - started
+        if options.save_model:
             perplexity, sparsity = study.measure(pruned)
         else:
-            made = prune(str(study.model), masks, options)
             perplexity, sparsity = study.measure(study.model, masks)
-    return Run(perplexity, sparsity, made.seconds)
+    return Run(perplexity, sparsity, seconds)
 
 
 def key(study: Study, setting: Setting) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def render(study: Study, wanted: list[Setting], found: dict[Setting, Run]) -> li
             if mine:
                 lines += [f"## {text}: {title}", "", *_summary(text, mine, found), ""]
     lines += ["## Every run", "", "Options of `trim prune`; sparsity as read back from the weights.", ""]
-    columns = ("options", "sparsity", *(path.name for path in study.texts), "prune, s")
+    columns = ("options", "sparsity", *(path.name for path in study.texts), "prune, CPU s")
     return [*lines, *table(columns, _details(study, wanted, found))]
 
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimcli.stages.allocate import AllocateOptions, allocate
 from trimcli.allocation import LayerSparsity
 from trimcli.allocation.metrics import METRICS
-from trimcli.stages.calibrate import CalibrateOptions, calibrate
 from trimcli.calibration import CalibrationFile
 from trimcli.checkpoint import Checkpoint
 from trimcli.console import Advance
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
 from trimcli.model import Skeleton
+from trimcli.stages.allocate import AllocateOptions, allocate
+from trimcli.stages.calibrate import CalibrateOptions, calibrate
 
 DATA = Path(__file__).parent / "data"
 QWEN = str(DATA / "qwen2.5-3b")

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import COMMAND_LINE, MARK
 from trimcli.checkpoint import Checkpoint
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists, TrimError
 from trimcli.maskfile import MaskFile
+from trimcli.stages.apply import ApplyOptions, apply_masks
 
 UP = "model.layers.0.mlp.up_proj"
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from tests.report_documents import perplexity, pruning, ratios, results, task
-from trimcli.artifacts import file_digest, write_json
+from trimcli.artifacts import write_json
 from trimcli.compare import Table, compare, figure, method_of, render, titles
 from trimcli.errors import InputError, MismatchError
 
@@ -70,6 +70,17 @@ def test_other_models_are_noted(tmp_path: Path) -> None:
     assert " model " in text_of(table)
 
 
+def test_a_pruned_directory_counts_as_its_dense_model(tmp_path: Path) -> None:
+    applied = {"model": {"id": "org/tiny"}, "pruning": {**pruning(), "model": {"id": "org/tiny"}}}
+    path = results(tmp_path / "pruned.json", 0.5, pruning=applied)
+    document = json.loads(path.read_text())
+    document["model"]["id"] = "runs/tiny-50"
+    write_json(path, document, force=True)
+    table = compare([results(tmp_path / "dense.json"), path])
+    assert [row.model for row in table.rows] == ["tiny", "tiny"]
+    assert [row.method for row in table.rows] == ["dense", "Wanda"]
+
+
 def test_main_columns_and_the_mean(tmp_path: Path) -> None:
     tasks = {"quiz": task(0.5, acc_norm=0.6, acc_norm_stderr=None), "words": {**task(0.0), "perplexity": 7.5}}
     del tasks["words"]["acc"], tasks["words"]["acc_stderr"]
@@ -109,20 +120,16 @@ def test_values_that_are_not_finite_are_said_to_be(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_methods_are_named(tmp_path: Path) -> None:
+def test_methods_are_named() -> None:
     assert method_of(None) == ""
     assert method_of({"options": {}}) == ""
     assert method_of(pruning()) == "Wanda"
     assert method_of({"pruning": pruning(recipe={"variant": True})}) == "Wanda variant"
     assert method_of(pruning(recipe={"method": "sparsegpt"}, sparsity_type="2:4")) == "SparseGPT 2:4"
     everything = pruning(recipe={"method": "magnitude", "rows": {"iterations": 10}, "barber": {"threshold": 0.01}})
-    everything["options"]["allocate"] = {"method": "alpha"}
+    everything["allocation"] = {"method": "alpha"}
     assert method_of(everything) == "Magnitude + AlphaPruning + TRIM + Barber"
-    file = ratios(tmp_path / "ratios.json")
-    with_file = {**pruning(), "sources": {"ratios": {"path": str(file), "sha256": file_digest(file)}}}
-    assert method_of(with_file) == "Wanda + OWL"
-    file.write_text("{}")
-    assert method_of(with_file) == "Wanda + layer ratios"
+    assert method_of({**pruning(), "allocation": {"method": "owl", "lambda": 0.08}}) == "Wanda + OWL"
 
 
 def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:

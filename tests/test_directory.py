@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import COMMAND_LINE, MARK, PRUNED, manifest
 from trimcli.checkpoint import Checkpoint
 from trimcli.directory import PrunedLinear, commands_so_far, parse_size, plan_shards, write_model
 from trimcli.errors import InputError, OptionError, OutputExists
 from trimcli.maskfile import MaskFile, keep_digest
 from trimcli.masks import pack
+from trimcli.stages.apply import ApplyOptions, apply_masks
 
 LOADS = """
 import sys, torch

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import MARK, TensorSpec
 from trimcli.checkpoint import Checkpoint
 from trimcli.errors import InputError
 from trimcli.masks import pack
 from trimcli.packed import PackedReader, decode, kept_values, packed_nbytes
+from trimcli.stages.apply import ApplyOptions, apply_masks
 
 BITS = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float8_e4m3fn: 1}
 

@@ -131,9 +131,7 @@ class Oracle:
         whole = next(n for n in range(d_in, -1, -1) if n <= CAP * d_in + 1e-9) / d_in
         ideal = self.recentre(best_s, whole if whole >= self.target else CAP).double() * d_in
         counts = ideal.floor()
-        for row in (counts - ideal).argsort(stable=True)[
-            : round(self.target * d_out * d_in) - int(counts.sum())
-        ]:
+        for row in (counts - ideal).argsort(stable=True)[: round(self.target * d_out * d_in) - int(counts.sum())]:
             counts[row] += 1
         return [int(count) for count in counts], best_step, best_iteration, best
 

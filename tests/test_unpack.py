@@ -6,9 +6,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import MARK, PRUNED
 from trimcli.errors import InputError, MismatchError, OutputExists
+from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.stages.unpack import load_packed, unpack
 
 FAMILIES = {

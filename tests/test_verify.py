@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.artifacts import MARK
 from trimcli.errors import CheckFailed, InputError, MismatchError
 from trimcli.maskfile import MaskFile
 from trimcli.seal import sealed
+from trimcli.stages.apply import ApplyOptions, apply_masks
 from trimcli.stages.verify import VerifyOptions, VerifyReport, verify
 
 UP = "model.layers.0.mlp.up_proj"

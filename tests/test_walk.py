@@ -74,18 +74,19 @@ def test_the_batch_size_changes_nothing_but_rounding(batch_size: int, llama: Pat
 def test_calls_that_depend_on_the_tokens_are_kept_apart(tmp_path: Path) -> None:
     """A model may give its layers something made from the very tokens: each sample then keeps its own."""
     skeleton = skeleton_of(save_family("falcon-alibi", tmp_path / "falcon"))
-    rotate = skeleton.model.transformer.forward
+    own = skeleton.model.transformer.forward
     tokens = samples(4)
 
     def forward(input_ids: Tensor, **kwargs: Any) -> Any:
         mask = torch.ones_like(input_ids)
-        mask[:, 0] = input_ids[:, 0] % 2  # the mask differs from sample to sample
-        return rotate(input_ids=input_ids, attention_mask=mask, **kwargs)
+        mask[:, 0] = input_ids[:, 1] % 2
+        return own(input_ids=input_ids, **{**kwargs, "attention_mask": mask})
 
     skeleton.model.transformer.forward = forward
-    together = walked(skeleton, tokens, batch_size=4)
     apart = torch.cat([walked(skeleton, tokens[row : row + 1]) for row in range(4)])
-    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
+    for batch_size in (2, 4):
+        together = walked(skeleton, tokens, batch_size=batch_size)
+        torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
 
 
 def test_collecting_leaves_the_hidden_states_as_they_are(llama: Path) -> None:
@@ -116,6 +117,24 @@ def test_the_batch_is_halved_when_memory_runs_out(batch: int, limit: int, count:
     assert max(ran) <= limit
     assert progress.messages
     assert "going on with a batch size of" in progress.messages[0]
+
+
+def test_a_batch_halved_on_the_way_leaves_another_remainder(llama: Path) -> None:
+    """Of 15 samples 7 are through when the batch is halved to 3: batches of 3, 3 and 2 remain."""
+    tokens = samples(15)
+    expected = walked(skeleton_of(llama), tokens, batch_size=1)
+    skeleton = skeleton_of(llama)
+    sizes: list[int] = []
+
+    def before(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        sizes.append(len(args[0]))
+        if len(sizes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    skeleton.linears["model.layers.1.mlp.up_proj"].module.register_forward_pre_hook(before)
+    found = walked(skeleton, tokens, batch_size=7, progress=Warnings())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert sizes == [7, 7, 3, 3, 2]
 
 
 def test_statistics_survive_a_halved_batch(llama: Path) -> None:

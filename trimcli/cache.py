@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class Cache:
 
     def parts(self, key: Any) -> "Parts":
         """The part files of the unfinished run that depends on `key`."""
-        return Parts(self.directory / "parts" / digest(key), key)
+        return Parts(self.directory / "parts" / digest(key))
 
     def entries(self) -> list[Entry]:
         """Everything the cache holds."""
@@ -57,11 +56,15 @@ class Cache:
         return found
 
     def clear(self) -> int:
-        """Remove everything the cache holds; returns the bytes freed."""
+        """Remove everything the cache holds but the parts of runs at work; returns the bytes freed."""
         freed = 0
         for entry in self.entries():
             if entry.path.is_dir():
-                shutil.rmtree(entry.path)
+                try:
+                    with Parts(entry.path) as parts:
+                        parts.discard()
+                except TrimError:
+                    continue
             else:
                 entry.path.unlink()
             freed += entry.nbytes
@@ -79,9 +82,8 @@ class Parts:
     One run at a time holds the folder; a second one with the same key is told so.
     """
 
-    def __init__(self, directory: Path, key: Any) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._key = key
         self._lock: Any = None
 
     def __enter__(self) -> "Parts":

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from trimcli.artifacts import LAYER_SPARSITY, RESULTS, file_digest, read_json
+from trimcli.artifacts import RESULTS, read_json
 from trimcli.errors import InputError
 
 METHODS = {"wanda": "Wanda", "magnitude": "Magnitude", "sparsegpt": "SparseGPT"}
@@ -131,11 +131,9 @@ def method_of(pruning: Mapping[str, Any] | None) -> str:
     parts = [f"{name} variant" if recipe.get("variant") else name]
     if options.get("sparsity_type", "unstructured") != "unstructured":
         parts[0] += f" {options['sparsity_type']}"
-    ratios = (pruning.get("sources") or {}).get("ratios")
-    if options.get("allocate"):
-        parts.append(ALLOCATIONS.get(options["allocate"]["method"], str(options["allocate"]["method"])))
-    elif ratios:
-        parts.append(_allocation(ratios))
+    allocation = (pruning.get("allocation") or {}).get("method")
+    if allocation:
+        parts.append(ALLOCATIONS.get(allocation, str(allocation)))
     if recipe.get("rows"):
         parts.append("TRIM")
     if recipe.get("barber"):
@@ -143,13 +141,14 @@ def method_of(pruning: Mapping[str, Any] | None) -> str:
     return " + ".join(parts)
 
 
-def _allocation(source: Mapping[str, str]) -> str:
-    """The method behind a layer ratios file, if that still lies where it was and is what it was."""
-    path = Path(source["path"])
-    if path.is_file() and file_digest(path) == source["sha256"]:
-        method = read_json(path, LAYER_SPARSITY).get("method")
-        return ALLOCATIONS.get(str(method), str(method))
-    return "layer ratios"
+def model_of(document: Mapping[str, Any]) -> str:
+    """The name of the dense model behind a manifest: what was pruned, where it was, not the directory written."""
+    name = MISSING
+    behind: Mapping[str, Any] | None = document
+    while behind:
+        name = str((behind.get("model") or {}).get("id") or name)
+        behind = behind.get("pruning")
+    return Path(name).name
 
 
 def render(table: Table) -> RichTable:
@@ -224,7 +223,7 @@ def _row(path: Path, document: Mapping[str, Any]) -> Row:
         method = "dense"
     return Row(
         label=str(document.get("label") or path.stem),
-        model=Path((document.get("model") or {}).get("id") or MISSING).name,
+        model=model_of(document),
         method=method,
         sparsity=sparsity,
         file=path,

@@ -92,4 +92,6 @@ class RichProgress:
 
     def warn(self, message: str) -> None:
         """One yellow line."""
-        self.console.print(f"[yellow]warning:[/yellow] {message}", highlight=False, soft_wrap=True)
+        from rich.text import Text
+
+        self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)

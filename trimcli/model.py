@@ -314,6 +314,8 @@ class Skeleton:
                 except AllRecorded:
                     pass
                 except (RuntimeError, IndexError, AttributeError, TypeError):
+                    if not shapes:
+                        raise
                     shapes.append(())  # with a single layer the norm behind it met half a tuple
             self._returns_tuple = len(shapes[1]) != 3
         return self._returns_tuple

@@ -6,7 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Rows are worked through in blocks of about so many scores: small enough for a core's caches, but an
+# accelerator is kept busy only by large ones.
 _BLOCK = 1 << 18
+_ACCELERATOR_BLOCK = 1 << 22
 
 
 def row_order(scores: Tensor) -> Tensor:
@@ -21,7 +24,7 @@ def row_order(scores: Tensor) -> Tensor:
     dtype = torch.int16 if d_in <= torch.iinfo(torch.int16).max else torch.int32
     order = torch.empty((d_out, d_in), dtype=dtype, device=scores.device)
     packable = scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    step = max(1, _BLOCK // max(d_in, 1))
+    step = _rows_at_once(scores)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, d_out, step):
@@ -41,11 +44,16 @@ def ranks_of(order: Tensor) -> Tensor:
     d_out, d_in = order.shape
     ranks = torch.empty_like(order)
     ascending = torch.arange(d_in, dtype=order.dtype, device=order.device)
-    step = max(1, _BLOCK // max(d_in, 1))
+    step = _rows_at_once(order)
     for start in range(0, d_out, step):
         block = order[start : start + step]
         ranks[start : start + step].scatter_(1, block.long(), ascending.expand_as(block))
     return ranks
+
+
+def _rows_at_once(matrix: Tensor) -> int:
+    block = _BLOCK if matrix.device.type == "cpu" else _ACCELERATOR_BLOCK
+    return max(1, block // max(matrix.shape[1], 1))
 
 
 def _packed_order(scores: Tensor, pool: ThreadPoolExecutor, threads: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trimcli.errors import MismatchError, OptionError
+from trimcli.meta import empty
 from trimcli.model import Linear, Skeleton
 
 Form = Literal["csr", "semi-structured"]
@@ -74,7 +75,8 @@ def csr_from_parts(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tenso
     """CSR of stored tensors by the names in CSR_PARTS. Raises ValueError where they are no matrix of `shape`."""
     try:
         with _no_beta_warning():
-            return torch.sparse_csr_tensor(*(parts[name] for name in CSR_PARTS), size=shape, check_invariants=True)
+            crow, columns, values = (parts[name] for name in CSR_PARTS)
+            return torch.sparse_csr_tensor(crow, columns, values, shape, check_invariants=True)
     except RuntimeError as problem:
         raise ValueError(str(problem)) from None
 
@@ -170,11 +172,22 @@ def parts_of(sparse: Tensor) -> dict[str, Tensor]:
     return {name: part for name, part in found.items() if part is not None}
 
 
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes, sparse or dense."""
+    if tensor.layout == torch.sparse_csr or isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
+        return sum(part.nbytes for part in parts_of(tensor).values())
+    return tensor.nbytes
+
+
 def replace_linear(skeleton: Skeleton, linear: Linear, weight: Tensor) -> None:
-    """Put a SparseLinear in the linear's place; its bias stays. weight: sparse [D_out, D_in]."""
+    """Put a SparseLinear in the linear's place and let go of the dense weight; the bias stays.
+
+    weight: sparse [D_out, D_in].
+    """
     parent, _, leaf = linear.name.rpartition(".")
     bias = cast(nn.Parameter | None, linear.module.bias)
     setattr(skeleton.model.get_submodule(parent), leaf, SparseLinear(weight, bias))
+    empty(linear.module)
 
 
 def computed(sparse: Tensor) -> Tensor:

@@ -72,7 +72,11 @@ class Run:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found. runs: by perplexity, best first, NaN (where it is no finite number) last. document: `trim.sweep/1`."""
+    """What a sweep found.
+
+    runs: by perplexity, best first, NaN (where it is no finite number) last. taken_over: how many of these and
+    the dense one an earlier sweep had measured. document: `trim.sweep/1`.
+    """
 
     dense: Run
     runs: tuple[Run, ...]

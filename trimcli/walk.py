@@ -61,6 +61,8 @@ class Walk:
         hidden: Tensor | None = None
         with self.skeleton.embedding() as embed, self.progress.task("embedding", self.nsamples) as advance:
             self._record_size(1, embed)
+            # With a single batch there is nothing else to see by whether the calls depend on the tokens.
+            self._keep_recording(slice(self.nsamples - 1, self.nsamples), embed(self._tokens[-1:])[1])
             for rows in self._batches(self.batch_size):
                 states, recording = embed(self._tokens[rows])
                 self._keep_recording(rows, recording)
@@ -152,18 +154,19 @@ class Walk:
                 except RuntimeError as problem:
                     if not _out_of_memory(problem):
                         raise
-                    self._halve(layer)
                     # A Gram has already taken in what it saw of the failed batch; a pass that advances has none.
                     if collector is not None and not advance:
                         collector.reset()
                         position = 0
+                    self._halve(layer, self.nsamples - position)
                     continue
                 if advance:
                     self.hidden[rows] = outputs.to(self.hidden.device)
                 position = rows.stop
                 step(rows.stop - rows.start)
 
-    def _halve(self, layer: DecoderLayer) -> None:
+    def _halve(self, layer: DecoderLayer, left: int) -> None:
+        """Go on with half the batch size, for the `left` samples of this pass and for the passes to come."""
         if self.batch_size == 1 or self._own:
             raise ResourceError(
                 f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device} at "
@@ -173,7 +176,7 @@ class Walk:
         if self.skeleton.device.type == "cuda":
             torch.cuda.empty_cache()
         self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {self.batch_size}.")
-        sizes = {self.batch_size, *(self.nsamples % size for size in range(1, self.batch_size + 1))} - {0}
+        sizes = {self.batch_size, left % self.batch_size, self.nsamples % self.batch_size} - {0}
         with self.skeleton.embedding() as embed:
             for size in sizes:
                 self._record_size(size, embed)

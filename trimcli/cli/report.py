@@ -30,7 +30,6 @@ def report(
     Example: trim report dense.json pruned.json owl70.json masks.safetensors -o report.html
     """
     common.start(quiet, as_json)
-    from trimcli.compare import render
     from trimcli.report import build_report
 
     made = build_report(files, form, output, force=force)
@@ -39,11 +38,10 @@ def report(
     elif not quiet:
         from rich.console import Console
 
-        if made.table.rows:
-            Console().print(render(made.table))
         if output is None:
             print(made.text)
         else:
+            Console().print(made.summary())
             common.facts({"report": f"{output} ({common.size(output.stat().st_size)})"})
 
 

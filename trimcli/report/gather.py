@@ -21,7 +21,7 @@ from trimcli.artifacts import (
     ROWS,
     read_json,
 )
-from trimcli.compare import Table, distinct, table_of
+from trimcli.compare import Table, distinct, model_of, table_of
 from trimcli.errors import InputError, MismatchError
 from trimcli.seal import is_intact
 
@@ -106,13 +106,8 @@ class Gathered:
 
     @cached_property
     def models(self) -> list[str]:
-        """Names of the models involved, each once: the dense ones where masks or stats tell."""
-        made_for = [
-            Path(str(source.document["model"].get("id"))).name
-            for source in self.sources
-            if source.document.get("model") and source.schema not in DIRECTORIES
-        ]
-        return list(dict.fromkeys(made_for))
+        """Names of the dense models behind the files, each once."""
+        return list(dict.fromkeys(model_of(source.document) for source in self.sources if source.document.get("model")))
 
 
 def gather(files: Sequence[Path]) -> Gathered:

@@ -4,13 +4,12 @@ from collections.abc import Iterable, Sequence
 
 from trimcli.artifacts import LAYER_SPARSITY, MASKS, PACKED, PRUNED, ROWS
 from trimcli.compare import Table, percent, settings, shown, titles
-from trimcli.report.gather import (
-    Gathered,
-    sparsity_by_linear,
-)
+from trimcli.report.gather import Gathered, sparsity_by_linear
 from trimcli.report.origin import WHAT, commands_of, versions_of
 
-SPECIAL = str.maketrans({character: f"\\{character}" for character in "\\`*_{}[]<>|#~"})
+SPECIAL = str.maketrans(
+    {character: f"\\{character}" for character in "\\`*_{}[]|#~"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+)
 
 
 def page(gathered: Gathered) -> str:

@@ -88,7 +88,8 @@ def _set(options: Mapping[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, Mapping):
             found += _set(value, f"{prefix}{name}.")
         elif value not in (None, False, "", []):
-            found.append(f"{prefix}{name} {value}")
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            found.append(f"{prefix}{name} {text}")
     return found
 
 

@@ -1,7 +1,7 @@
 """Panels of plotly.js figures: axes, rows of panels, series. Colours are CSS variables of the page."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,12 @@ class Figure:
 
 
 def grid(
-    panels: Sequence[tuple[str, list[dict[str, Any]]]],
+    panels: Sequence[tuple[str, list[Trace]]],
     *,
     per_row: int,
     height: int,
     x: Mapping[str, Any],
-    y: Any,
+    y: Callable[[list[Trace]], Mapping[str, Any]],
     x_titles: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Panels of the same kind in rows. y(traces): the y axis of a panel. height: of a panel, in pixels."""

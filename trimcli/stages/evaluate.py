@@ -197,7 +197,7 @@ def load_whole(skeleton: Skeleton, mask: MaskFile | None = None) -> Any:
 def label_of(skeleton: Skeleton, mask: MaskFile | None) -> str:
     """A short name for the run: the model's, and the masks' or the pruning's."""
     name = Path(skeleton.checkpoint.id).name or skeleton.checkpoint.id
-    return f"{name} + {mask.path.name}" if mask else name
+    return f"{name} + {mask.path.stem}" if mask else name
 
 
 def _pruning(skeleton: Skeleton, mask: MaskFile | None) -> dict[str, Any] | None:

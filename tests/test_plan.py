@@ -1,0 +1,118 @@
+"""What a prune says it will do, against what it then does."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.families import save_family
+from tests.small_models import llama_config, random_model, save
+from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
+from trimcli import AllocateOptions, BarberOptions, PruneOptions, Recipe, RowOptions, UsageError, allocate, prune
+from trimcli.errors import InputError, OptionError
+from trimcli.plan import forward_passes
+from trimcli.stages.foresee import foresee
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("plan")
+    save(random_model(llama_config(), dtype=torch.float16), base / "model")
+    save_tokens(base / "tokens.safetensors", vocabulary=64)
+    return base
+
+
+def test_the_counts_are_those_that_come_out(base: Path, tmp_path: Path) -> None:
+    args = ("--sparsity", 0.613, "--skip", "*.mlp.down_proj", "--tokens", base / "tokens.safetensors")
+    planned = trim_json("plan", base / "model", *args, "--save-model", tmp_path / "pruned", *COMPUTE)
+    done = trim_json(
+        "prune", base / "model", "-o", tmp_path / "masks", *args, "--save-model", tmp_path / "pruned", *COMPUTE,
+        "--cache-dir", tmp_path / "cache",
+    )  # fmt: skip
+    assert (planned["weights"], planned["zeros"]) == (done["weights"], done["zeros"])
+    assert len(planned["linears"]) == done["linears"] == 12
+    assert planned["mask_bytes"] == sum(one["shape"][0] * -(-one["shape"][1] // 8) for one in planned["linears"])
+    tensors = sum(path.stat().st_size for path in (tmp_path / "pruned").glob("*.safetensors"))
+    assert planned["model_bytes"] == pytest.approx(tensors, abs=4096)
+    assert sorted(planned["left_dense"]) == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+
+
+def test_a_plan_writes_nothing_and_needs_no_weights(tmp_path: Path) -> None:
+    planned = trim_json("plan", DATA / "qwen2.5-3b", "--sparsity", 0.7, "--use-trim", "--cache-dir", tmp_path / "c")
+    assert len(planned["linears"]) == 252
+    assert planned["sparsity"] == pytest.approx(0.7, abs=1e-6)
+    assert planned["model_bytes"] is None
+    assert planned["peak_host_bytes"] > 1 << 30
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tables_name_matrices_and_passes(base: Path) -> None:
+    shown = trim("plan", base / "model", "--sparsity", 0.5, *COMPUTE)
+    assert shown.status == 0
+    assert "mlp.up_proj" in shown.out
+    assert "40 x 32" in shown.out
+    assert "14 matrices" in shown.out
+    assert "1.5 forward passes in float32 on cpu" in shown.out
+
+
+def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
+    shown = trim("plan", save_family("mixtral", tmp_path / "mixtral"), "--sparsity", 0.5, *COMPUTE)
+    assert "9 matrices left dense" in shown.out
+    assert "left dense: model.layers.0.mlp.experts.gate_up_proj" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "passes"),
+    [
+        (Recipe(method="magnitude"), 0),
+        (Recipe(propagate=False), 0),
+        (Recipe(), 1.75),
+        (Recipe(method="sparsegpt"), 1.75),
+        (Recipe(rows=RowOptions(), input_recalc=True), 4.75),
+        (Recipe(barber=BarberOptions(metric="W")), 2.5),
+        (Recipe(barber=BarberOptions()), 4.5),
+    ],
+)
+def test_forward_passes(recipe: Recipe, passes: float) -> None:
+    assert forward_passes(recipe, 4) == passes
+
+
+def test_ratios_and_allocations_are_foreseen(base: Path, tmp_path: Path) -> None:
+    ratios = tmp_path / "ratios.json"
+    allocate(str(base / "model"), ratios, AllocateOptions(sparsity=0.6))
+    document = json.loads(ratios.read_text())
+    document["sparsity"]["model.layers.0.mlp.up_proj"] = 0.25
+    ratios.write_text(json.dumps(document))
+    plan = foresee(str(base / "model"), PruneOptions(ratios=ratios))
+    targets = {linear.name: linear.target.sparsity for linear in plan.linears}
+    assert targets.pop("model.layers.0.mlp.up_proj") == 0.25
+    assert set(targets.values()) == {0.6}
+    plan = foresee(str(base / "model"), PruneOptions(allocate=AllocateOptions(method="alpha", sparsity=0.4)))
+    assert {linear.target.sparsity for linear in plan.linears} == {0.4}
+
+
+def test_nothing_that_matches_is_an_error(base: Path, tmp_path: Path) -> None:
+    options = PruneOptions(sparsity=0.5, only=("*.attn.*",), cache_dir=tmp_path / "cache")
+    for run in (lambda: foresee(str(base / "model"), options), lambda: prune(str(base / "model"), tmp_path / "m", options)):
+        with pytest.raises(OptionError, match=r"nothing matches: of 14 linears \(such as model\.layers\.0\.self_attn"):
+            run()
+
+
+def test_a_pattern_that_does_not_fit_is_refused(base: Path) -> None:
+    with pytest.raises(OptionError, match="has 32 inputs, which do not divide into groups of 7"):
+        foresee(str(base / "model"), PruneOptions(sparsity_type="3:7"))
+
+
+def test_what_prune_refuses_plan_refuses(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no target was given"):
+        foresee(str(base / "model"), PruneOptions())
+    shutil.copytree(base / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(InputError, match="has no config.json"):
+        foresee(str(tmp_path / "model"), PruneOptions(sparsity=0.5))
+    with pytest.raises(UsageError, match="there is no file"):
+        foresee(str(base / "model"), PruneOptions(ratios=tmp_path / "missing.json"))
