@@ -122,16 +122,13 @@ def direct_search(weight: Tensor, scores: Tensor, inputs: Tensor, target: float)
     return counts.cpu(), best_step, searches
 
 
-def seconds(call: Callable[[], object], case: Case) -> float:
-    """The quickest of the case's repetitions of `call`."""
-    taken = []
-    for _ in range(case.repeat):
-        synchronise(case.device)
-        start = time.perf_counter()
-        call()
-        synchronise(case.device)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def seconds(call: Callable[[], object], device: str) -> float:
+    """Wall time of one `call`."""
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
 
 
 def synchronise(device: str) -> None:
@@ -177,10 +174,15 @@ def measure(case: Case) -> Figures:
     weight, scores, inputs = make_matrix(case)
     found: list[RowResult] = []
     expected: list[tuple[Tensor, float, int]] = []
+    calls = (
+        lambda: weight @ inputs,
+        lambda: expected.append(direct_search(weight, scores, inputs, case.target)),
+        lambda: found.append(search_rows(weight, scores, inputs, case.target, options)),
+    )
     with torch.inference_mode():
-        product = seconds(lambda: weight @ inputs, case)
-        fast = seconds(lambda: found.append(search_rows(weight, scores, inputs, case.target, options)), case)
-        direct = seconds(lambda: expected.append(direct_search(weight, scores, inputs, case.target)), case)
+        # By turns, so that what else the machine does falls on all of them; the quickest of each counts.
+        rounds = [[seconds(call, case.device) for call in calls] for _ in range(case.repeat)]
+    product, direct, fast = map(min, zip(*rounds, strict=True))
     counts, step, searches = expected[0]
     if step != found[0].step:
         raise RuntimeError(f"{case}: the direct form ends with step {step}, the search with {found[0].step}.")

@@ -15,6 +15,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     XDG_CACHE_HOME=str(CACHE / "cache"),
 )
+# The matrices are tiny: threads would wait for each other most of the time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 for variable in ("HF_DATASETS_CACHE", "HF_HUB_CACHE", "TRIM_TRACEBACK"):
     os.environ.pop(variable, None)
 

@@ -84,6 +84,24 @@ def test_a_layer_is_there_only_between_load_and_drop(llama: Path) -> None:
     assert devices(first) == {"meta"}
 
 
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_writing_to_a_layer_does_not_reach_the_checkpoint(form: str, llama: Path, tmp_path: Path) -> None:
+    """In float32 nothing is converted on loading, so that nothing but a copy keeps the two apart."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    if form == "bin":
+        torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+        (model / "model.safetensors").unlink()
+    skeleton = skeleton_of(model)
+    linear = skeleton.linears[UP]
+    dense = skeleton.read_weight(linear).clone()
+    skeleton.load_layer(skeleton.layers[1])
+    linear.weight.zero_()
+    assert torch.equal(skeleton.read_weight(linear), dense)
+    skeleton.drop_layer(skeleton.layers[1])
+    skeleton.load_everything()
+    assert torch.equal(linear.weight, dense)
+
+
 def test_tied_weights_are_read_once_and_stay_tied(nano_qwen2: Path) -> None:
     checkpoint = Checkpoint.open(nano_qwen2)
     assert "lm_head.weight" not in checkpoint.keys()

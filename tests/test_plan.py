@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ import torch
 from tests.families import save_family
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
-from trimcli import AllocateOptions, BarberOptions, PruneOptions, Recipe, RowOptions, UsageError, allocate, prune
+from trimcli import (
+    AllocateOptions,
+    BarberOptions,
+    CalibrateOptions,
+    PruneOptions,
+    Recipe,
+    RowOptions,
+    UsageError,
+    allocate,
+    prune,
+)
 from trimcli.errors import InputError, OptionError
 from trimcli.plan import forward_passes
 from trimcli.stages.foresee import foresee
@@ -91,8 +102,18 @@ def test_ratios_and_allocations_are_foreseen(base: Path, tmp_path: Path) -> None
     targets = {linear.name: linear.target.sparsity for linear in plan.linears}
     assert targets.pop("model.layers.0.mlp.up_proj") == 0.25
     assert set(targets.values()) == {0.6}
-    plan = foresee(str(base / "model"), PruneOptions(allocate=AllocateOptions(method="alpha", sparsity=0.4)))
-    assert {linear.target.sparsity for linear in plan.linears} == {0.4}
+    for method in ("alpha", "owl"):
+        plan = foresee(str(base / "model"), PruneOptions(allocate=AllocateOptions(method=method, sparsity=0.4)))
+        assert {linear.target.sparsity for linear in plan.linears} == {0.4}
+
+
+def test_more_samples_need_more_memory(base: Path, tmp_path: Path) -> None:
+    peaks = []
+    for nsamples in (4, 4000):
+        tokens = save_tokens(tmp_path / "tokens.safetensors", vocabulary=64, nsamples=nsamples)
+        options = PruneOptions(sparsity=0.5, calibrate=CalibrateOptions(tokens=tokens, device="cpu", dtype="float32"))
+        peaks.append(foresee(str(base / "model"), replace(options, device="cpu", dtype="float32")).host_bytes)
+    assert peaks[1] - peaks[0] == 3996 * 16 * 32 * 4
 
 
 def test_nothing_that_matches_is_an_error(base: Path, tmp_path: Path) -> None:

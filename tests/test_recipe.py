@@ -79,6 +79,16 @@ def test_a_pattern_that_keeps_all_leaves_the_matrix_whole(method: str) -> None:
     assert outcome.weight is None
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_goes_in_is_left_as_it_was(method: str) -> None:
+    weight, stats = matrix(6, 16)
+    before = [tensor.clone() for tensor in (weight, stats.sqnorm, stats.inputs, stats.gram) if tensor is not None]
+    Recipe(**METHODS[method]).choose(weight, stats, Target(0.5))
+    after = [tensor for tensor in (weight, stats.sqnorm, stats.inputs, stats.gram) if tensor is not None]
+    assert len(before) == 4
+    assert all(map(torch.equal, before, after))
+
+
 def test_the_formulas() -> None:
     weight, stats = matrix(5, 8)
     wanda = weight.abs() * stats[Statistic.SQNORM].sqrt()

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,10 +93,7 @@ def test_a_race_times_both() -> None:
     assert timed.sparse > 0
 
 
-def test_a_replaced_linear_keeps_its_bias_and_lets_go_of_its_weight(tmp_path: object) -> None:
-    from pathlib import Path
-
-    assert isinstance(tmp_path, Path)
+def test_a_replaced_linear_keeps_its_bias_and_lets_go_of_its_weight(tmp_path: Path) -> None:
     skeleton = skeleton_of(save(random_model(gpt2_config()), tmp_path / "model"))
     skeleton.load_everything()
     linear = next(iter(skeleton.linears.values()))

@@ -201,3 +201,19 @@ def test_the_default_seqlen(llama: Path, tmp_path: Path) -> None:
     bloom = skeleton_of(save_family("bloom", tmp_path / "bloom")).config
     assert max_positions(bloom) is None
     assert default_seqlen(bloom) == 2048
+
+
+def test_a_sparse_layer_leaves_the_checkpoint_as_it_is(llama: Path) -> None:
+    """Tensors that need no conversion are the checkpoint's own mapped memory."""
+    skeleton = skeleton_of(llama)
+    layer = skeleton.layers[0]
+    linear = layer.linears[0]
+    before = skeleton.read_weight(linear).clone()
+    assert before.dtype == skeleton.dtype
+    skeleton.load_layer(layer)
+    linear.weight.zero_()
+    assert torch.equal(skeleton.read_weight(linear), before)
+    skeleton.drop_layer(layer)
+    skeleton.load_everything()
+    linear.weight.zero_()
+    assert torch.equal(skeleton.read_weight(linear), before)

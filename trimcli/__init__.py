@@ -5,7 +5,8 @@ The stages as functions, each of which a command of `trim` calls:
     calibrate, allocate, prune, apply_masks, evaluate
 
 with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ApplyOptions, EvaluateOptions), and
-`load_packed` for packed directories. Importing this package imports no torch; the names load on first use.
+`load_packed` and `load_exported` for what is not an ordinary
+directory. Importing this package imports no torch; the names load on first use.
 """
 
 from importlib import import_module
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trimcli.barber import BarberOptions
     from trimcli.errors import TrimError, UsageError
+    from trimcli.exported import load_exported
     from trimcli.recipe import Recipe
     from trimcli.rows import RowOptions
     from trimcli.sparsegpt import UpdateOptions
@@ -42,6 +44,7 @@ _HOMES = {
     "apply_masks": "stages.apply",
     "calibrate": "stages.calibrate",
     "evaluate": "stages.evaluate",
+    "load_exported": "exported",
     "load_packed": "stages.unpack",
     "prune": "stages.prune",
     "unpack": "stages.unpack",
@@ -65,6 +68,7 @@ __all__ = [
     "apply_masks",
     "calibrate",
     "evaluate",
+    "load_exported",
     "load_packed",
     "prune",
     "unpack",

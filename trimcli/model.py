@@ -241,7 +241,8 @@ class Skeleton:
                     f"config.json calls for {tuple(parameter.shape)}; fetch the model anew."
                 )
             value = finite(stored, key or full, self.checkpoint)
-            set_parameter(module, name, value.to(self.device, self.dtype if value.is_floating_point() else value.dtype))
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            set_parameter(module, name, value.to(self.device, dtype, copy=copy))
         for name, buffer in module.named_buffers(recurse=recurse):
             key = self._names.plain.get(dotted + name)
             if key is not None:

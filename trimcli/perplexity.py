@@ -14,8 +14,9 @@ from trimcli.walk import Walk
 
 # Hidden states of at most this many bytes are walked together; more windows take another round through the layers.
 ROUND_BYTES = 4 << 30
-# Logits held at a time, in numbers.
-LOGITS = 1 << 25
+# Logits held at a time: few enough to stay in the processor's cache, but never those of fewer tokens than this, or
+# reading the head's weights would take longer than multiplying with them.
+LOGITS, TOKENS = 1 << 21, 256
 
 
 def perplexity(
@@ -56,8 +57,8 @@ def _round(
     with skeleton.head() as head, progress.task("measuring windows", len(windows)) as step:
         vocabulary = skeleton.model.get_output_embeddings().weight.shape[0]
         length = windows.shape[1] - 1
-        together = max(1, LOGITS // (vocabulary * length))
-        piece = max(1, min(length, LOGITS // vocabulary))
+        tokens = max(TOKENS, LOGITS // vocabulary)
+        together, piece = max(1, tokens // length), min(length, tokens)
         for start in range(0, len(windows), together):
             rows = slice(start, min(start + together, len(windows)))
             total = torch.zeros(rows.stop - rows.start, dtype=torch.float64)

@@ -111,8 +111,9 @@ def sweep(
     settings = settings_of(options)
     skeleton = open_model(model, options)
     chosen_linears(skeleton, options.only, options.skip)
+    plan = _plan(skeleton, options, settings)
     if announce:
-        announce(_plan(skeleton, options, settings))
+        announce(plan)
     calibrate = _calibrate_options(skeleton, options)
     path = cached_calibration(skeleton, replace(calibrate, stats=_stats(settings)), progress)
     heldout = held_out(skeleton, options, CalibrationFile(path).tokens)
@@ -239,7 +240,7 @@ class _Measurer:
     def __init__(
         self, skeleton: Skeleton, options: SweepOptions, calibration: Path, heldout: Tensor, progress: Progress
     ) -> None:
-        self._skeleton, self._options, self._progress = skeleton, options, progress
+        self._model, self._options, self._progress = skeleton.checkpoint.id, options, progress
         self._calibration, self._heldout = calibration, heldout
         self._cache = Cache(options.cache_dir)
         self._metrics = self._cache.file("metrics", skeleton.fingerprint.document(), ".json")
@@ -254,7 +255,7 @@ class _Measurer:
 
     def dense(self) -> Run:
         """The dense model."""
-        return self._remembered({}, lambda: (self._perplexity(self._skeleton), 0.0), {})
+        return self._remembered({}, lambda: (self._perplexity(self._model), 0.0), {})
 
     def measure(self, setting: Setting) -> Run:
         """One setting."""
@@ -297,12 +298,13 @@ class _Measurer:
                 known = setting.allocate.metrics_cache or self._metrics
                 setting = replace(setting, allocate=replace(setting.allocate, metrics_cache=known))
             options = self._options.prune_options(setting, self._calibration, model)
-            summary = prune(self._skeleton.checkpoint.id, masks, options, progress=self._progress)
+            summary = prune(self._model, masks, options, progress=self._progress)
             if setting.recipe.changes_weights:
-                return self._perplexity(open_model(str(model), self._options)), summary.sparsity
-            return self._perplexity(self._skeleton, masks), summary.sparsity
+                return self._perplexity(str(model)), summary.sparsity
+            return self._perplexity(self._model, masks), summary.sparsity
 
-    def _perplexity(self, skeleton: Skeleton, masks: Path | None = None) -> float:
+    def _perplexity(self, model: str, masks: Path | None = None) -> float:
+        skeleton = open_model(model, self._options)
         return perplexity(
             skeleton,
             self._heldout,

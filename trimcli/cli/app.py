@@ -7,13 +7,16 @@ from typer.core import TyperGroup
 
 from trimcli.cli.alloc_layers import alloc_layers
 from trimcli.cli.apply_masks import apply_masks, unpack
+from trimcli.cli.bench import bench
 from trimcli.cli.cache import cache
 from trimcli.cli.calibrate import calibrate
 from trimcli.cli.demo import demo
 from trimcli.cli.evaluate import evaluate
+from trimcli.cli.export import export
 from trimcli.cli.plan import plan
 from trimcli.cli.prune import prune
 from trimcli.cli.report import compare, report
+from trimcli.cli.sweep import sweep
 from trimcli.cli.verify import verify
 
 
@@ -75,6 +78,9 @@ app.command("plan", rich_help_panel=MEASURE)(plan)
 app.command("verify", rich_help_panel=MEASURE)(verify)
 app.command("report", rich_help_panel=MEASURE)(report)
 app.command("compare", rich_help_panel=MEASURE)(compare)
+app.command("sweep", rich_help_panel=MORE)(sweep)
+app.command("export", rich_help_panel=MORE)(export)
+app.command("bench", rich_help_panel=MORE)(bench)
 app.command("unpack", rich_help_panel=MORE)(unpack)
 app.command("cache", rich_help_panel=MORE)(cache)
 app.command("demo", rich_help_panel=MORE)(demo)

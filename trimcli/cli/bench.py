@@ -1,5 +1,6 @@
 """`trim bench`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,8 +70,8 @@ def _print(result: "BenchResult") -> None:
     columns += [(f"{rate.phase} b{rate.batch}", "right") for rate in result.measured[0].rates]
     rows = [
         [
-            one.model,
-            one.form if one.form == "dense" else f"{one.form} ({one.sparse} of {one.linears})",
+            Path(one.model).name,
+            one.form if one.form == "dense" else f"{one.form} {one.sparse}/{one.linears}",
             f"{one.zeros:.2%}",
             "" if one.disk is None else common.size(one.disk),
             common.size(one.memory),

@@ -4,9 +4,9 @@ from trimcli.allocation import LayerSparsity
 from trimcli.artifacts import MARK
 from trimcli.calibration import CalibrationFile
 from trimcli.checkpoint import BIN_INDEX, BIN_SINGLE, SAFE_INDEX, SAFE_SINGLE, Checkpoint
+from trimcli.data import read_tokens
 from trimcli.device import compute_device, compute_dtype
 from trimcli.model import Skeleton
-from trimcli.options import check_sparsity
 from trimcli.plan import Plan, chosen_linears, make_plan
 from trimcli.recipe import Target, uniform_target
 from trimcli.stages.calibrate import CalibrateOptions
@@ -33,16 +33,19 @@ def foresee(model: str, options: PruneOptions) -> Plan:
         pattern = ratios.pattern or {}
         options.recipe.check(pattern=bool(pattern))
         targets = {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}
-    elif options.allocate:
-        options.allocate.check()
-        assert options.allocate.sparsity is not None, "checked above"
-        targets = dict.fromkeys((one.name for one in linears), Target(check_sparsity(options.allocate.sparsity)))
+    elif options.allocate and options.allocate.sparsity is not None:
+        targets = dict.fromkeys((one.name for one in linears), Target(options.allocate.sparsity))
     else:
         targets = dict.fromkeys((one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type))
     drawn = options.calibrate or CalibrateOptions()
     nsamples, seqlen = drawn.nsamples, drawn.seqlen or default_seqlen(skeleton.config)
+    if drawn.tokens:
+        nsamples, seqlen = read_tokens(drawn.tokens).shape
     if options.calibration:
-        nsamples, seqlen = CalibrationFile(options.calibration).tokens.shape
+        calibration = CalibrationFile(options.calibration)
+        if weights:
+            calibration.check(skeleton.fingerprint)
+        nsamples, seqlen = calibration.tokens.shape
     return make_plan(
         skeleton,
         linears,

@@ -1,5 +1,7 @@
 """The prune stage: the pipeline that composes statistics, scores, rows, masks and updates, written once."""
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,13 +21,13 @@ from trimcli.errors import OptionError
 from trimcli.maskfile import write_masks
 from trimcli.memory import PeakMemory
 from trimcli.model import Skeleton
-from trimcli.options import RunOptions, check_positive
+from trimcli.options import RunOptions, check_positive, one_of
 from trimcli.passes import Passes
 from trimcli.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.recipe import Recipe, Target, uniform_target
 from trimcli.rowstats import stats_paths, write_row_stats
 from trimcli.scores import Statistic
-from trimcli.stages.allocate import AllocateOptions
+from trimcli.stages.allocate import METHODS, AllocateOptions
 from trimcli.stages.cached import cached_calibration, cached_ratios, with_stats
 from trimcli.stages.calibrate import CalibrateOptions, open_model
 from trimcli.walk import default_seqlen
@@ -95,10 +97,19 @@ class PruneOptions(RunOptions):
         for wrong, what in refused:
             if wrong:
                 raise OptionError(f"these options do not go together: {what}.")
-        if not self.ratios and not self.allocate:
+        if self.allocate:
+            self._check_allocation(self.allocate)
+        elif not self.ratios:
             uniform_target(self.sparsity, self.sparsity_type)
         if self.gram_dtype not in ("float32", "float64"):
             raise OptionError(f"--gram-dtype {self.gram_dtype!r} is none of float32, float64.")
+
+    def _check_allocation(self, allocate: AllocateOptions) -> None:
+        one_of("--alloc", allocate.method, METHODS)
+        if allocate.method == "owl" and allocate.calibration is None and allocate.import_file is None:
+            # The run itself makes it.
+            allocate = replace(allocate, calibration=Path("calibration"))
+        allocate.check()
 
 
 @dataclass(frozen=True)
@@ -134,10 +145,7 @@ def prune(
     UsageError for what cannot be used, ResourceError when memory or disk run out.
     """
     options.check()
-    outputs = [output, *([options.save_model] if options.save_model else [])]
-    outputs += stats_paths(options.stats_out) if options.stats_out else []
-    for target in outputs:
-        refuse_existing(target, force=force)
+    _refuse_outputs(output, options, force=force)
     started = time.monotonic()
     with PeakMemory() as memory:
         run = _Run(open_model(model, options), options, progress)
@@ -159,6 +167,18 @@ def prune(
                 results = run.write(first, output, force=force, rows=first)
             first.discard()
     return replace(results, resumed=resumed, seconds=time.monotonic() - started, peak_memory=memory.document())
+
+
+def _refuse_outputs(output: Path, options: PruneOptions, *, force: bool) -> None:
+    """Raise UsageError for an output that exists already, or that two of them would be written to."""
+    outputs = [output, *([options.save_model] if options.save_model else [])]
+    outputs += stats_paths(options.stats_out) if options.stats_out else []
+    places: set[Path] = set()
+    for target in outputs:
+        if target.resolve() in places:
+            raise OptionError(f"the run would write two outputs to {target}; name another file in -o or --stats-out.")
+        places.add(target.resolve())
+        refuse_existing(target, force=force)
 
 
 class _Run:
@@ -262,11 +282,13 @@ class _Run:
 
     def write(self, parts: Parts, output: Path, *, force: bool, rows: Parts) -> PruneSummary:
         """The masks file, and on request the model directory and TRIM's findings, from the part files."""
-        found = {layer.index: parts.read(layer.index) for layer in self.skeleton.layers}
+        found = self._parts(parts)
         homes = {
-            linear.name: found[layer.index] for layer in self.skeleton.layers for linear in self.passes.mine(layer)
+            linear.name: part
+            for layer, part in zip(self.skeleton.layers, found, strict=True)
+            for linear in self.passes.mine(layer)
         }
-        remarks = tuple(remark for part in found.values() for remark in part.facts["remarks"])
+        remarks = tuple(remark for part in found for remark in part.facts["remarks"])
         options = self.options
         sources = {"calibration": self.calibration.path if self.calibration else None, "ratios": self.ratios}
         document = manifest(
@@ -291,20 +313,22 @@ class _Run:
             return masks.unpack(homes[name].load(f"{name}.keep"), self.skeleton.linears[name].d_in)
 
         shapes = {linear.name: linear.shape for linear in self.linears}
-        complete = write_masks(output, document, shapes, keep, force=force)
-        if options.save_model:
-            self._write_model(options.save_model, complete, homes, keep, force=force)
-        improved = None
-        if options.recipe.rows:
-            facts = {
-                name: fact
-                for layer in self.skeleton.layers
-                for name, fact in rows.read(layer.index).facts["rows"].items()
-            }
-            improved = sum(fact["step"] != 0 for fact in facts.values())
+        facts = {name: fact for part in self._parts(rows) for name, fact in part.facts["rows"].items()}
+        improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows else None
+        with contextlib.ExitStack() as undo:
+            # All outputs or none: the part files stay, so that the same command writes them when it is repeated.
+            complete = write_masks(output, document, shapes, keep, force=force)
+            undo.callback(output.unlink)
+            if options.save_model:
+                self._write_model(options.save_model, complete, homes, keep, force=force)
+                undo.callback(shutil.rmtree, options.save_model)
             if options.stats_out:
                 write_row_stats(options.stats_out, complete, facts, rows, len(self.skeleton.layers), force=force)
+            undo.pop_all()
         return self._summary(output, complete, remarks, improved)
+
+    def _parts(self, parts: Parts) -> list[Part]:
+        return [parts.read(layer.index) for layer in self.skeleton.layers]
 
     def _made_before(self) -> list[Mapping[str, Any]]:
         """The manifests of the stages before this one."""
