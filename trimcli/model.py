@@ -210,7 +210,7 @@ class Skeleton:
 
     def load_layer(self, layer: DecoderLayer) -> None:
         """Put a layer's parameters on the compute device in the compute dtype. Raises InputError on NaN or infinity."""
-        self._fill(layer.name, layer.module)
+        self._fill(layer.name, layer.module, copy=True)
 
     def drop_layer(self, layer: DecoderLayer) -> None:
         """Put a layer's parameters back on the meta device."""
@@ -218,10 +218,11 @@ class Skeleton:
 
     def load_everything(self) -> None:
         """Fill the whole model: what evaluating through other libraries needs. Tied parameters stay tied."""
-        self._fill("", self.model)
+        self._fill("", self.model, copy=True)
         self.model.tie_weights()
 
-    def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True) -> None:
+    def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True, copy: bool = False) -> None:
+        """Fill what is empty. copy: what will be written to, since a tensor as stored is the checkpoint's own memory."""
         dotted = f"{prefix}." if prefix else ""
         made: dict[str, Tensor] = {}
         for conversion in self._names.conversions:
