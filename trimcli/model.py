@@ -222,7 +222,7 @@ class Skeleton:
         self.model.tie_weights()
 
     def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True, copy: bool = False) -> None:
-        """Fill what is empty. copy: what will be written to, since a tensor as stored is the checkpoint's own memory."""
+        """Fill what is empty. copy: for what will be written to: a tensor as stored is the checkpoint's own memory."""
         dotted = f"{prefix}." if prefix else ""
         made: dict[str, Tensor] = {}
         for conversion in self._names.conversions:
