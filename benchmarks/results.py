@@ -108,10 +108,13 @@ class Run:
     seconds: float
 
 
-def settings(sparsities: Iterable[float], patterns: Iterable[str], thresholds: Sequence[float]) -> list[Setting]:
+def settings(
+    sparsities: Iterable[float], patterns: Iterable[str], thresholds: Sequence[float], *, more: bool = False
+) -> list[Setting]:
     """The dense model and every combination of the study, in the order of the tables.
 
-    thresholds: shares of a unit's improving pairs that LLM-Barber swaps, each a row of the tables.
+    thresholds: shares of a unit's improving pairs that LLM-Barber swaps, each a row of the tables. more: combinations
+    that were never published, too.
     """
     found = [Setting()]
     for sparsity in sparsities:
@@ -119,20 +122,21 @@ def settings(sparsities: Iterable[float], patterns: Iterable[str], thresholds: S
         for allocation in ALLOCATIONS:
             within = partial(at, allocation=allocation)
             found += [within(method="magnitude"), within(), within(rows=True), within(method="sparsegpt")]
-        found += [at(method="sparsegpt", rows=True), *_with_barber(at, thresholds)]
+        found += [at(method="sparsegpt", rows=True)] if more else []
+        found += _with_barber(at, thresholds, more=more)
     for pattern in patterns:
         by = partial(Setting, pattern=pattern)
-        found += [by(method="magnitude"), by(), by(method="sparsegpt"), *_with_barber(by, thresholds)]
+        found += [by(method="magnitude"), by(), by(method="sparsegpt"), *_with_barber(by, thresholds, more=more)]
     return found
 
 
-def _with_barber(target: Any, thresholds: Sequence[float]) -> list[Setting]:
+def _with_barber(target: Any, thresholds: Sequence[float], *, more: bool) -> list[Setting]:
     found = []
     for threshold in thresholds:
         dense = BarberOptions(threshold=threshold)
         retained = BarberOptions(threshold=threshold, retain_reconstruction=True)
         found += [target(barber=dense), target(method="sparsegpt", barber=dense)]
-        found.append(target(method="sparsegpt", barber=retained))
+        found += [target(method="sparsegpt", barber=retained)] if more else []
     return found
 
 
@@ -246,6 +250,7 @@ def main() -> None:
     parser.add_argument(
         "--thresholds", nargs="*", type=float, default=[0.01, 0.1], help="LLM-Barber's, each a row of the tables"
     )
+    parser.add_argument("--more", action="store_true", help="never published combinations, too")
     parser.add_argument("--shard", default="0/1", help="this process's share, I/N with I from 0")
     parser.add_argument("--render", action="store_true", help="write the tables of what is finished, run nothing")
     add_arguments(parser)
@@ -253,7 +258,7 @@ def main() -> None:
     share, shares = map(int, given.shard.split("/"))
     study = make_study(given, given.model, given.calibrate or given.tokens)
     ledger = Ledger(given.runs or study.folder / "results.jsonl")
-    wanted = settings(given.sparsities, given.patterns, given.thresholds)
+    wanted = settings(given.sparsities, given.patterns, given.thresholds, more=given.more)
     for place, setting in enumerate([] if given.render else wanted):
         if place % shares == share and ledger.find(key(study, setting)) is None:
             made = run(study, setting)

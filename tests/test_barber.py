@@ -237,8 +237,8 @@ def test_weights_keep_the_dense_dtype_and_inputs_stay() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"granularity": "row"}, "--prune-granularity row is unknown; choose one of block, layer"),
-        ({"metric": "G"}, "--prune-metric G is unknown"),
+        ({"granularity": "row"}, "--prune-granularity 'row' is none of block, layer"),
+        ({"metric": "G"}, "--prune-metric 'G' is none of WD, W, D"),
         ({"threshold": 1.5}, r"--threshold 1\.5"),
         ({"threshold": float("nan")}, "--threshold nan"),
     ],

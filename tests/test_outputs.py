@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimcli import outputs
+from trimcli import outputs, ranking
 from trimcli.outputs import Product
 
 D_OUT, D_IN, SAMPLES = 11, 40, 7
@@ -12,7 +12,7 @@ D_OUT, D_IN, SAMPLES = 11, 40, 7
 
 @pytest.fixture(params=[0, 64, 1 << 18], ids=["rows", "blocks", "whole"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "_SMALLEST_BLOCK", request.param)
+    monkeypatch.setattr(ranking, "_SMALLEST_BLOCK", request.param)
 
 
 def matrices() -> tuple[Tensor, Tensor, Tensor]:
@@ -33,6 +33,7 @@ def masked_product(weight: Tensor, scores: Tensor, inputs: Tensor, counts: list[
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_outputs_at_any_counts(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outputs, "_UPDATE_SHARE", share)
+    monkeypatch.setattr(outputs, "_WHOLE_SHARE", share / 5)
     weight, scores, inputs = matrices()
     product = Product(weight, scores, inputs)
     generator = torch.Generator().manual_seed(2)

@@ -180,6 +180,39 @@ def test_conv1d_is_pruned_by_output_rows(tmp_path: Path) -> None:
     assert ((stored == 0).sum(dim=0) == 16).all()
 
 
+@pytest.mark.parametrize("form", ["sharded", "bin", "tied"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_storage_forms_end_to_end(form: str, dtype: torch.dtype, base: Path, tmp_path: Path) -> None:
+    model = random_model(llama_config(tie_word_embeddings=form == "tied"), dtype=dtype)
+    source = save(model, tmp_path / "model", max_shard_size="20KB" if form == "sharded" else "5GB")
+    if form == "bin":
+        torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+        (source / "model.safetensors").unlink()
+    drawn = CalibrateOptions(tokens=base / "tokens.safetensors", **RUN)
+    options = options_for(base, tmp_path, calibration=None, calibrate=drawn, sparsity=0.6, save_model=tmp_path / "out")
+    prune(str(source), tmp_path / "masks", options)
+
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    if form == "sharded":
+        assert len(shards) > 1
+        assert shards == sorted(path.name for path in source.glob("*.safetensors"))
+    else:
+        assert shards == ["model.safetensors"]
+    stored = {key: tensor for name in shards for key, tensor in load_file(tmp_path / "out" / name).items()}
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert ("lm_head.weight" in stored) == (form != "tied")
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert loaded.dtype == dtype
+    found = MaskFile.open(tmp_path / "masks")
+    for name, parameter in loaded.named_parameters():
+        dense = model.get_parameter(name)
+        linear = name.removesuffix(".weight")
+        if linear in found.names:
+            assert zeros(parameter) == matrix_budget(*parameter.shape, 0.6), name
+            dense = dense * found.keep(linear)
+        assert torch.equal(parameter, dense), name
+
+
 # --- what is chosen --------------------------------------------------------------------------------------
 
 

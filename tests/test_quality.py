@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimcli import quality
+from trimcli import quality, ranking
 from trimcli.errors import OptionError
 from trimcli.quality import Dense, compare, quality_function, row_quality_function
 
@@ -114,7 +114,7 @@ def test_rows(name: str, pair: tuple[Tensor, Tensor]) -> None:
 def test_sums_do_not_depend_on_the_blocks_they_are_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, pruned = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
     whole = compare(Dense(dense), pruned)
-    monkeypatch.setattr(quality, "_BLOCK", 8)
+    monkeypatch.setattr(ranking, "_SMALLEST_BLOCK", 8)
     blocks = compare(Dense(dense), pruned)
     assert torch.equal(whole.dot, blocks.dot)
     assert torch.equal(whole.row_mse, blocks.row_mse)

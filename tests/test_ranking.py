@@ -38,7 +38,7 @@ def test_orders_and_ranks(scores: Tensor) -> None:
 def test_many_blocks_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randint(0, 9, (37, 50), generator=torch.Generator().manual_seed(0)).float()
     expected = scores.argsort(dim=1, stable=True)
-    monkeypatch.setattr(ranking, "_BLOCK", 250)
+    monkeypatch.setattr(ranking, "_SMALLEST_BLOCK", 250)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     order = row_order(scores)
     assert torch.equal(order.long(), expected)

@@ -417,8 +417,8 @@ def test_matrices_that_are_no_gram_are_refused() -> None:
         ({"damping": float("nan")}, "--damping nan must be"),
         ({"damping": float("inf")}, "--damping inf must be"),
         ({"block_size": 0}, "--block-size 0"),
-        ({"mask_score": "taylor"}, "--mask-score taylor is unknown; give one of obs, wanda, magnitude"),
-        ({"mask_update": "never"}, "--mask-update never is unknown; give one of once, block"),
+        ({"mask_score": "taylor"}, "--mask-score 'taylor' is none of obs, wanda, magnitude"),
+        ({"mask_update": "never"}, "--mask-update 'never' is none of once, block"),
     ],
 )
 def test_options_out_of_range_are_refused(values: dict[str, object], message: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimcli.errors import OptionError
 from trimcli.masks import Numerics
+from trimcli.options import one_of
 
 Granularity = Literal["block", "layer", "output1", "input1"]
 """The unit whose weights are paired: all linears of the block, one matrix, one row, one column."""
@@ -44,14 +45,10 @@ class BarberOptions:
     numerics: Numerics = "exact"
 
     def __post_init__(self) -> None:
-        for option, value, known in (
-            ("--prune-granularity", self.granularity, get_args(Granularity)),
-            ("--prune-metric", self.metric, get_args(Metric)),
-        ):
-            if value not in known:
-                raise OptionError(f"{option} {value} is unknown; choose one of {', '.join(known)}")
+        one_of("--prune-granularity", self.granularity, get_args(Granularity))
+        one_of("--prune-metric", self.metric, get_args(Metric))
         if not 0 <= self.threshold <= 1:
-            raise OptionError(f"--threshold {self.threshold} is not a share of the pairs; give 0 to 1")
+            raise OptionError(f"--threshold {self.threshold} is not a share of the pairs; give 0 to 1.")
 
     @property
     def needs_gradients(self) -> bool:
@@ -94,7 +91,7 @@ def rebuild(
     Raises OptionError if the metric needs gradients and none are given, or D_in is not made of whole groups.
     """
     if gradients is None and options.needs_gradients:
-        raise OptionError(f"--prune-metric {options.metric} needs gradients; only W does without")
+        raise OptionError(f"--prune-metric {options.metric} needs gradients; only W does without.")
 
     def base_of(name: str) -> Tensor:
         if not options.retain_reconstruction:
@@ -189,7 +186,7 @@ def _swap_in_groups(metric: Tensor, keep: Tensor, pattern: tuple[int, int], opti
     kept, group = pattern
     if metric.shape[1] % group:
         inputs = metric.shape[1]
-        raise OptionError(f"{kept}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}")
+        raise OptionError(f"{kept}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}.")
     parts = []
     for worth, old in _row_chunks(metric, keep):
         pairs = _pair_rows(worth, old, options.threshold)

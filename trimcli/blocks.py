@@ -86,7 +86,7 @@ def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, pr
     """
 
     def unfit(reason: str) -> OptionError:
-        return OptionError(f"--prune-barber cannot work on {name}: {reason}; prune without --prune-barber")
+        return OptionError(f"--prune-barber cannot work on {name}: {reason}; prune without --prune-barber.")
 
     groups, owner = _groups(layer, linears)
     if len(groups) != 2:
@@ -156,7 +156,7 @@ def block_gradients(
 def _value(output: Any) -> Tensor:
     found = output[0] if isinstance(output, (tuple, list)) else output
     if not isinstance(found, Tensor):
-        raise OptionError(f"--prune-barber needs blocks that return tensors, and one returned {type(found).__name__}")
+        raise OptionError(f"--prune-barber needs blocks that return tensors, and one returned {type(found).__name__}.")
     return found
 
 

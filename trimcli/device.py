@@ -1,5 +1,7 @@
 """Where and in which precision to compute."""
 
+import re
+
 import torch
 
 from trimcli.checkpoint import Checkpoint
@@ -31,12 +33,9 @@ def compute_device(name: str) -> torch.device:
     """The compute device: as named, or for `auto` the first CUDA device where there is one. Raises OptionError."""
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N.")
+    if not re.fullmatch(r"cuda:\d+", name):
+        one_of("--device", name, ("auto", "cpu", "cuda", "cuda:0"))
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu.")
     return device

@@ -1,7 +1,7 @@
 """The masks artifact (`trim.masks/1`): which weights of which linears stay, one bit a weight.
 
 Per linear a tensor `<name>.keep`, uint8 [D_out, ceil(D_in / 8)], rows packed to bytes, most significant bit
-first, 1 = kept; and in the manifest, under `linears`, `{shape, zeros, keep_sha256}` beside what the caller
+first, 1 = kept; and in the manifest, under `linears`, `{shape, zeros, sparsity, keep_sha256}` beside what the caller
 says of it (`target`, `pattern`), in the model's order.
 """
 
@@ -113,5 +113,6 @@ def _entries(
     for name, shape in shapes.items():
         keep = keep_of(name)
         zeros = keep.numel() - int(keep.count_nonzero())
-        found = {"shape": list(shape), "zeros": zeros, "keep_sha256": keep_digest(masks.pack(keep))}
+        digest = keep_digest(masks.pack(keep))
+        found = {"shape": list(shape), "zeros": zeros, "sparsity": zeros / keep.numel(), "keep_sha256": digest}
         yield name, {**known.get(name, {}), **found}

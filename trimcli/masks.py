@@ -5,6 +5,7 @@ go, lowest score first; equal scores go in index order. Large matrices are worke
 so temporaries stay within about two copies of the scores.
 """
 
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -177,9 +178,10 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
         return None
     found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if found is None or not 0 < int(found[1]) < int(found[2]):
+        near = difflib.get_close_matches(text, ["unstructured"])
         raise OptionError(
-            f"the sparsity type {text!r} is neither 'unstructured' nor N:M with 0 < N < M, where N is how "
-            f"many of every M consecutive weights are kept; give one such as 2:4."
+            f"the sparsity type {text!r} is neither 'unstructured' nor N:M with 0 < N < M, where N is how many of "
+            f"every M consecutive weights are kept; {'did you mean unstructured?' if near else 'give one such as 2:4.'}"
         )
     return int(found[1]), int(found[2])
 

@@ -8,15 +8,14 @@ from torch.nn.functional import embedding_bag
 
 from trimcli.masks import keep_from_ranks
 from trimcli.quality import Dense, Outputs, compare
-from trimcli.ranking import ranks_of, row_order
-
-# A matrix is worked through in this many blocks of rows, unless they get small, to keep temporaries small.
-_BLOCKS = 8
-_SMALLEST_BLOCK = 1 << 18
+from trimcli.ranking import ranks_of, row_blocks, row_order
 
 # Share of a block's weights that may change before multiplying the block anew is quicker. On two x86 cores,
 # at 4096 x 4096 with 256 samples, the two take the same time somewhere between a third and a half.
 _UPDATE_SHARE = 0.3
+
+# Share of a matrix's weights that may change before the update goes by blocks of rows, to keep temporaries small.
+_WHOLE_SHARE = 0.06
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Product:
         order = row_order(scores)
         self.ranks = ranks_of(order)
         self._order = order if weight.device.type == "cpu" else None
-        self._rows = max(-(-self.d_out // _BLOCKS), _SMALLEST_BLOCK // max(self.d_in, 1), 1)
         self._dense = Dense(self._outputs(None, None))
 
     def at(self, counts: Tensor, near: State | None = None) -> State:
@@ -54,8 +52,13 @@ class Product:
     def _outputs(self, counts: Tensor | None, near: State | None) -> Tensor:
         """Outputs at `counts` or, without, the dense ones; in the same blocks, so counts of 0 give these."""
         outputs = self._weight.new_empty((self.d_out, self._inputs.shape[1]))
-        for start in range(0, self.d_out, self._rows):
-            rows = slice(start, start + self._rows)
+        blocks = list(row_blocks(self._weight))
+        if counts is not None and near is not None:
+            changes = int((counts - near.counts).abs().sum())
+            # Places in a block are counted in int32.
+            if changes <= _WHOLE_SHARE * self._weight.numel() < 2**31 * _WHOLE_SHARE:
+                blocks = [slice(0, self.d_out)]
+        for rows in blocks:
             kept = self._weight[rows]
             if counts is not None:
                 if near is not None and self._update(rows, counts[rows], near, outputs[rows]):

@@ -16,7 +16,7 @@ from trimcli.plan import walks
 from trimcli.recipe import Outcome, Recipe, Target
 from trimcli.rowstats import row_facts, row_tensors
 from trimcli.scores import LinearStats, Statistic
-from trimcli.second_pass import rebuild_layer
+from trimcli.second_pass import blocks_of, rebuild_layer
 from trimcli.statistics import Collector, InputGroup, refuse_unusable
 from trimcli.walk import Walk
 
@@ -56,6 +56,9 @@ class Passes:
                 return done
             walk = self._walk()
             for layer in walk.layers():
+                if self.recipe.barber and layer.index == done and self.mine(layer):
+                    # What the second pass cannot work on is refused before the first one is done.
+                    blocks_of(walk, layer)
                 if layer.index < done:
                     self._replay(layer, parts.read(layer.index))
                 else:

@@ -16,12 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from trimcli.errors import OptionError
+from trimcli.options import one_of
+from trimcli.ranking import row_blocks
 
 _EPSILON = 1e-8
 _MSE_FLOOR = 1e-10
-_BLOCK = 1 << 16
-_ACCELERATOR_BLOCK = 1 << 22
 
 _Metric = TypeVar("_Metric", "Quality", "RowQuality")
 
@@ -131,16 +130,12 @@ def row_quality_names() -> list[str]:
 
 def quality_function(name: str) -> Quality:
     """The metric of a whole matrix called `name`. Raises OptionError for an unknown name."""
-    if name not in _qualities:
-        raise OptionError(f"there is no quality metric {name!r}; choose one of {', '.join(_qualities)}.")
-    return _qualities[name]
+    return _qualities[one_of("--qmetric", name, _qualities)]
 
 
 def row_quality_function(name: str) -> RowQuality:
     """The row metric called `name`. Raises OptionError for an unknown name."""
-    if name not in _row_qualities:
-        raise OptionError(f"there is no row metric {name!r}; choose one of {', '.join(_row_qualities)}.")
-    return _row_qualities[name]
+    return _row_qualities[one_of("--qmetric-dimwise", name, _row_qualities)]
 
 
 def _enter(registry: dict[str, _Metric], name: str) -> Callable[[_Metric], _Metric]:
@@ -253,15 +248,12 @@ def _row_sums(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
     """<A_k, B_k> and ||B_k||^2, float64 [D_out] on the CPU.
 
     In float64, because the search divides differences of qualities by their range, which may be no wider than
-    float32 resolves. In blocks of rows, so that the converted copies stay small and, on a CPU, in its caches.
+    float32 resolves. In blocks of rows, so that the converted copies stay small.
     """
-    d_out, samples = dense.shape
-    sums = torch.empty((2, d_out), dtype=torch.float64, device=dense.device)
-    block = _BLOCK if dense.device.type == "cpu" else _ACCELERATOR_BLOCK
-    step = max(1, block // max(samples, 1))
-    for start in range(0, d_out, step):
-        wide = pruned[start : start + step].double()
-        sums[0, start : start + step] = torch.linalg.vecdot(dense[start : start + step].double(), wide)
-        sums[1, start : start + step] = torch.linalg.vecdot(wide, wide)
+    sums = torch.empty((2, dense.shape[0]), dtype=torch.float64, device=dense.device)
+    for rows in row_blocks(dense, parts=2):
+        wide = pruned[rows].double()
+        torch.linalg.vecdot(dense[rows].double(), wide, out=sums[0, rows])
+        torch.linalg.vecdot(wide, wide, out=sums[1, rows])
     dot, sqnorm = sums.cpu()
     return dot, sqnorm

@@ -1,15 +1,13 @@
 """The order of every row's scores, found once and used by whatever prunes row by row."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Rows are worked through in blocks of about so many scores: small enough for a core's caches, but an
-# accelerator is kept busy only by large ones.
-_BLOCK = 1 << 18
-_ACCELERATOR_BLOCK = 1 << 22
+_SMALLEST_BLOCK = 1 << 16
 
 
 def row_order(scores: Tensor) -> Tensor:
@@ -24,15 +22,13 @@ def row_order(scores: Tensor) -> Tensor:
     dtype = torch.int16 if d_in <= torch.iinfo(torch.int16).max else torch.int32
     order = torch.empty((d_out, d_in), dtype=dtype, device=scores.device)
     packable = scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float16, torch.bfloat16)
-    step = _rows_at_once(scores)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, d_out, step):
-            block = scores[start : start + step]
+        for rows in row_blocks(scores):
             if packable:
-                order[start : start + step] = _packed_order(block, pool, threads)
+                order[rows] = _packed_order(scores[rows], pool, threads)
             else:
-                order[start : start + step] = block.argsort(dim=1, stable=True)
+                order[rows] = scores[rows].argsort(dim=1, stable=True)
     return order
 
 
@@ -41,19 +37,23 @@ def ranks_of(order: Tensor) -> Tensor:
 
     order: int16 or int32 [D_out, D_in]. Returns the like.
     """
-    d_out, d_in = order.shape
     ranks = torch.empty_like(order)
-    ascending = torch.arange(d_in, dtype=order.dtype, device=order.device)
-    step = _rows_at_once(order)
-    for start in range(0, d_out, step):
-        block = order[start : start + step]
-        ranks[start : start + step].scatter_(1, block.long(), ascending.expand_as(block))
+    ascending = torch.arange(order.shape[1], dtype=order.dtype, device=order.device)
+    for rows in row_blocks(order):
+        ranks[rows].scatter_(1, order[rows].long(), ascending.expand_as(order[rows]))
     return ranks
 
 
-def _rows_at_once(matrix: Tensor) -> int:
-    block = _BLOCK if matrix.device.type == "cpu" else _ACCELERATOR_BLOCK
-    return max(1, block // max(matrix.shape[1], 1))
+def row_blocks(matrix: Tensor, parts: int = 8) -> Iterator[slice]:
+    """Slices that together are all rows of a matrix, about `parts` of them, fewer where they would get small.
+
+    To keep temporaries a fraction of the matrix. Small blocks are not worth it: what every block costs besides
+    its work, on several threads with other load above all, is soon more than the work.
+    """
+    d_out, width = matrix.shape
+    step = max(-(-d_out // parts), _SMALLEST_BLOCK // max(width, 1), 1)
+    for start in range(0, d_out, step):
+        yield slice(start, min(start + step, d_out))
 
 
 def _packed_order(scores: Tensor, pool: ThreadPoolExecutor, threads: int) -> Tensor:

@@ -1,6 +1,6 @@
 """LLM-Barber's second pass over one decoder layer: attention first, then, with the attention rebuilt, the MLP."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 from torch import Tensor
@@ -26,20 +26,12 @@ def rebuild_layer(
     are pruned. Raises OptionError for a layer that is not attention and MLP in sequence (Su et al. 2024, section 3).
     """
     linears = {linear.name: linear for linear in layer.linears}
-
-    def run(hidden: Tensor, sample: int = 0) -> Tensor:
-        return walk.call(layer, slice(sample, sample + 1), hidden)
-
-    def states(sample: int) -> Tensor:
-        return walk.hidden[sample : sample + 1].to(walk.skeleton.device)
-
-    modules = {name: linear.module for name, linear in linears.items()}
     result: dict[str, tuple[Tensor, Tensor]] = {}
-    for block in find_blocks(layer.module, modules, run, states(0), layer.name):
+    for block in blocks_of(walk, layer):
         mine = [name for name in block.linears if name in keep]
         if not mine:
             continue
-        gradients = _gradients(walk, block, dense, run, states) if options.needs_gradients else None
+        gradients = _gradients(walk, layer, block, dense) if options.needs_gradients else None
         rebuilt = rebuild(
             {name: linears[name].oriented(dense[name]) for name in mine},
             {name: linears[name].weight for name in mine},
@@ -54,19 +46,32 @@ def rebuild_layer(
     return result
 
 
+def blocks_of(walk: Walk, layer: DecoderLayer) -> list[Block]:
+    """The attention and the MLP of a loaded layer at which the walk is.
+
+    Raises OptionError for a layer that is not attention and MLP in sequence.
+    """
+    modules = {linear.name: linear.module for linear in layer.linears}
+    return find_blocks(layer.module, modules, partial(_run, walk, layer, 0), _states(walk, 0), layer.name)
+
+
+def _run(walk: Walk, layer: DecoderLayer, sample: int, hidden: Tensor) -> Tensor:
+    return walk.call(layer, slice(sample, sample + 1), hidden)
+
+
+def _states(walk: Walk, sample: int) -> Tensor:
+    return walk.hidden[sample : sample + 1].to(walk.skeleton.device)
+
+
 def _gradients(
-    walk: Walk,
-    block: Block,
-    dense: Mapping[str, Tensor],
-    run: Callable[..., Tensor],
-    states: Callable[[int], Tensor],
+    walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     total = walk.nsamples
     with walk.progress.task(f"gradients of {len(block.linears)} linears", total) as step:
 
         def calls() -> Iterator[Call]:
             for sample in range(total):
-                yield block.capture(partial(run, sample=sample), states(sample))
+                yield block.capture(partial(_run, walk, layer, sample), _states(walk, sample))
                 step()
 
         return block_gradients(block, {name: dense[name] for name in block.linears}, calls(), total)

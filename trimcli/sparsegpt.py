@@ -19,6 +19,7 @@ from torch import Tensor
 from trimcli import masks
 from trimcli.errors import OptionError, TrimError
 from trimcli.masks import Numerics
+from trimcli.options import one_of
 from trimcli.scores import LinearStats, magnitude, wanda
 
 MaskScore = Literal["obs", "wanda", "magnitude"]
@@ -55,14 +56,9 @@ class UpdateOptions:
         _check_damping(self.damping)
         if self.block_size < 1:
             raise OptionError(f"--block-size {self.block_size} holds no column; give at least 1 (the default is 128).")
-        if self.mask_score not in get_args(MaskScore):
-            raise OptionError(
-                f"--mask-score {self.mask_score} is unknown; give one of {', '.join(get_args(MaskScore))}."
-            )
-        if self.mask_update is not None and self.mask_update not in get_args(MaskUpdate):
-            raise OptionError(
-                f"--mask-update {self.mask_update} is unknown; give one of {', '.join(get_args(MaskUpdate))}."
-            )
+        one_of("--mask-score", self.mask_score, get_args(MaskScore))
+        if self.mask_update is not None:
+            one_of("--mask-update", self.mask_update, get_args(MaskUpdate))
 
 
 @dataclass(frozen=True)

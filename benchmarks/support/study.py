@@ -23,7 +23,7 @@ class Study:
 
     model: its directory. source: calibration text, or a safetensors file of `tokens`. nsamples: samples
     drawn from a text. texts: files to measure on, `windows` windows of `seqlen` tokens each, the length of
-    the samples too. work: directory for what is made once (calibration, ratios).
+    the samples too. work: directory for what is made once (calibration, ratios). seed: of the draw of samples.
     """
 
     model: Path
@@ -33,11 +33,17 @@ class Study:
     windows: int
     seqlen: int
     work: Path
+    seed: int = 0
 
     @property
     def name(self) -> str:
         """The model's name."""
         return "the demo's nano-qwen2" if self.model == MODEL else self.model.name
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the samples are given, so that no seed changes them."""
+        return self.source.suffix == ".safetensors"
 
     @property
     def dtype(self) -> str:
@@ -52,7 +58,8 @@ class Study:
             "model": digest({path.name: file_digest(path) for path in weights}),
             "source": file_digest(self.source),
             "texts": {path.name: file_digest(path) for path in self.texts},
-            "nsamples": self.nsamples if self.source.suffix != ".safetensors" else None,
+            "nsamples": None if self.fixed else self.nsamples,
+            **({"seed": self.seed} if self.seed and not self.fixed else {}),
             "windows": self.windows,
             "seqlen": self.seqlen,
         }
@@ -72,12 +79,13 @@ class Study:
     def calibration(self) -> Path:
         """The calibration file, made the first time."""
         path = self.folder / "calibration.safetensors"
-        tokens = self.source if self.source.suffix == ".safetensors" else None
+        tokens = self.source if self.fixed else None
         options = CalibrateOptions(
             dataset=str(self.source),
             tokens=tokens,
             nsamples=self.nsamples,
             seqlen=self.seqlen,
+            seed=self.seed,
             cache_dir=self.cache,
         )
         with FileLock(self.folder / "calibration.lock"):
@@ -117,7 +125,7 @@ class Study:
 
     def facts(self) -> dict[str, str]:
         """What the head of a results file says of the study."""
-        drawn = "its samples" if self.source.suffix == ".safetensors" else f"{self.nsamples} samples"
+        drawn = "its samples" if self.fixed else f"{self.nsamples} samples"
         return {
             "calibrated on": f"{self.source.name}, {drawn}",
             "measured on": f"{', '.join(path.name for path in self.texts)}, the first {self.windows} "

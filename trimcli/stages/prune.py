@@ -101,8 +101,7 @@ class PruneOptions(RunOptions):
             self._check_allocation(self.allocate)
         elif not self.ratios:
             uniform_target(self.sparsity, self.sparsity_type)
-        if self.gram_dtype not in ("float32", "float64"):
-            raise OptionError(f"--gram-dtype {self.gram_dtype!r} is none of float32, float64.")
+        one_of("--gram-dtype", self.gram_dtype, ("float32", "float64"))
 
     def _check_allocation(self, allocate: AllocateOptions) -> None:
         one_of("--alloc", allocate.method, METHODS)
