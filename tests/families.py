@@ -9,6 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 VOCABULARY = 97
+# From version 5 on transformers merges a layer's experts on loading and knows older names of parameters.
+CONVERTS = int(transformers.__version__.partition(".")[0]) >= 5
 COMMON: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -46,8 +48,9 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "falcon-alibi": _made("Falcon", **PLAIN, alibi=True, multi_query=False, parallel_attn=False, bias=True),
     "bloom": _made("Bloom", hidden_size=32, n_layer=3, n_head=4, vocab_size=VOCABULARY),
     "bloom-one-layer": _made("Bloom", hidden_size=32, n_layer=1, n_head=4, vocab_size=VOCABULARY),
-    "mixtral": _made("Mixtral", **COMMON, num_local_experts=4),
 }
+if CONVERTS:
+    FAMILIES["mixtral"] = _made("Mixtral", **COMMON, num_local_experts=4)
 
 
 def save_family(name: str, directory: Path) -> Path:

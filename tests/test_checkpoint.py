@@ -1,14 +1,18 @@
 """Model directories in every storage form, tensor by tensor."""
 
+import fnmatch
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from tests.small_models import llama_config, random_model, save
 from trimcli.checkpoint import Checkpoint, natural
@@ -61,9 +65,7 @@ FORMS: dict[str, Callable[[Path, Path], Path]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_tensors(
-    form: str, single: Path, tensors: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_every_form_gives_the_same_tensors(form: str, single: Path, tensors: dict[str, Tensor], tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(FORMS[form](single, tmp_path / "model"))
     assert sorted(checkpoint.keys()) == sorted(tensors)
     for key, expected in tensors.items():
@@ -107,6 +109,7 @@ def test_a_config_is_enough_where_no_weights_are_needed(single: Path, tmp_path: 
 
 
 def damaged_index(model: Path, weight_map: object) -> None:
+    (model / "model.safetensors").unlink()
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -166,6 +169,86 @@ def test_no_such_model(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / "file")
 
 
+def test_of_two_forms_transformers_own_choice_is_read(single: Path, tmp_path: Path) -> None:
+    """A directory may hold what is left of an earlier save."""
+    model = sharded(single, tmp_path / "model")
+    other = save(random_model(llama_config(), dtype=torch.bfloat16, seed=1), tmp_path / "other")
+    shutil.copy(other / "model.safetensors", model)
+    checkpoint = Checkpoint.open(model)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto").state_dict()
+    assert all(torch.equal(checkpoint.load(key), loaded[key]) for key in sorted(checkpoint.keys()))
+
+
+class FakeHub:
+    """Stands for huggingface_hub.snapshot_download: copies what the patterns name, or fails."""
+
+    def __init__(self, source: Path, target: Path, problem: Exception | None = None) -> None:
+        self.source, self.target, self.problem = source, target, problem
+        self.asked: list[tuple[str, str | None]] = []
+
+    def __call__(
+        self, model: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+    ) -> str:
+        self.asked.append((model, revision))
+        if self.problem:
+            raise self.problem
+        self.target.mkdir(exist_ok=True)
+        for path in self.source.rglob("*"):
+            name = str(path.relative_to(self.source))
+            wanted = any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
+            if path.is_file() and wanted and not any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
+                (self.target / name).parent.mkdir(exist_ok=True)
+                shutil.copy(path, self.target / name)
+        return str(self.target)
+
+
+@pytest.mark.parametrize("form", ["single safetensors", "sharded bin"])
+def test_a_hub_model_is_fetched_without_other_formats(
+    form: str, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copytree(FORMS[form](single, tmp_path / "made"), tmp_path / "source"))
+    (source / "onnx").mkdir()
+    for other in ("onnx/model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "model.gguf"):
+        (source / other).write_bytes(b"large")
+    hub = FakeHub(source, tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    checkpoint = Checkpoint.open("Somebody/model", revision="v1")
+    assert checkpoint.id == "Somebody/model"
+    assert set(hub.asked) == {("Somebody/model", "v1")}
+    assert not {"onnx", "consolidated.safetensors", "consolidated.00.pth", "model.gguf"} & {
+        path.name for path in checkpoint.directory.iterdir()
+    }
+    assert sorted(checkpoint.keys()) == sorted(load_file(single / "model.safetensors"))
+    shutil.rmtree(tmp_path / "snapshot")
+    assert not Checkpoint.open("Somebody/model", weights=False).has_weights
+    assert [path.name for path in (tmp_path / "snapshot").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "message"),
+    [
+        (errors.GatedRepoError, InputError, "is gated; accept its licence and set HF_TOKEN"),
+        (errors.RepositoryNotFoundError, InputError, "the hub has no such model; check the spelling"),
+        (errors.RevisionNotFoundError, InputError, "has no revision 'v1'; check --revision"),
+        (errors.LocalEntryNotFoundError, HubError, "the model hub cannot be reached for it"),
+        (ConnectionError, HubError, r"cannot be reached for it \(ConnectionError\)"),
+    ],
+)
+def test_what_the_hub_says_is_passed_on(
+    problem: type[Exception],
+    kind: type[Exception],
+    message: str,
+    single: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers = problem in (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError)
+    made = problem("no", **({"response": SimpleNamespace(headers={}, request=None)} if answers else {}))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", FakeHub(single, tmp_path, made))
+    with pytest.raises(kind, match=message):
+        Checkpoint.open("Somebody/model", revision="v1")
+
+
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
-    with pytest.raises(HubError, match="there is no model directory Nobody/nothing.* cannot be reached"):
+    with pytest.raises(HubError, match=r"there is no model directory Nobody/nothing.* cannot be reached"):
         Checkpoint.open("Nobody/nothing")

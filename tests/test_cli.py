@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer
 from safetensors.torch import load_file
@@ -21,9 +20,8 @@ from trimcli.cli.app import app
 from trimcli.cli.common import explain
 from trimcli.demo import write_texts
 
-PROGRAM = typer.main.get_command(app)
-assert isinstance(PROGRAM, click.Group) or hasattr(PROGRAM, "commands")
-COMMANDS: dict[str, Any] = dict(PROGRAM.commands)  # type: ignore[attr-defined]
+PROGRAM: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = dict(PROGRAM.commands)
 
 
 @pytest.fixture(scope="module")

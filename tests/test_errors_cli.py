@@ -101,7 +101,11 @@ def test_damaged_models(damage: str, base: Path, tmp_path: Path) -> None:
     harm(model)
     before = tree(tmp_path)
     tokens = ("--tokens", base / "tokens.safetensors")
-    refused(2, message, *prune_args(base, tmp_path, *tokens, "--sparsity", 0.5, "--save-model", tmp_path / "out", model=model))
+    refused(
+        2,
+        message,
+        *prune_args(base, tmp_path, *tokens, "--sparsity", 0.5, "--save-model", tmp_path / "out", model=model),
+    )
     refused(2, message, "calibrate", model, "-o", tmp_path / "c", *tokens, "--cache-dir", tmp_path / "cache", *COMPUTE)
     if "activations" not in damage:
         run = ("-o", tmp_path / "masks", "--cache-dir", tmp_path / "cache", *COMPUTE)
@@ -207,7 +211,10 @@ def test_files_that_are_missing_damaged_or_of_another_kind(base: Path, tmp_path:
     magnitude = ("prune", base / "model", "-o", tmp_path / "m", "--method", "magnitude", *COMPUTE)
     for message, args in (
         ("there is no file", prune_args(base, tmp_path, "--calibration", tmp_path / "none", "--sparsity", 0.5)),
-        ("is not a whole safetensors file", prune_args(base, tmp_path, "--calibration", tmp_path / "half", "--sparsity", 0.5)),
+        (
+            "is not a whole safetensors file",
+            prune_args(base, tmp_path, "--calibration", tmp_path / "half", "--sparsity", 0.5),
+        ),
         ("is of schema 'trim.masks/1'", prune_args(base, tmp_path, "--calibration", base / "masks", "--sparsity", 0.5)),
         ("there is no file", (*magnitude, "--ratios", tmp_path / "none.json")),
         ("is not a readable JSON file", (*magnitude, "--ratios", tmp_path / "text.json")),

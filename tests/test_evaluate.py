@@ -59,9 +59,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, nano_qwen2: Path) -> Path:
     prune(str(nano_qwen2), base / "masks", PruneOptions(**run, save_model=base / "pruned"))
     apply_masks(str(nano_qwen2), base / "masks", base / "packed", ApplyOptions(format="packed"))
     recipe = Recipe(method="sparsegpt")
-    prune(
-        str(nano_qwen2), base / "sparsegpt-masks", PruneOptions(**run, recipe=recipe, save_model=base / "sparsegpt")
-    )
+    prune(str(nano_qwen2), base / "sparsegpt-masks", PruneOptions(**run, recipe=recipe, save_model=base / "sparsegpt"))
     return base
 
 

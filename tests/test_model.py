@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.families import save_family
+from tests.families import CONVERTS, save_family
 from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
 from trimcli.checkpoint import Checkpoint
 from trimcli.device import compute_device, compute_dtype
 from trimcli.errors import InputError, OptionError
 from trimcli.meta import find_decoder_layers
-from trimcli.model import Skeleton
+from trimcli.model import DecoderLayer, Skeleton
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -69,13 +69,16 @@ def test_conv1d_is_stored_transposed(tmp_path: Path) -> None:
     assert torch.equal(skeleton.read_weight(linear), stored.T)
     skeleton.load_layer(skeleton.layers[0])
     linear.weight[3, 5] = 7.0
-    assert float(linear.module.weight[5, 3]) == 7.0  # type: ignore[index, arg-type]
+    assert float(linear.module.weight[5, 3]) == 7.0  # type: ignore[index]
 
 
 def test_a_layer_is_there_only_between_load_and_drop(llama: Path) -> None:
     skeleton = skeleton_of(llama)
     first, second = skeleton.layers
-    devices = lambda layer: {parameter.device.type for parameter in layer.module.parameters()}  # noqa: E731
+
+    def devices(layer: DecoderLayer) -> set[str]:
+        return {parameter.device.type for parameter in layer.module.parameters()}
+
     assert devices(first) == devices(second) == {"meta"}
     skeleton.load_layer(first)
     assert devices(first) == {"cpu"}
@@ -104,7 +107,7 @@ def test_writing_to_a_layer_does_not_reach_the_checkpoint(form: str, llama: Path
 
 def test_tied_weights_are_read_once_and_stay_tied(nano_qwen2: Path) -> None:
     checkpoint = Checkpoint.open(nano_qwen2)
-    assert "lm_head.weight" not in checkpoint.keys()
+    assert "lm_head.weight" not in set(checkpoint.keys())
     skeleton = Skeleton(checkpoint)
     skeleton.load_everything()
     model = skeleton.model
@@ -182,6 +185,7 @@ def test_a_head_that_is_not_tied_must_be_there(llama: Path, tmp_path: Path) -> N
         skeleton_of(lacking)
 
 
+@pytest.mark.skipif(not CONVERTS, reason="transformers 4 leaves experts apart")
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
@@ -230,7 +234,7 @@ def test_compute_dtype_and_device(nano_qwen2: Path) -> None:
     assert compute_dtype("float16", checkpoint, cpu) == torch.float16
     assert compute_dtype("auto", checkpoint, torch.device("cuda")) == torch.float16
     assert compute_device("cpu") == cpu
-    with pytest.raises(OptionError, match="--dtype 'flot32' is none of .*did you mean 'float32'"):
+    with pytest.raises(OptionError, match=r"--dtype 'flot32' is none of .*did you mean 'float32'"):
         compute_dtype("flot32", checkpoint, cpu)
     for name in ("cdua", "mps", "cuda:99"):
         with pytest.raises(OptionError, match=f"--device '{name}'"):

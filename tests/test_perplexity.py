@@ -26,7 +26,7 @@ def windows(count: int, seqlen: int = 12) -> Tensor:
 
 
 def whole(model: Path, tokens: Tensor) -> float:
-    """exp of the mean over windows of the mean cross-entropy, the whole model at once, in float64 from the logits on."""
+    """Exp of the mean over windows of the mean cross-entropy: the whole model at once, in float64 from the logits."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     with torch.no_grad():
         logits = loaded(tokens, use_cache=False).logits.double()
@@ -39,7 +39,9 @@ def whole(model: Path, tokens: Tensor) -> float:
 @pytest.mark.parametrize("batch_size", [None, 1, 3])
 def test_it_is_the_whole_models(batch_size: int | None, llama: Path) -> None:
     tokens = windows(7)
-    assert perplexity(skeleton_of(llama), tokens, batch_size=batch_size) == pytest.approx(whole(llama, tokens), rel=1e-5)
+    assert perplexity(skeleton_of(llama), tokens, batch_size=batch_size) == pytest.approx(
+        whole(llama, tokens), rel=1e-5
+    )
 
 
 def test_conv1d(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.families import save_family
+from tests.families import CONVERTS, save_family
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
 from trimcli import (
@@ -70,6 +70,7 @@ def test_the_tables_name_matrices_and_passes(base: Path) -> None:
     assert "1.5 forward passes in float32 on cpu" in shown.out
 
 
+@pytest.mark.skipif(not CONVERTS, reason="transformers 4 leaves experts apart")
 def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
     shown = trim("plan", save_family("mixtral", tmp_path / "mixtral"), "--sparsity", 0.5, *COMPUTE)
     assert "9 matrices left dense" in shown.out
@@ -118,7 +119,10 @@ def test_more_samples_need_more_memory(base: Path, tmp_path: Path) -> None:
 
 def test_nothing_that_matches_is_an_error(base: Path, tmp_path: Path) -> None:
     options = PruneOptions(sparsity=0.5, only=("*.attn.*",), cache_dir=tmp_path / "cache")
-    for run in (lambda: foresee(str(base / "model"), options), lambda: prune(str(base / "model"), tmp_path / "m", options)):
+    for run in (
+        lambda: foresee(str(base / "model"), options),
+        lambda: prune(str(base / "model"), tmp_path / "m", options),
+    ):
         with pytest.raises(OptionError, match=r"nothing matches: of 14 linears \(such as model\.layers\.0\.self_attn"):
             run()
 
@@ -133,7 +137,7 @@ def test_what_prune_refuses_plan_refuses(base: Path, tmp_path: Path) -> None:
         foresee(str(base / "model"), PruneOptions())
     shutil.copytree(base / "model", tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()
-    with pytest.raises(InputError, match="has no config.json"):
+    with pytest.raises(InputError, match=r"has no config\.json"):
         foresee(str(tmp_path / "model"), PruneOptions(sparsity=0.5))
     with pytest.raises(UsageError, match="there is no file"):
         foresee(str(base / "model"), PruneOptions(ratios=tmp_path / "missing.json"))

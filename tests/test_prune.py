@@ -208,7 +208,7 @@ def test_storage_forms_end_to_end(form: str, dtype: torch.dtype, base: Path, tmp
         dense = model.get_parameter(name)
         linear = name.removesuffix(".weight")
         if linear in found.names:
-            assert zeros(parameter) == matrix_budget(*parameter.shape, 0.6), name
+            assert zeros(parameter) == round(0.6 * parameter.numel()), name
             dense = dense * found.keep(linear)
         assert torch.equal(parameter, dense), name
 
@@ -216,30 +216,35 @@ def test_storage_forms_end_to_end(form: str, dtype: torch.dtype, base: Path, tmp
 # --- what is chosen --------------------------------------------------------------------------------------
 
 
-def by_hand(model: Path, tokens: Tensor, sparsity: float, *, propagate: bool) -> dict[str, Tensor]:
-    """Wanda with the whole model in memory: norms of one layer at a time, in a full forward pass."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+def input_norms(model: Any, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
+    """The summed square norm of every linear's inputs in a full forward pass."""
+    norms: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: torch.nn.Module, args: tuple[Tensor]) -> None:
+            norms[name] = args[0].square().sum(dim=(0, 1))
+
+        return model.get_submodule(name).register_forward_pre_hook(hook)
+
+    hooks = [watch(name) for name in names]
+    with torch.no_grad():
+        model(input_ids=tokens.long(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return norms
+
+
+def by_hand(directory: Path, tokens: Tensor, sparsity: float, *, propagate: bool) -> dict[str, Tensor]:
+    """Wanda with the whole model in memory, one decoder layer after the other."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     keeps: dict[str, Tensor] = {}
-    for layer in skeleton_of(model).layers:
-        norms: dict[str, Tensor] = {}
-        modules = {linear.name: loaded.get_submodule(linear.name) for linear in layer.linears}
-        hooks = [
-            module.register_forward_pre_hook(
-                lambda _, args, name=name: norms.__setitem__(name, args[0].square().sum(dim=(0, 1)))
-            )
-            for name, module in modules.items()
-        ]
-        with torch.no_grad():
-            loaded(input_ids=tokens.long(), use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        for name, module in modules.items():
-            scores = module.weight.data.abs() * norms[name].sqrt()
-            ranks = scores.argsort(dim=1).argsort(dim=1)
-            keeps[name] = ranks >= round(sparsity * scores.shape[1])
+    for layer in skeleton_of(directory).layers:
+        for name, norms in input_norms(model, [linear.name for linear in layer.linears], tokens).items():
+            scores = model.get_submodule(name).weight.data.abs() * norms.sqrt()
+            keeps[name] = scores.argsort(dim=1).argsort(dim=1) >= round(sparsity * scores.shape[1])
         if propagate:
-            for name, module in modules.items():
-                module.weight.data *= keeps[name]
+            for linear in layer.linears:
+                model.get_submodule(linear.name).weight.data *= keeps[linear.name]
     return keeps
 
 
@@ -254,9 +259,7 @@ def test_later_layers_see_what_pruned_layers_produce(propagate: bool, base: Path
     assert float((found.keep(UP) == other[UP]).float().mean()) < 0.99
 
 
-def test_no_forward_pass_runs_without_propagation(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_forward_pass_runs_without_propagation(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a walk began")
 
@@ -331,6 +334,30 @@ def test_barber_without_reconstruction_leaves_dense_values(base: Path, tmp_path:
     saved, dense = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", base / "model"))
     for name in found.names:
         assert torch.equal(saved[f"{name}.weight"], dense[f"{name}.weight"] * found.keep(name))
+
+
+def test_barber_returns_and_keeps_stored_values(base: Path, tmp_path: Path) -> None:
+    """Computing in fewer bits than are stored must not reach the weights that are written."""
+    save(random_model(llama_config()), tmp_path / "model")
+    fields: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "calibration": None,
+        "calibrate": CalibrateOptions(tokens=base / "tokens.safetensors", device="cpu", dtype="bfloat16"),
+        "sparsity": 0.5,
+    }
+    barber = BarberOptions(retain_reconstruction=True, threshold=0.5)
+    for name, recipe in (("once", Recipe(method="sparsegpt")), ("twice", Recipe(method="sparsegpt", barber=barber))):
+        run(tmp_path, tmp_path, name, recipe=recipe, save_model=tmp_path / f"{name}-dir", **fields)
+    dense, once, twice = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("model", "once-dir", "twice-dir")
+    )
+    masks_once, masks_twice = MaskFile.open(tmp_path / "once"), MaskFile.open(tmp_path / "twice")
+    returned = 0
+    for name in masks_once.names:
+        key, before, after = f"{name}.weight", masks_once.keep(name), masks_twice.keep(name)
+        assert torch.equal(twice[key], torch.where(before, once[key], dense[key]) * after), name
+        returned += int((after & ~before).sum())
+    assert returned
 
 
 def test_what_trim_found(base: Path, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_groups_that_do_not_fit_are_named() -> None:
 def test_reference_numerics_are_foreseen() -> None:
     weight, stats = matrix(7, 13)
     for method in ("wanda", "magnitude"):
-        recipe = Recipe(method=method, numerics="reference")  # type: ignore[arg-type]
+        recipe = Recipe(method=method, numerics="reference")
         for sparsity in (0.3, 0.55, 0.8):
             zeros = int((~recipe.choose(weight, stats, Target(sparsity)).keep).sum())
             assert abs(zeros - expected_zeros((7, 13), Target(sparsity), recipe)) <= 1

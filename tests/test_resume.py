@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.interrupt import Interrupted, InterruptAt
+from tests.interrupt import InterruptAt, Interrupted
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import save_tokens, tree
 from trimcli import BarberOptions, CalibrateOptions, PruneOptions, Recipe, RowOptions, calibrate, prune

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,9 @@ class Cache:
 
 
 def digest(key: Any) -> str:
-    """Twenty hexadecimal digits for a JSON value."""
-    return hashlib.sha256(canonical_json(finite_or_none(key)).encode()).hexdigest()[:20]
+    """Twenty hexadecimal digits for a JSON value under this version: another one may compute something else."""
+    text = canonical_json([version("trimcli"), finite_or_none(key)])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 class Parts:

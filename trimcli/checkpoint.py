@@ -8,6 +8,7 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -149,15 +150,15 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
         raise InputError(f"{missing}, and that is no hub id either; check the path.") from None
     if model.startswith((".", "~")):
         raise InputError(f"{missing}; check the path.")
+    # Folders hold other formats of the same weights, and so do Mistral's consolidated files.
+    fetch = partial(snapshot_download, model, revision=revision, ignore_patterns=["*/*", "consolidated*"])
     patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*"]
     try:
         if not weights:
-            return Path(snapshot_download(model, revision=revision, allow_patterns=["config.json", "*.py"]))
-        names = [*patterns, "*.safetensors"]
-        directory = Path(snapshot_download(model, revision=revision, allow_patterns=names))
+            return Path(fetch(allow_patterns=["config.json", "*.py"]))
+        directory = Path(fetch(allow_patterns=[*patterns, "*.safetensors"]))
         if not any(directory.glob("*.safetensors")):
-            names = [*patterns, "pytorch_model*.bin"]
-            directory = Path(snapshot_download(model, revision=revision, allow_patterns=names))
+            directory = Path(fetch(allow_patterns=[*patterns, "pytorch_model*.bin"]))
         return directory
     except GatedRepoError:
         raise InputError(f"the hub model {model} is gated; accept its licence and set HF_TOKEN.") from None
@@ -183,10 +184,11 @@ def _open_shards(directory: Path) -> "Shards | PackedReader":
 
         return PackedReader(directory)
     for index, single, form in ((SAFE_INDEX, SAFE_SINGLE, SafeShards), (BIN_INDEX, BIN_SINGLE, BinShards)):
-        if (directory / index).is_file():
-            files = sorted(set(_weight_map(directory / index).values()))
-        elif (directory / single).is_file():
+        # Where both lie there, transformers reads the single file.
+        if (directory / single).is_file():
             files = [single]
+        elif (directory / index).is_file():
+            files = sorted(set(_weight_map(directory / index).values()))
         else:
             continue
         for name in files:

@@ -161,12 +161,20 @@ class Passes:
     def _rebuild(self, walk: Walk, layer: DecoderLayer, part: Part, second: Parts) -> None:
         assert self.recipe.barber is not None
         mine = self.mine(layer)
-        dense = {linear.name: linear.module.weight.detach().clone() for linear in layer.linears}  # type: ignore[operator]
+        # As stored, not as computed with: what returns returns with all its bits.
+        stored = {linear.name: self.skeleton.read_weight(linear).to(self.skeleton.device) for linear in layer.linears}
         self._replay(layer, part)
         keep = {linear.name: masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in) for linear in mine}
         pattern = self.targets[mine[0].name].pattern if mine else None
         writer = PartWriter(self)
-        outcomes = rebuild_layer(walk, layer, dense, keep, pattern, self.recipe.barber) if mine else {}
+        changed = {
+            linear.name: linear.oriented(part.load(f"{linear.name}.weight"))
+            for linear in mine
+            if f"{linear.name}.weight" in part.names
+        }
+        outcomes = (
+            rebuild_layer(walk, layer, stored, stored | changed, keep, pattern, self.recipe.barber) if mine else {}
+        )
         for linear in mine:
             keep_new, weight = outcomes[linear.name]
             writer.add(linear, Outcome(keep_new, weight if self.recipe.changes_weights else None))

@@ -15,6 +15,7 @@ def rebuild_layer(
     walk: Walk,
     layer: DecoderLayer,
     dense: Mapping[str, Tensor],
+    sparse: Mapping[str, Tensor],
     keep: Mapping[str, Tensor],
     pattern: tuple[int, int] | None,
     options: BarberOptions,
@@ -22,8 +23,9 @@ def rebuild_layer(
     """New masks and weights [D_out, D_in] of a layer's pruned linears, which the loaded layer then holds.
 
     walk: at this layer, its hidden states those of the sparse model. layer: loaded with its sparse weights.
-    dense: every linear's dense weight, stored orientation. keep: the masks to rebuild, for the linears that
-    are pruned. Raises OptionError for a layer that is not attention and MLP in sequence (Su et al. 2024, section 3).
+    dense: every linear's dense weight [D_out, D_in]. sparse: the sparse model's, right where it is kept. keep:
+    the masks to rebuild, for the linears that are pruned. Raises OptionError for a layer that is not attention and
+    MLP in sequence (Su et al. 2024, section 3).
     """
     linears = {linear.name: linear for linear in layer.linears}
     result: dict[str, tuple[Tensor, Tensor]] = {}
@@ -33,8 +35,8 @@ def rebuild_layer(
             continue
         gradients = _gradients(walk, layer, block, dense) if options.needs_gradients else None
         rebuilt = rebuild(
-            {name: linears[name].oriented(dense[name]) for name in mine},
-            {name: linears[name].weight for name in mine},
+            {name: dense[name] for name in mine},
+            {name: sparse[name].to(walk.skeleton.device) for name in mine},
             {name: keep[name].to(walk.skeleton.device) for name in mine},
             None if gradients is None else {name: linears[name].oriented(gradients[name]) for name in mine},
             pattern,
@@ -63,9 +65,7 @@ def _states(walk: Walk, sample: int) -> Tensor:
     return walk.hidden[sample : sample + 1].to(walk.skeleton.device)
 
 
-def _gradients(
-    walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _gradients(walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
     total = walk.nsamples
     with walk.progress.task(f"gradients of {len(block.linears)} linears", total) as step:
 
@@ -74,4 +74,5 @@ def _gradients(
                 yield block.capture(partial(_run, walk, layer, sample), _states(walk, sample))
                 step()
 
-        return block_gradients(block, {name: dense[name] for name in block.linears}, calls(), total)
+        stored = {linear.name: linear.oriented(dense[linear.name]) for linear in layer.linears}
+        return block_gradients(block, {name: stored[name] for name in block.linears}, calls(), total)
