@@ -36,9 +36,7 @@ def slow_alpha_peak(values: list[float]) -> float:
         if not math.log10(0.95 * peak) <= value <= 1.5 * peak:
             continue
         found, size = exponent(values, start), len(values) - start
-        distance = max(
-            abs(1 - (values[start + step] / value) ** (1 - found) - step / size) for step in range(size)
-        )
+        distance = max(abs(1 - (values[start + step] / value) ** (1 - found) - step / size) for step in range(size))
         if found > 1 and distance < best:
             best, result = distance, found
     return result
@@ -116,9 +114,7 @@ def slow_sparsities(
     metrics: list[float], layers: list[int], sizes: list[int], target: float, epsilon: float, by_block: bool
 ) -> list[float]:
     if by_block:
-        own = {
-            layer: [q for q, where in zip(metrics, layers, strict=True) if where == layer] for layer in layers
-        }
+        own = {layer: [q for q, where in zip(metrics, layers, strict=True) if where == layer] for layer in layers}
         metrics = [sum(own[layer]) / len(own[layer]) for layer in layers]
     low, high = min(metrics), max(metrics)
     shares = [(q - low) / (high - low) * 2 * epsilon + (1 - epsilon) for q in metrics]

@@ -116,9 +116,7 @@ def test_groups_that_do_not_divide_the_inputs_are_refused(ratios: LayerSparsity,
         replace(ratios, pattern=dict.fromkeys(ratios.sparsity, (3, 5))).check(skeleton)
 
 
-def test_other_weights_are_refused_unless_the_structure_alone_binds(
-    ratios: LayerSparsity, skeleton: Skeleton
-) -> None:
+def test_other_weights_are_refused_unless_the_structure_alone_binds(ratios: LayerSparsity, skeleton: Skeleton) -> None:
     own = skeleton.fingerprint
     with pytest.raises(MismatchError, match="other weights"):
         replace(ratios, model=replace(own, content="0" * 64)).check(skeleton)

@@ -80,7 +80,5 @@ def test_mixed_patterns_follow_the_formula(
 
 
 def test_a_layer_that_would_keep_nothing_is_named() -> None:
-    with pytest.raises(
-        OptionError, match=r"--group 4, --sparsity 0\.75 and --lambda 4 decoder layer 0 would keep -1"
-    ):
+    with pytest.raises(OptionError, match=r"--group 4, --sparsity 0\.75 and --lambda 4 decoder layer 0 would keep -1"):
         kept_of_group(torch.tensor([0.0, 1.0], dtype=torch.float64), 0.75, 4, 4.0)

@@ -80,9 +80,7 @@ def oracle(
     return new
 
 
-def as_tensors(
-    shapes: Shapes, values: Mapping[Place, float], dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def as_tensors(shapes: Shapes, values: Mapping[Place, float], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     return {
         name: torch.tensor([[values[name, k, c] for c in range(cols)] for k in range(rows)], dtype=dtype)
         for name, (rows, cols) in shapes.items()
@@ -141,9 +139,7 @@ def test_every_granularity_swaps_what_the_loop_swaps(
 
 @settings(max_examples=60, deadline=None)
 @given(blocks(), st.sampled_from([(2, 4), (1, 4), (3, 4), (1, 2)]), thresholds, numerics)
-def test_patterns_keep_their_groups(
-    block: Drawn, pattern: tuple[int, int], threshold: float, numerics: Any
-) -> None:
+def test_patterns_keep_their_groups(block: Drawn, pattern: tuple[int, int], threshold: float, numerics: Any) -> None:
     weight, root, kept = block
     kept_per_group, group = pattern
     # No group keeps more than the pattern lets it.

@@ -259,9 +259,7 @@ def child(path: str) -> Callable[[Any, Call], Tensor]:
         ("opt", (child("self_attn"), opt_mlp)),
     ],
 )
-def test_gradients_are_the_finite_differences(
-    name: str, values: tuple[Callable[[Any, Call], Tensor], ...]
-) -> None:
+def test_gradients_are_the_finite_differences(name: str, values: tuple[Callable[[Any, Call], Tensor], ...]) -> None:
     kind, sizes, _ = SEQUENTIAL[name]
     layer = first_layer(kind, sizes)
     blocks = blocks_of(layer)
@@ -285,9 +283,7 @@ def test_gradients_are_the_finite_differences(
             for slot, index in enumerate(chosen.tolist()):
                 for call in calls:
                     expected[slot] += difference(double, weight, index, value, call) ** 2 / len(calls)
-            torch.testing.assert_close(
-                gradients[linear].flatten()[chosen].double(), expected, rtol=1e-3, atol=0.0
-            )
+            torch.testing.assert_close(gradients[linear].flatten()[chosen].double(), expected, rtol=1e-3, atol=0.0)
 
 
 def difference(
@@ -325,8 +321,7 @@ def test_another_dtype_and_inference_mode_give_the_same_float32_gradients() -> N
     layer = first_layer("Qwen2Config", GROUPED)
     dense = prune(layer)
     expected = [
-        block_gradients(block, dense, [block.capture(layer.run, layer.hidden[0])], 1)
-        for block in blocks_of(layer)
+        block_gradients(block, dense, [block.capture(layer.run, layer.hidden[0])], 1) for block in blocks_of(layer)
     ]
     wide = copy.deepcopy(layer.module).double()
     kwargs: dict[str, Any] = {}

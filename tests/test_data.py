@@ -128,9 +128,7 @@ class TestLocalCalibration:
 
     def test_seeds_differ(self, tokenizer: Any, tmp_path: Path) -> None:
         path = str(write_json_lines(DOCUMENTS, tmp_path / "docs.jsonl"))
-        one, other = (
-            calibration_tokens(path, tokenizer, nsamples=8, seqlen=40, seed=seed) for seed in (0, 1)
-        )
+        one, other = (calibration_tokens(path, tokenizer, nsamples=8, seqlen=40, seed=seed) for seed in (0, 1))
         assert not torch.equal(one, other)
 
     def test_document_of_exactly_seqlen_is_too_short(self, tokenizer: Any, tmp_path: Path) -> None:
@@ -182,8 +180,7 @@ class TestLocalEvaluation:
         (tmp_path / "unix.txt").write_bytes(b"one\n\n two = \n\n\n three" * 9)
         (tmp_path / "windows.txt").write_bytes(b"one\r\n\r\n two = \r\n\r\n\r\n three" * 9)
         unix, windows = (
-            evaluation_windows(str(tmp_path / name), tokenizer, seqlen=8)
-            for name in ("unix.txt", "windows.txt")
+            evaluation_windows(str(tmp_path / name), tokenizer, seqlen=8) for name in ("unix.txt", "windows.txt")
         )
         assert torch.equal(unix.windows, windows.windows)
 
@@ -226,9 +223,7 @@ class TestUnusableSources:
             ("cut.parquet", b"PAR1 and no more", "cut.parquet is no whole parquet file"),
         ],
     )
-    def test_damaged_file(
-        self, tokenizer: Any, tmp_path: Path, name: str, content: bytes, message: str
-    ) -> None:
+    def test_damaged_file(self, tokenizer: Any, tmp_path: Path, name: str, content: bytes, message: str) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=message):
             calibration_tokens(str(tmp_path / name), tokenizer, nsamples=1, seqlen=4, seed=0)
@@ -266,9 +261,7 @@ class TestHub:
         ("dataset", "local_form"),
         [("c4", r"c4-train\.\*\.json\.gz"), ("wikitext2", r"raw lines in a \.txt"), ("ptb", r"in a \.txt")],
     )
-    def test_unreachable_hub_names_the_local_form(
-        self, tokenizer: Any, dataset: str, local_form: str
-    ) -> None:
+    def test_unreachable_hub_names_the_local_form(self, tokenizer: Any, dataset: str, local_form: str) -> None:
         """Complaint 4."""
         with pytest.raises(HubError, match=rf"could not be fetched .*{local_form}.*--tokens"):
             calibration_tokens(dataset, tokenizer, nsamples=1, seqlen=4, seed=0)
@@ -371,9 +364,7 @@ class TestReadTokens:
 
     def test_outside_the_vocabulary(self, tmp_path: Path) -> None:
         path = self.save(tmp_path / "t.safetensors", torch.tensor([[1, 12]]))
-        with pytest.raises(
-            InputError, match=r"holds the id 12, outside 0\.\.11; give samples made with this"
-        ):
+        with pytest.raises(InputError, match=r"holds the id 12, outside 0\.\.11; give samples made with this"):
             read_tokens(path, vocab_size=12)
 
     def test_no_tokens(self, tmp_path: Path) -> None:

@@ -91,9 +91,7 @@ def test_round_row_counts_gives_the_largest_remainders_one_more(eighths: list[in
 
 
 @untimed
-@given(
-    st.lists(st.floats(-0.25, 1.25, width=32), min_size=1, max_size=9), st.integers(1, 20), st.floats(0, 1)
-)
+@given(st.lists(st.floats(-0.25, 1.25, width=32), min_size=1, max_size=9), st.integers(1, 20), st.floats(0, 1))
 def test_round_row_counts_always_reaches_the_total(row_sparsity: list[float], d_in: int, part: float) -> None:
     total = round(part * d_in * len(row_sparsity))
     counts = masks.round_row_counts(torch.tensor(row_sparsity), d_in, total)
@@ -164,9 +162,7 @@ def test_blocks_of_rows_change_nothing() -> None:
 def test_a_transposed_matrix_is_read_by_its_own_rows() -> None:
     scores = torch.randn(5, 8, generator=torch.Generator().manual_seed(2)).T
     counts = torch.arange(8) % 6
-    assert torch.equal(
-        masks.lowest_per_row(scores, counts), masks.lowest_per_row(scores.contiguous(), counts)
-    )
+    assert torch.equal(masks.lowest_per_row(scores, counts), masks.lowest_per_row(scores.contiguous(), counts))
     assert torch.equal(
         masks.lowest_overall(scores, 0.3, "exact"), masks.lowest_overall(scores.contiguous(), 0.3, "exact")
     )
@@ -200,11 +196,7 @@ def test_nan_scores_are_refused(select: Callable[[Tensor], Tensor]) -> None:
 
 def slow_n_of_m(scores: Tensor, kept: int, group: int) -> list[list[bool]]:
     return [
-        [
-            flag
-            for start in range(0, len(row), group)
-            for flag in slow_lowest(row[start : start + group], group - kept)
-        ]
+        [flag for start in range(0, len(row), group) for flag in slow_lowest(row[start : start + group], group - kept)]
         for row in scores.tolist()
     ]
 
@@ -239,9 +231,7 @@ def test_parse_pattern() -> None:
     assert masks.parse_pattern("7:16") == (7, 16)
 
 
-@pytest.mark.parametrize(
-    "text", ["4:2", "4:4", "0:4", "2-4", "2:4:8", "", " 2:4", "-1:4", "2:", "Unstructured"]
-)
+@pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "2-4", "2:4:8", "", " 2:4", "-1:4", "2:", "Unstructured"])
 def test_parse_pattern_refuses_and_says_what_is_kept(text: str) -> None:
     with pytest.raises(OptionError, match="N is how many of every M consecutive weights are kept"):
         masks.parse_pattern(text)
@@ -275,9 +265,7 @@ def test_unpack_refuses_another_width() -> None:
     st.floats(0, 1),
     st.sampled_from([0.95, 0.99]),
 )
-def test_projection_holds_mean_bounds_and_one_shift(
-    rows: list[tuple[float, int]], target: float, cap: float
-) -> None:
+def test_projection_holds_mean_bounds_and_one_shift(rows: list[tuple[float, int]], target: float, cap: float) -> None:
     start = torch.tensor([row[0] for row in rows], dtype=torch.float64)
     weights = torch.tensor([row[1] for row in rows], dtype=torch.float64)
     top = max(cap, target)
@@ -305,9 +293,7 @@ def test_projection_holds_mean_bounds_and_one_shift(
         ([0.5], 0.7, [0.7]),
     ],
 )
-def test_projection_is_exact_where_it_can_be(
-    start: list[float], target: float, expected: list[float]
-) -> None:
+def test_projection_is_exact_where_it_can_be(start: list[float], target: float, expected: list[float]) -> None:
     result = masks.project(torch.tensor(start, dtype=torch.float64), torch.ones(len(start)), target, 0.95)
     assert result.tolist() == expected
 

@@ -96,9 +96,7 @@ def test_unstructured_is_the_exact_recursion(block_size: int, sparsity: float) -
     assert_same(found.weight, found.keep, exact_obs(weight, damped(gram), rule, block_size))
 
 
-@pytest.mark.parametrize(
-    ("kept", "group", "block_size"), [(2, 4, 8), (2, 4, 128), (1, 4, 4), (5, 8, 16), (1, 2, 6)]
-)
+@pytest.mark.parametrize(("kept", "group", "block_size"), [(2, 4, 8), (2, 4, 128), (1, 4, 4), (5, 8, 16), (1, 2, 6)])
 def test_n_of_m_is_the_exact_recursion(kept: int, group: int, block_size: int) -> None:
     weight, _, gram = problem(2)
 
@@ -120,9 +118,7 @@ def test_row_counts_are_met_and_updated_exactly(score: MaskScore, block_size: in
     norms = sqnorm.double().numpy()
 
     def rule(columns: Array, corners: Array, _start: int) -> NDArray[np.bool_]:
-        scores = {"obs": columns**2 / corners, "wanda": abs(plain) * norms**0.5, "magnitude": abs(plain)}[
-            score
-        ]
+        scores = {"obs": columns**2 / corners, "wanda": abs(plain) * norms**0.5, "magnitude": abs(plain)}[score]
         return np.stack([without_lowest(row, int(n)) for row, n in zip(scores, counts, strict=True)])
 
     options = UpdateOptions(block_size=block_size, mask_score=score)
@@ -143,9 +139,7 @@ def test_every_score_chosen_once_or_in_blocks(
 
     def rule(columns: Array, corners: Array, start: int) -> NDArray[np.bool_]:
         end = start + columns.shape[1]
-        scores = {"obs": columns**2 / corners, "wanda": abs(columns) * norms[start:end] ** 0.5}.get(
-            score, abs(columns)
-        )
+        scores = {"obs": columns**2 / corners, "wanda": abs(columns) * norms[start:end] ** 0.5}.get(score, abs(columns))
         if pattern is not None:
             groups = scores.reshape(-1, 4)
             return np.stack([without_lowest(group, 2) for group in groups]).reshape(scores.shape)
@@ -431,9 +425,7 @@ def test_options_that_do_not_go_together_are_refused() -> None:
     blockwise = UpdateOptions(mask_update="block")
     with pytest.raises(OptionError, match="--mask-update block does not go with --use-trim"):
         sparsegpt(weight, gram, row_counts=torch.full((6,), 3), options=blockwise)
-    with pytest.raises(
-        OptionError, match=r"--block-size 10 cuts through .* 2:4; give a multiple of 4, such as 8"
-    ):
+    with pytest.raises(OptionError, match=r"--block-size 10 cuts through .* 2:4; give a multiple of 4, such as 8"):
         sparsegpt(weight, gram, pattern=(2, 4), options=UpdateOptions(block_size=10))
     fixed = UpdateOptions(block_size=10, mask_update="once")
     assert int(sparsegpt(weight, gram, pattern=(2, 4), options=fixed).keep.sum()) == 72

@@ -124,9 +124,7 @@ def test_reference_comes_within_a_thousandth_and_exact_hits() -> None:
 def test_scores_are_left_alone_and_may_be_transposed() -> None:
     scores = torch.rand(12, 8, generator=torch.Generator().manual_seed(5))
     before = scores.clone()
-    assert torch.equal(
-        variant_keep(scores.T, 0.5, "exact"), variant_keep(scores.T.contiguous(), 0.5, "exact")
-    )
+    assert torch.equal(variant_keep(scores.T, 0.5, "exact"), variant_keep(scores.T.contiguous(), 0.5, "exact"))
     assert torch.equal(scores, before)
 
 
