@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 import trimcli.perplexity
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli import apply_masks
+from trimcli.errors import InputError
 from trimcli.maskfile import MaskFile
+from trimcli.model import DecoderLayer
 from trimcli.perplexity import perplexity
 
 
@@ -80,3 +82,20 @@ def test_a_damaged_model_is_infinitely_perplexed(tmp_path: Path) -> None:
     model = random_model(llama_config())
     model.lm_head.weight.data *= 1e6
     assert perplexity(skeleton_of(save(model, tmp_path / "model")), windows(2)) == math.inf
+
+
+def test_activations_that_are_not_finite_are_refused_by_layer(
+    nano_qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skeleton = skeleton_of(nano_qwen2)
+    layer = skeleton.layers[2]
+    load = skeleton.load_layer
+
+    def overflowing(which: DecoderLayer) -> None:
+        load(which)
+        if which is layer:
+            which.linears[-1].weight.fill_(3e38)
+
+    monkeypatch.setattr(skeleton, "load_layer", overflowing)
+    with pytest.raises(InputError, match=r"outputs of model\.layers\.2 hold NaN or infinite values"):
+        perplexity(skeleton, torch.randint(2, 90, (2, 16)))

@@ -143,6 +143,7 @@ class Walk:
         title = f"layer {layer.index + 1}/{len(self.skeleton.layers)} {verb}"
         if collector is not None:
             collector.reset()
+        sound = torch.ones((), dtype=torch.bool, device=self.skeleton.device)
         with self.progress.task(title, self.nsamples) as step:
             position = 0
             while position < self.nsamples:
@@ -161,9 +162,16 @@ class Walk:
                     self._halve(layer, self.nsamples - position)
                     continue
                 if advance:
+                    sound &= torch.isfinite(outputs).all()
                     self.hidden[rows] = outputs.to(self.hidden.device)
                 position = rows.stop
                 step(rows.stop - rows.start)
+        # What a collector gathers is checked by its reader, who can name the linear.
+        if collector is None and not bool(sound):
+            raise InputError(
+                f"the outputs of {layer.name} hold NaN or infinite values (the model overflows or is damaged); "
+                "try --dtype float32, or another checkpoint."
+            )
 
     def _halve(self, layer: DecoderLayer, left: int) -> None:
         """Go on with half the batch size, for the `left` samples of this pass and for the passes to come."""

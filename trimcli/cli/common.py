@@ -116,7 +116,7 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
     if isinstance(problem, UsageError | TrimError):
         return problem.exit_status, str(problem)
     if isinstance(problem, KeyboardInterrupt):
-        return 130, "interrupted; the same command goes on from the last finished layer."
+        return 130, "interrupted; repeat the command: calibrate, prune and sweep go on where they stopped."
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {problem.filename}" if problem.filename else ""
         full = ResourceError(
