@@ -1,6 +1,7 @@
 """What the commands share: options, the error boundary, and how results are printed. No torch at import time."""
 
 import contextlib
+import contextvars
 import functools
 import inspect
 import json
@@ -88,7 +89,9 @@ def boundary(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def guarded(**options: Any) -> None:
         try:
-            function(**{name: value for name, value in options.items() if name not in unused})
+            # In a context of its own: the command line it notes for manifests is its own, too.
+            used = {name: value for name, value in options.items() if name not in unused}
+            contextvars.copy_context().run(function, **used)
         except typer.Exit:
             raise
         except BaseException as problem:
