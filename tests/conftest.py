@@ -6,6 +6,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, so that a check of the same tree says the same; no deadline on a busy machine.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 # The libraries read these when they are imported, so they are set before any test module is.
 CACHE = Path(tempfile.mkdtemp(prefix="trim-tests-"))
