@@ -98,7 +98,7 @@ def test_whole_matrix(name: str, pair: tuple[Tensor, Tensor]) -> None:
     dense, pruned = pair
     found = quality_function(name)(compare(Dense(dense), pruned))
     assert found.dtype == torch.float64
-    assert found.item() == pytest.approx(WHOLE[name](dense.tolist(), pruned.tolist()), rel=1e-6, abs=1e-9)
+    assert found.item() == pytest.approx(WHOLE[name](dense.tolist(), pruned.tolist()), rel=1e-9, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -108,7 +108,7 @@ def test_rows(name: str, pair: tuple[Tensor, Tensor]) -> None:
     dense, pruned = pair
     found = row_quality_function(name)(compare(Dense(dense), pruned))
     assert found.dtype == torch.float64
-    assert found.tolist() == pytest.approx(ROWS[name](dense.tolist(), pruned.tolist()), rel=1e-6, abs=1e-9)
+    assert found.tolist() == pytest.approx(ROWS[name](dense.tolist(), pruned.tolist()), rel=1e-9, abs=1e-12)
 
 
 def test_sums_do_not_depend_on_the_blocks_they_are_taken_in(monkeypatch: pytest.MonkeyPatch) -> None:

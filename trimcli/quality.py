@@ -4,8 +4,8 @@ A = W V and B = P V are float32 [D_out, N]; every metric is computed in float64,
 of the whole matrix return one number, row metrics one per row. Cosines divide by (norm + 1e-8) and lie in
 [-1, 1].
 
-Most metrics follow from two numbers per row, <A_k, B_k> and ||B_k||^2, besides what belongs to A alone;
-`compare` takes these once and the metrics start from them.
+The cosines of rows and of the whole follow from two numbers per row, <A_k, B_k> and ||B_k||^2, besides what
+belongs to A alone; the errors from one, ||A_k - B_k||^2. Each is taken once for all metrics.
 """
 
 from collections.abc import Callable
@@ -64,10 +64,17 @@ class Outputs:
     dot: Tensor
     sqnorm: Tensor
 
-    @property
+    @cached_property
     def row_error(self) -> Tensor:
-        """Sum of each row's squared errors, float64 [D_out]."""
-        return (self.dense.sqnorm - 2 * self.dot + self.sqnorm).clamp(min=0)
+        """Sum of each row's squared errors, float64 [D_out] on the CPU.
+
+        From the outputs: ||A_k||^2 - 2 <A_k, B_k> + ||B_k||^2 cancels where B is close to A.
+        """
+        error = torch.empty(len(self.dot), dtype=torch.float64, device=self.pruned.device)
+        for rows in row_blocks(self.pruned, parts=2):
+            wide = self.pruned[rows].double().sub_(self.dense.values[rows])
+            torch.linalg.vecdot(wide, wide, out=error[rows])
+        return error.cpu()
 
     @property
     def row_mse(self) -> Tensor:
