@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimcli import masks
 from trimcli.errors import OptionError
+from trimcli.ranking import ranks_of, row_order
 
 sparsities = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 0.6, 0.7, 1.0]))
 
@@ -126,7 +127,7 @@ def test_lowest_per_row_and_ranks_take_the_stable_lowest(scores: Tensor, data: s
     counts = torch.tensor(data.draw(st.lists(st.integers(0, d_in), min_size=d_out, max_size=d_out)))
     expected = [slow_lowest(row, int(count)) for row, count in zip(scores.tolist(), counts, strict=True)]
     assert masks.lowest_per_row(scores, counts).tolist() == expected
-    assert masks.keep_from_ranks(masks.row_ranks(scores), counts).tolist() == expected
+    assert masks.keep_from_ranks(ranks_of(row_order(scores)), counts).tolist() == expected
 
 
 @untimed
@@ -152,7 +153,7 @@ def test_blocks_of_rows_change_nothing() -> None:
     counts = torch.tensor([0, 1, 2, 3, 4, 5, 6, 3, 3])
     rows = [slow_lowest(row, int(count)) for row, count in zip(scores.tolist(), counts, strict=True)]
     assert masks.lowest_per_row(scores, counts).tolist() == rows
-    assert masks.keep_from_ranks(masks.row_ranks(scores), counts).tolist() == rows
+    assert masks.keep_from_ranks(ranks_of(row_order(scores)), counts).tolist() == rows
     assert masks.lowest_overall(scores, 0.45, "exact").flatten().tolist() == slow_lowest(
         scores.flatten().tolist(), round(0.45 * 54)
     )
@@ -172,7 +173,7 @@ def test_a_transposed_matrix_is_read_by_its_own_rows() -> None:
     ("d_in", "dtype"), [(1, torch.int16), (32767, torch.int16), (32768, torch.int32), (33000, torch.int32)]
 )
 def test_ranks_and_counts_reach_the_full_width(d_in: int, dtype: torch.dtype) -> None:
-    ranks = masks.row_ranks(torch.arange(d_in, 0, -1, dtype=torch.float32).unsqueeze(0))
+    ranks = ranks_of(row_order(torch.arange(d_in, 0, -1, dtype=torch.float32).unsqueeze(0)))
     assert ranks.dtype == dtype
     assert ranks[0].tolist() == list(range(d_in - 1, -1, -1))
     assert not masks.keep_from_ranks(ranks, torch.tensor([d_in])).any()
@@ -186,7 +187,7 @@ def test_ranks_and_counts_reach_the_full_width(d_in: int, dtype: torch.dtype) ->
         lambda scores: masks.lowest_overall(scores, 0.5, "exact"),
         lambda scores: masks.lowest_overall(scores, 0.5, "reference"),
         lambda scores: masks.n_of_m(scores, 1, 2),
-        masks.row_ranks,
+        row_order,
     ],
 )
 def test_nan_scores_are_refused(select: Callable[[Tensor], Tensor]) -> None:

@@ -63,27 +63,10 @@ def round_row_counts(row_sparsity: Tensor, d_in: int, total: int) -> Tensor:
     return counts
 
 
-def row_ranks(scores: Tensor) -> Tensor:
-    """Stable ascending rank of every score in its row.
-
-    scores: [D_out, D_in]. Returns [D_out, D_in], int16 where it can hold D_in, int32 else.
-    Raises ValueError for NaN scores.
-    """
-    _refuse_nan(scores)
-    d_in = scores.shape[1]
-    dtype = torch.int16 if d_in <= torch.iinfo(torch.int16).max else torch.int32
-    ranks = torch.empty(scores.shape, dtype=dtype, device=scores.device)
-    ascending = torch.arange(d_in, dtype=dtype, device=scores.device)
-    for rows in _row_blocks(scores):
-        order = scores[rows].argsort(dim=1, stable=True)
-        ranks[rows].scatter_(1, order, ascending.expand_as(order))
-    return ranks
-
-
 def keep_from_ranks(ranks: Tensor, counts: Tensor) -> Tensor:
     """Keep mask without the counts[k] lowest of every row k.
 
-    ranks: [D_out, D_in] from `row_ranks`. counts: int [D_out], each in 0..D_in. Returns bool [D_out, D_in].
+    ranks: [D_out, D_in] from `ranking.ranks_of`. counts: int [D_out], each in 0..D_in. Returns bool [D_out, D_in].
     """
     return ranks >= counts.to(ranks.device, ranks.dtype).unsqueeze(1)
 
