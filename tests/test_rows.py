@@ -72,10 +72,11 @@ class Oracle:
                 return -(a - b).square().mean(1)
         return 10 * torch.log10(a.square().amax(1) / ((a - b).square().mean(1) + 1e-10))
 
-    def floors(self, s: Tensor) -> list[int]:
-        """floor(D_in * s_k) in float32, never outside the row."""
+    def counts(self, s: Tensor) -> list[int]:
+        """floor(D_in * s_k) in float32, exact: the nearest count; never outside the row."""
         d_in = self.weight.shape[1]
-        return [min(max(int(d_in * share), 0), d_in) for share in s]
+        half = 0.5 if self.options.numerics == "exact" else 0
+        return [min(max(int(d_in * share + half), 0), d_in) for share in s]
 
     def recentre(self, s: Tensor, cap: float) -> Tensor:
         """Into bounds and onto the target."""
@@ -95,7 +96,7 @@ class Oracle:
     def search(self, step: float) -> tuple[float, Tensor, int]:
         """Best quality, sparsities and iteration of one search."""
         s = best_s = torch.full((self.weight.shape[0],), self.target)
-        b = self.pruned(self.floors(s))
+        b = self.pruned(self.counts(s))
         best, best_iteration = self.quality(b), 0
         for iteration in range(1, self.options.iterations + 1):
             q = self.row_quality(b)
@@ -104,7 +105,7 @@ class Oracle:
             if not moved.isfinite().all():
                 break
             s = self.recentre(moved, CAP)
-            b = self.pruned(self.floors(s))
+            b = self.pruned(self.counts(s))
             if self.quality(b) > best:
                 best, best_s, best_iteration = self.quality(b), s, iteration
         return best, best_s, best_iteration
@@ -113,7 +114,7 @@ class Oracle:
         """Row counts, step, iteration and quality of the best."""
         d_out, d_in = self.weight.shape
         best_s = torch.full((d_out,), self.target)
-        best, best_step, best_iteration = self.quality(self.pruned(self.floors(best_s))), 0.0, 0
+        best, best_step, best_iteration = self.quality(self.pruned(self.counts(best_s))), 0.0, 0
         negative = [] if self.options.forbid_negative else [-0.01, -0.02, -0.04]
         for steps in [0.01, 0.02, 0.04, 0.08, 0.12, 0.16], negative:
             if best_step:
@@ -127,7 +128,7 @@ class Oracle:
                     break
                 previous = quality
         if self.options.numerics == "reference":
-            return self.floors(self.recentre(best_s, CAP)), best_step, best_iteration, best
+            return self.counts(self.recentre(best_s, CAP)), best_step, best_iteration, best
         whole = next(n for n in range(d_in, -1, -1) if n <= CAP * d_in + 1e-9) / d_in
         ideal = self.recentre(best_s, whole if whole >= self.target else CAP).double() * d_in
         counts = ideal.floor()
@@ -261,7 +262,7 @@ def test_result_tells_what_was_found() -> None:
     assert found.step != 0
     assert 1 <= found.iteration <= 10
     oracle = Oracle(*matrices, 0.6, RowOptions())
-    before, after = oracle.pruned([int(0.6 * 128)] * 64), (weight * found.keep) @ inputs
+    before, after = oracle.pruned([round(0.6 * 128)] * 64), (weight * found.keep) @ inputs
     for state, variance, quality in (
         (before, found.variance_before, found.row_quality_before),
         (after, found.variance_after, found.row_quality_after),
@@ -292,7 +293,7 @@ def test_no_quality_is_above_one_under_pass() -> None:
     oracle = Oracle(*matrices, 0.7, RowOptions())
     s = torch.full((12,), 0.7)
     for _ in range(6):
-        q = oracle.row_quality(oracle.pruned(oracle.floors(s)))
+        q = oracle.row_quality(oracle.pruned(oracle.counts(s)))
         d = (q - q.min()) / (q.max() - q.min() + 1e-6) * 0.02
         s = oracle.recentre(s + d - d.mean(), CAP)
     assert torch.allclose(last.row_sparsity, s, rtol=0, atol=1e-5)

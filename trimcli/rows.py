@@ -114,7 +114,7 @@ class _Search:
         self._quality = quality_function(options.qmetric)
         self._row_quality = row_quality_function(options.qmetric_dimwise)
         sparsity = torch.full((product.d_out,), target, dtype=torch.float32)
-        self._start = product.at(self._floors(sparsity))
+        self._start = product.at(self._counts(sparsity))
         self._start_rows = self._row_quality(self._start.outputs)
         self._seen: dict[bytes, float] = {}
         self._uniform = _Iterate(sparsity, self._quality_of(self._start))
@@ -170,7 +170,7 @@ class _Search:
             if not moved.isfinite().all():
                 break  # a row quality without a finite value, from which no sparsity follows
             sparsity = self._recentre(moved)
-            state = self.product.at(self._floors(sparsity), near=state)
+            state = self.product.at(self._counts(sparsity), near=state)
             quality = self._quality_of(state)
             if quality > best.quality or self.options.qmetric == "pass":
                 best = _Iterate(sparsity, quality, step, iteration)
@@ -193,14 +193,20 @@ class _Search:
     def _project(self, sparsity: Tensor, cap: float) -> Tensor:
         return masks.project(sparsity.double(), torch.ones_like(sparsity), self.target, cap).float()
 
-    def _floors(self, sparsity: Tensor) -> Tensor:
-        return (self.product.d_in * sparsity).long().clamp_(0, self.product.d_in)
+    def _counts(self, sparsity: Tensor) -> Tensor:
+        """Row counts of an iterate: floors, or in exact numerics the nearest ones.
+
+        The search is to measure what is then pruned. Floors lack half a weight a row of what the final rounding
+        takes, which cost 1% to 2% of perplexity where rows are short.
+        """
+        half = 0.5 if self.options.numerics == "exact" else 0.0
+        return (self.product.d_in * sparsity + half).long().clamp_(0, self.product.d_in)
 
     def _finish(self, sparsity: Tensor) -> tuple[Tensor, Tensor]:
         """Final row sparsities and their counts."""
         if self.options.numerics == "reference":
             sparsity = self._recentre(sparsity)
-            return sparsity, self._floors(sparsity)
+            return sparsity, self._counts(sparsity)
         d_out, d_in = self.product.d_out, self.product.d_in
         # A cap of whole weights, so that rounding takes no row above it. The tolerance is for the likes of
         # 0.95 * 20.
