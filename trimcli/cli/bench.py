@@ -62,7 +62,6 @@ def bench(
 
 
 def _print(result: "BenchResult") -> None:
-    from rich.console import Console
 
     from trimcli.cli.tables import rows_table
 
@@ -79,7 +78,6 @@ def _print(result: "BenchResult") -> None:
         ]
         for one in result.measured
     ]
-    console = Console(soft_wrap=True)
-    console.print(rows_table(columns, rows, "tokens per second, medians; b: batch"))
+    common.show(rows_table(columns, rows, "tokens per second, medians; b: batch"))
     for sentence in result.verdicts:
-        console.print(f"\n{sentence}", highlight=False, markup=False)
+        common.show(f"\n{sentence}")

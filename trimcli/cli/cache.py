@@ -29,14 +29,9 @@ def cache(
         listed = [{"kind": entry.kind, "path": entry.path, "bytes": entry.nbytes} for entry in entries]
         common.emit_json({"directory": found.directory, "entries": listed, "freed": freed})
     elif not quiet:
-        from rich.console import Console
-
         from trimcli.cli.tables import rows_table
 
-        console = Console(soft_wrap=True)
         rows = [(entry.kind, common.size(entry.nbytes), entry.path.name) for entry in entries]
         if rows:
-            console.print(rows_table((("kind", "left"), ("size", "right"), ("name", "left")), rows))
-        console.print(
-            f"{len(entries)} entries in {found.directory}" + (f", {common.size(freed)} freed" if clear else "")
-        )
+            common.show(rows_table((("kind", "left"), ("size", "right"), ("name", "left")), rows))
+        common.show(f"{len(entries)} entries in {found.directory}" + (f", {common.size(freed)} freed" if clear else ""))

@@ -204,7 +204,6 @@ def memory(document: Mapping[str, int]) -> str:
 
 def facts(rows: Mapping[str, Any]) -> None:
     """A summary on stdout: names and values in two columns."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -213,4 +212,22 @@ def facts(rows: Mapping[str, Any]) -> None:
     for name, value in rows.items():
         if value is not None:
             table.add_row(name, str(value))
-    Console(soft_wrap=True).print(table)
+    show(table)
+
+
+def show(*parts: Any) -> None:
+    """Print tables and lines on stdout.
+
+    Where stdout is no terminal, a table is as wide as it is: a name cut short is of no use in a file or a pipe.
+    """
+    from rich.console import Console
+
+    console = Console()
+    for part in parts:
+        if isinstance(part, str):
+            print(part)
+            continue
+        if not console.is_terminal:
+            unlimited = console.options.update(max_width=10_000)
+            console.width = max(console.width, console.measure(part, options=unlimited).maximum)
+        console.print(part)

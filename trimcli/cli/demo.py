@@ -61,7 +61,6 @@ def demo(
 
 
 def _print(result: "DemoResult", *, kept: bool) -> None:
-    from rich.console import Console
 
     from trimcli.cli.tables import rows_table
 
@@ -77,13 +76,11 @@ def _print(result: "DemoResult", *, kept: bool) -> None:
         for row in result.rows
     ]
     columns = [("perplexity", "right"), ("of dense", "right"), ("sparsity", "right"), ("seconds", "right")]
-    console = Console(soft_wrap=True)
-    console.print(rows_table((("method", "left"), *columns), rows, "Held-back help topics, embedded model"))
-    console.print(
+    common.show(rows_table((("method", "left"), *columns), rows, "Held-back help topics, embedded model"))
+    common.show(
         f"best: {result.best}; its directory verified; {common.size(result.dense_bytes)} as an ordinary directory, "
-        f"{common.size(result.packed_bytes)} packed (embedding and head stay dense)",
-        highlight=False,
+        f"{common.size(result.packed_bytes)} packed (embedding and head stay dense)"
     )
     if kept:
-        console.print(f"all files are in {result.directory}", highlight=False)
-    console.print(f"{result.seconds:.0f} seconds", highlight=False)
+        common.show(f"all files are in {result.directory}")
+    common.show(f"{result.seconds:.0f} seconds")

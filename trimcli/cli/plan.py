@@ -72,14 +72,10 @@ def plan(
     if as_json:
         common.emit_json(found.document())
         return
-    from rich.console import Console
-
     from trimcli.cli.tables import plan_head, plan_table
 
-    console = Console(soft_wrap=True)
-    console.print(plan_table(found))
-    console.print(plan_head(found), highlight=False)
+    common.show(plan_table(found), plan_head(found))
     for name, shape in list(found.dense.items())[:8]:
-        console.print(f"left dense: {name} {list(shape)}", highlight=False)
+        common.show(f"left dense: {name} {list(shape)}")
     if len(found.dense) > 8:
-        console.print(f"left dense: {len(found.dense) - 8} more", highlight=False)
+        common.show(f"left dense: {len(found.dense) - 8} more")

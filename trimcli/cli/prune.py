@@ -97,13 +97,11 @@ def prune(
 
 
 def _print(summary: "PruneSummary") -> None:
-    from rich.console import Console
-
     from trimcli.cli.tables import bar, rows_table
 
     rows = [(layer, f"{sparsity:.4f}", bar(sparsity)) for layer, sparsity in summary.layers.items()]
     columns = (("layer", "left"), ("sparsity", "right"), ("", "left"))
-    Console(soft_wrap=True).print(rows_table(columns, rows))
+    common.show(rows_table(columns, rows))
     improved = summary.rows_improved
     common.facts(
         {

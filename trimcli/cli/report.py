@@ -36,12 +36,10 @@ def report(
     if as_json:
         common.emit_json({"report": output, "format": form, "runs": len(made.table.rows)})
     elif not quiet:
-        from rich.console import Console
-
         if output is None:
             print(made.text)
         else:
-            Console().print(made.summary())
+            common.show(made.summary())
             common.facts({"report": f"{output} ({common.size(output.stat().st_size)})"})
 
 
@@ -56,8 +54,6 @@ def compare(
     Example: trim compare dense.json wanda70.json trim70.json
     """
     common.start(quiet, as_json)
-    from rich.console import Console
-
     from trimcli.compare import compare as run
     from trimcli.compare import render
 
@@ -65,4 +61,4 @@ def compare(
     if as_json:
         common.emit_json(table.document())
     elif not quiet:
-        Console().print(render(table))
+        common.show(render(table))

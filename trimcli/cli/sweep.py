@@ -142,8 +142,6 @@ def sweep(
 
 
 def _print(result: "SweepResult", output: Path | None) -> None:
-    from rich.console import Console
-
     from trimcli.cli.tables import rows_table
 
     runs = result.runs
@@ -158,19 +156,16 @@ def _print(result: "SweepResult", output: Path | None) -> None:
     first = ["dense", *[""] * (len(varied) - 1)]
     rows = [first + _figures(result.dense, result.dense)]
     rows += [[_word(run.values, name) for name in varied] + _figures(run, result.dense) for run in runs]
-    console = Console(soft_wrap=True)
-    console.print(rows_table(columns, rows))
-    console.print(
+    common.show(
+        rows_table(columns, rows),
         f"perplexity on {result.heldout} held-out samples of {result.seqlen} tokens of the calibration text, "
         "of no test set",
-        highlight=False,
     )
     if result.taken_over:
-        console.print(f"{result.taken_over} of {len(runs) + 1} taken over from an earlier sweep", highlight=False)
+        common.show(f"{result.taken_over} of {len(runs) + 1} taken over from an earlier sweep")
     if output is not None:
-        console.print(f"written to {output}", highlight=False)
-    console.print("\nthe best one's command line:")
-    print(runs[0].command)
+        common.show(f"written to {output}")
+    common.show("\nthe best one's command line:", runs[0].command)
 
 
 def _word(values: Mapping[str, Any], name: str) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from trimcli.cli import common
@@ -49,9 +48,7 @@ def print_allocation(found: "LayerSparsity", output: Path) -> None:
         spread = f"{min(values):.4f} to {max(values):.4f}" if max(values) - min(values) > 1e-9 else f"{mean:.4f}"
         metric = metrics.get(layer)
         table.add_row(layer, f"{sum(metric) / len(metric):.4g}" if metric else "", spread, bar(mean))
-    console = Console(soft_wrap=True)
-    console.print(table)
-    console.print(f"written to {output}", highlight=False)
+    common.show(table, f"written to {output}")
 
 
 def plan_table(plan: "Plan") -> Table:
@@ -100,9 +97,9 @@ def plan_head(plan: "Plan") -> str:
 
 def rows_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], title: str | None = None) -> Table:
     """A plain table. columns: (header, justify)."""
-    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for header, justify in columns:
-        table.add_column(header, justify=justify)  # type: ignore[arg-type]
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for place, (header, justify) in enumerate(columns):
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=place > 0)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*row)
     return table

@@ -1,5 +1,6 @@
 """`trim verify`."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,11 +42,11 @@ def verify(
 
 
 def _print(report: "VerifyReport") -> None:
-    from rich.console import Console
-
     from trimcli.cli.tables import bar, rows_table
 
-    console = Console(soft_wrap=True)
+    # The path that all names share stands in the heading, so that a row fits a terminal's line.
+    shared = os.path.commonprefix([linear.name for linear in report.linears])  # noqa: RUF071: cut at a dot below
+    shared = shared[: shared.rfind(".") + 1]
     rows = []
     for linear in report.linears:
         asked = ":".join(map(str, linear.pattern)) if linear.pattern else ""
@@ -53,7 +54,7 @@ def _print(report: "VerifyReport") -> None:
             asked = f"{linear.target:.4f}"
         rows.append(
             (
-                linear.name,
+                linear.name.removeprefix(shared),
                 f"{linear.shape[0]} x {linear.shape[1]}",
                 f"{linear.zeros:,}",
                 f"{linear.sparsity:.4f}",
@@ -61,10 +62,10 @@ def _print(report: "VerifyReport") -> None:
                 f"{linear.row_min:.3f} {linear.row_median:.3f} {linear.row_max:.3f}",
             )
         )
-    columns = [(name, "right") for name in ("shape", "zeros", "sparsity", "asked for", "rows: min median max")]
-    console.print(rows_table((("linear", "left"), *columns), rows))
+    columns = [(name, "right") for name in ("shape", "zeros", "sparsity", "asked for", "rows: min/med/max")]
+    common.show(rows_table(((f"{shared}*" if shared else "linear", "left"), *columns), rows))
     layers = [(name, f"{sparsity:.4f}", bar(sparsity)) for name, sparsity in report.layers.items()]
-    console.print(rows_table((("layer", "left"), ("sparsity", "right"), ("", "left")), layers))
+    common.show(rows_table((("layer", "left"), ("sparsity", "right"), ("", "left")), layers))
     counts = report.row_histogram
     most = max(counts) or 1
     width = 1 / len(counts)
@@ -73,13 +74,12 @@ def _print(report: "VerifyReport") -> None:
         for index, count in enumerate(counts)
         if count
     ]
-    console.print(rows_table((("row sparsity", "left"), ("rows", "right"), ("", "left")), histogram))
+    common.show(rows_table((("row sparsity", "left"), ("rows", "right"), ("", "left")), histogram))
     if report.schema is None:
         verdict = "nothing to check against: trim did not write this directory"
     else:
         verdict = "does not hold" if report.failures else "holds"
-    console.print(
+    common.show(
         f"{report.path}: sparsity {report.sparsity:.4%} ({report.zeros:,} zeros in {len(report.linears)} linears); "
-        f"{verdict}",
-        highlight=False,
+        f"{verdict}"
     )
