@@ -1,6 +1,6 @@
 """`trim verify`."""
 
-import os
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,8 +45,8 @@ def _print(report: "VerifyReport") -> None:
     from trimcli.cli.tables import bar, rows_table
 
     # The path that all names share stands in the heading, so that a row fits a terminal's line.
-    shared = os.path.commonprefix([linear.name for linear in report.linears])  # noqa: RUF071: cut at a dot below
-    shared = shared[: shared.rfind(".") + 1]
+    parts = zip(*(linear.name.split(".")[:-1] for linear in report.linears), strict=False)
+    shared = "".join(f"{part[0]}." for part in takewhile(lambda part: len(set(part)) == 1, parts))
     rows = []
     for linear in report.linears:
         asked = ":".join(map(str, linear.pattern)) if linear.pattern else ""
