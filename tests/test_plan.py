@@ -127,6 +127,19 @@ def test_nothing_that_matches_is_an_error(base: Path, tmp_path: Path) -> None:
             run()
 
 
+@pytest.mark.parametrize("flag", ["only", "skip"])
+def test_a_glob_without_effect_is_told(base: Path, tmp_path: Path, flag: str) -> None:
+    options = PruneOptions(sparsity=0.5, recipe=Recipe(method="magnitude"), cache_dir=tmp_path / "cache")
+    globs = ("*.up_proj", "*.mlp.up")
+    options = replace(options, only=globs) if flag == "only" else replace(options, skip=globs)
+    with pytest.warns(UserWarning, match=rf"--{flag} '\*\.mlp\.up' matches none of the 14 linears") as told:
+        plan = foresee(str(base / "model"), options)
+    assert len(told) == 1
+    assert len(plan.linears) == (2 if flag == "only" else 12)
+    with pytest.warns(UserWarning, match="matches none"):
+        prune(str(base / "model"), tmp_path / "m", options)
+
+
 def test_a_pattern_that_does_not_fit_is_refused(base: Path) -> None:
     with pytest.raises(OptionError, match="has 32 inputs, which do not divide into groups of 7"):
         foresee(str(base / "model"), PruneOptions(sparsity_type="3:7"))

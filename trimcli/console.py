@@ -44,6 +44,7 @@ class RichProgress:
         self.console = Console(stderr=True, quiet=quiet)
         self._bars = self._make()
         self._depth = 0
+        self._said: set[str] = set()
 
     def _make(self) -> Any:
         from rich.progress import (
@@ -91,7 +92,10 @@ class RichProgress:
                 self._bars.stop()
 
     def warn(self, message: str) -> None:
-        """One yellow line."""
+        """One yellow line, the first time."""
         from rich.text import Text
 
+        if message in self._said:
+            return
+        self._said.add(message)
         self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.model import Linear, Skeleton
 from trimcli.options import selected
@@ -82,8 +83,13 @@ class Plan:
         }
 
 
-def chosen_linears(skeleton: Skeleton, only: tuple[str, ...], skip: tuple[str, ...]) -> list[Linear]:
-    """The linears that --only and --skip leave. Raises OptionError when none is left."""
+def chosen_linears(
+    skeleton: Skeleton, only: tuple[str, ...], skip: tuple[str, ...], progress: Progress = NO_PROGRESS
+) -> list[Linear]:
+    """The linears that --only and --skip leave; warns of a glob without effect.
+
+    Raises OptionError when none is left.
+    """
     found = [linear for name, linear in skeleton.linears.items() if selected(name, only, skip)]
     if not found:
         some = next(iter(skeleton.linears), "none")
@@ -91,6 +97,11 @@ def chosen_linears(skeleton: Skeleton, only: tuple[str, ...], skip: tuple[str, .
             f"nothing matches: of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip "
             f"{list(skip)} leave none; the globs are matched against full module names."
         )
+    for flag, globs in (("--only", only), ("--skip", skip)):
+        for glob in globs:
+            if not any(selected(name, (glob,), ()) for name in skeleton.linears):
+                some = next(iter(skeleton.linears))
+                progress.warn(f"{flag} {glob!r} matches none of the {len(skeleton.linears)} linears, such as {some}.")
     return found
 
 

@@ -64,11 +64,11 @@ def plan(
 
     Example: trim plan Qwen/Qwen2.5-72B --sparsity 0.7 --use-trim
     """
-    common.start(quiet, as_json)
+    progress = common.start(quiet, as_json)
     options = shared.build(locals())
     from trimcli.stages.foresee import foresee
 
-    found = foresee(model, options)
+    found = foresee(model, options, progress=progress)
     if as_json:
         common.emit_json(found.document())
         return

@@ -4,6 +4,7 @@ from trimcli.allocation import LayerSparsity
 from trimcli.artifacts import MARK
 from trimcli.calibration import CalibrationFile
 from trimcli.checkpoint import BIN_INDEX, BIN_SINGLE, SAFE_INDEX, SAFE_SINGLE, Checkpoint
+from trimcli.console import NO_PROGRESS, Progress
 from trimcli.data import read_tokens
 from trimcli.device import compute_device, compute_dtype
 from trimcli.model import Skeleton
@@ -14,7 +15,7 @@ from trimcli.stages.prune import PruneOptions
 from trimcli.walk import default_seqlen
 
 
-def foresee(model: str, options: PruneOptions) -> Plan:
+def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRESS) -> Plan:
     """The plan of `prune(model, ...)` under these options, from the config and the files they name.
 
     An allocation that is yet to be made (`allocate`) is planned with its target, uniform. Raises UsageError.
@@ -26,7 +27,7 @@ def foresee(model: str, options: PruneOptions) -> Plan:
     device = compute_device(options.device)
     dtype = compute_dtype(options.dtype, checkpoint, device)
     skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
-    linears = chosen_linears(skeleton, options.only, options.skip)
+    linears = chosen_linears(skeleton, options.only, options.skip, progress)
     if options.ratios:
         ratios = LayerSparsity.load(options.ratios)
         ratios.check(skeleton)

@@ -186,7 +186,7 @@ class _Run:
     def __init__(self, skeleton: Skeleton, options: PruneOptions, progress: Progress) -> None:
         self.skeleton, self.options, self.progress = skeleton, options, progress
         self.recipe = options.recipe
-        self.linears = chosen_linears(skeleton, options.only, options.skip)
+        self.linears = chosen_linears(skeleton, options.only, options.skip, progress)
         self.ratios: Path | None = options.ratios
         self.calibration: CalibrationFile | None = None
         if options.calibration:
