@@ -118,12 +118,35 @@ def test_semi_structured_needs_a_gpu_and_16_bits(device: str, dtype: torch.dtype
         SemiStructured(torch.device(device), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packing_for_cutlass_needs_no_gpu(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUTLASS's packing is arithmetic that any device can do; only multiplying needs its kernels."""
+    kind = torch.sparse.SparseSemiStructuredTensorCUTLASS
+    monkeypatch.setattr(kind, "_validate_device_dim_dtype_shape", lambda original: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    weight = two_of_four(64, 128).to(dtype)
+    packer = SemiStructured(torch.device("cuda", 0), dtype)
+    assert packer.document() == {"backend": "cutlass", "capability": [8, 0], "cusparselt": None}
+    assert packer.fits((64, 128))
+    assert not packer.fits((64, 72))
+    packer.device = torch.device("cpu")
+    packed = packer.pack(weight)
+    assert stored_bytes(packed) == weight.nbytes * 9 // 16
+    assert torch.equal(packer.from_parts(parts_of(packed), (64, 128)).to_dense(), weight)
+
+
+def two_of_four(d_out: int, d_in: int) -> Tensor:
+    """A random 2:4 matrix."""
+    weight = torch.randn(d_out, d_in // 4, 4)
+    kept = torch.rand(d_out, d_in // 4, 4).topk(2).indices
+    return torch.zeros_like(weight).scatter_(2, kept, weight.gather(2, kept)).reshape(d_out, d_in)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="semi-structured matrices need a CUDA GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_semi_structured_is_the_matrix(dtype: torch.dtype) -> None:
-    weight = torch.randn(64, 32, 4)
-    weight[..., 1::2] = 0
-    weight = weight.reshape(64, 128).to(dtype)
+    weight = two_of_four(64, 128).to(dtype)
     packer = SemiStructured(torch.device("cuda", 0), dtype)
     assert packer.fits((64, 128))
     packed = packer.pack(weight)
