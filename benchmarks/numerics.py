@@ -28,6 +28,11 @@ from trimcli.masks import Numerics
 from trimcli.recipe import Method
 
 TOLERANCE = 0.01
+LEGEND = (
+    "Asked for: the target of the reference, which floors its counts; zeros: what it left, and what exact numerics were "
+    "given. Perplexities and their difference are geometric means over the draws, single draws their range. A count "
+    "that differs by one sends the search of TRIM down another path, so single draws scatter to either side."
+)
 
 
 @dataclass(frozen=True)
@@ -220,6 +225,8 @@ def main() -> None:
     publish(
         [
             *head("Exact against reference numerics at an equal number of zeros", "numerics", facts),
+            LEGEND,
+            "",
             *table(columns, [line.cells() for line in lines]),
         ],
         given.out,
