@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import trimcli.stages.prune
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json, zeros
 from trimcli.artifacts import COMMAND_LINE
-from trimcli.cli.app import app, main
+from trimcli.cli.app import app
 from trimcli.cli.common import explain
 from trimcli.demo import write_texts
 
@@ -216,14 +215,3 @@ def test_one_go_leaves_the_stages_in_the_cache(base: Path, tmp_path: Path) -> No
     kinds = {entry["kind"] for entry in trim_json("cache", "--cache-dir", tmp_path / "cache")["entries"]}
     assert kinds == {"calibration", "ratios"}
     assert trim_json(*args, "--force")["sparsity"] == pytest.approx(0.5, abs=1e-3)
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
-def test_threads_sleep_unless_told_otherwise(given: str | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    monkeypatch.setattr(sys, "argv", ["trim", "--version"])
-    with pytest.raises(SystemExit):
-        main()
-    assert os.environ["OMP_WAIT_POLICY"] == expected

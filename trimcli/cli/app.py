@@ -1,6 +1,5 @@
 """The `trim` program: every command by name. Nothing heavy is imported until a command runs."""
 
-import os
 from typing import Annotated, Any
 
 import typer
@@ -89,7 +88,4 @@ app.command("demo", rich_help_panel=MORE)(demo)
 
 def main() -> None:
     """Entry point of the console script."""
-    # Read when torch is loaded, later. Threads that spin while they wait take the cores from each other as soon as
-    # anything else runs: a search of rows then takes two to five times as long.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     app()
