@@ -29,9 +29,9 @@ from trimcli.recipe import Method
 
 TOLERANCE = 0.01
 LEGEND = (
-    "Asked for: the target of the reference, which floors its counts; zeros: what it left, and what exact numerics were "
-    "given. Perplexities and their difference are geometric means over the draws, single draws their range. A count "
-    "that differs by one sends the search of TRIM down another path, so single draws scatter to either side."
+    "Asked for: the target of the reference, which floors its counts; zeros: what it left, and what exact numerics "
+    "were given. Perplexities and their difference are geometric means over the draws, single draws their range. A "
+    "count that differs by one sends the search of TRIM down another path, so single draws scatter to either side."
 )
 
 
