@@ -205,9 +205,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeat", type=int, default=1, help="repetitions, of which the quickest counts")
     given = parser.parse_args()
-    # Threads that spin while they wait stall whatever shares their cores; the measured processes inherit
-    # this.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that spin long while they wait stall whatever shares their cores; the measured processes inherit this.
+    os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     heads = (
         "matrix",
         "W V, s",
