@@ -73,6 +73,16 @@ def value(base: Path, model: Path, **fields: Any) -> float:
     return found
 
 
+def test_runs_of_one_model_are_of_one_structure(base: Path, nano_qwen2: Path) -> None:
+    """Its head is tied to the embedding, which the walk fills and empties apart."""
+    dense, masked = (
+        evaluate(str(nano_qwen2), options_for(base, masks=masks))["model"] for masks in (None, base / "masks")
+    )
+    assert dense == masked
+    for name in ("pruned", "packed", "sparsegpt"):
+        assert evaluate(str(base / name), options_for(base))["model"]["structure"] == dense["structure"]
+
+
 def test_it_is_plain_transformers_on_the_same_windows(base: Path, nano_qwen2: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(nano_qwen2, dtype=torch.float32)
     tokens = torch.tensor(AutoTokenizer.from_pretrained(nano_qwen2)((base / "text.txt").read_text())["input_ids"])

@@ -106,6 +106,8 @@ class Skeleton:
         self.config = self.model.config
         self._names = map_names(self.model, checkpoint.keys()) if checkpoint.has_weights else NameMap({}, [])
         self._tied = self._tied_names()
+        # Taken now: once filled and emptied, parameters that were tied are no longer one.
+        self._shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
         if checkpoint.has_weights:
             self._refuse_other_shapes()
         container, modules = find_decoder_layers(self.model)
@@ -184,8 +186,7 @@ class Skeleton:
     def fingerprint(self) -> ModelFingerprint:
         """Structure (config, module names, shapes) and, with weights, content (dtypes and a sample of every tensor)."""
         kept = {key: value for key, value in self.checkpoint.config_document.items() if key not in VOLATILE}
-        shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
-        structure = hashlib.sha256(canonical_json([kept, shapes]).encode()).hexdigest()
+        structure = hashlib.sha256(canonical_json([kept, self._shapes]).encode()).hexdigest()
         if not self.checkpoint.has_weights:
             return ModelFingerprint(self.checkpoint.id, structure)
         content = hashlib.sha256()
