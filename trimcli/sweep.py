@@ -110,7 +110,7 @@ def sweep(
         refuse_existing(output, force=force)
     settings = settings_of(options)
     skeleton = open_model(model, options)
-    chosen_linears(skeleton, options.only, options.skip)
+    chosen_linears(skeleton, options.only, options.skip, progress)
     plan = _plan(skeleton, options, settings)
     if announce:
         announce(plan)
