@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.provenance import head, publish, table
-from trimcli.artifacts import TensorSpec, write_tensors
-from trimcli.cache import digest
-from trimcli.checkpoint import Checkpoint
-from trimcli.device import compute_device, compute_dtype
-from trimcli.model import Skeleton
+from trimcli.files.cache import digest
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.tensors import TensorSpec, write_tensors
+from trimcli.model.device import compute_device, compute_dtype
+from trimcli.model.skeleton import Skeleton
 
 INTERVAL = 0.02
 GIB = 1 << 30

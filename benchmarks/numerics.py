@@ -21,11 +21,12 @@ from benchmarks.support.ledger import Ledger
 from benchmarks.support.provenance import head, publish, table
 from benchmarks.support.study import Study, add_arguments, make_study
 from trimcli import PruneOptions, Recipe, RowOptions, prune
-from trimcli.allocation import LayerSparsity
-from trimcli.artifacts import ModelFingerprint, write_json
-from trimcli.maskfile import MaskFile
-from trimcli.masks import Numerics
-from trimcli.recipe import Method
+from trimcli.files.documents import write_json
+from trimcli.files.manifest import ModelFingerprint
+from trimcli.files.masks import MaskFile
+from trimcli.files.ratios import LayerSparsity
+from trimcli.methods.masks import Numerics
+from trimcli.methods.recipe import Method
 
 TOLERANCE = 0.01
 LEGEND = (

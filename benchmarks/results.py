@@ -23,7 +23,7 @@ from benchmarks.support.ledger import Ledger
 from benchmarks.support.provenance import head, publish, table
 from benchmarks.support.study import Study, add_arguments, make_study, ratios_name
 from trimcli import BarberOptions, PruneOptions, Recipe, RowOptions, prune
-from trimcli.recipe import Method
+from trimcli.methods.recipe import Method
 
 ALLOCATIONS = {"uniform": "uniform", "owl": "OWL", "alpha": "Alpha"}
 

@@ -22,7 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from trimcli.rows import RowOptions, RowResult, search_rows
+from trimcli.methods.rows.search import RowOptions, RowResult, search_rows
 
 _STEPS = ((0.01, 0.02, 0.04, 0.08, 0.12, 0.16), (-0.01, -0.02, -0.04))
 _ITERATIONS = 10

@@ -8,22 +8,21 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from trimcli.artifacts import (
+from trimcli.files.atomic import MARK
+from trimcli.files.documents import write_json
+from trimcli.files.manifest import (
     CALIBRATION,
     LAYER_SPARSITY,
-    MARK,
     MASKS,
     PRUNED,
     RESULTS,
     ROWS,
     ModelFingerprint,
-    TensorSpec,
     manifest,
-    write_artifact,
-    write_json,
+    sealed,
 )
-from trimcli.maskfile import write_masks
-from trimcli.seal import sealed
+from trimcli.files.masks import write_masks
+from trimcli.files.tensors import TensorSpec, write_artifact
 
 MODEL = ModelFingerprint("org/tiny", "structure-of-tiny", "content-of-tiny")
 SHAPES = {

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
-from trimcli.artifacts import MASKS, manifest
-from trimcli.checkpoint import Checkpoint
-from trimcli.maskfile import write_masks
-from trimcli.masks import lowest_per_row, n_of_m
-from trimcli.model import Linear, Skeleton
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.manifest import MASKS, manifest
+from trimcli.files.masks import write_masks
+from trimcli.methods.masks import lowest_per_row, n_of_m
+from trimcli.model.matrix import Matrix
+from trimcli.model.skeleton import Skeleton
 
 LLAMA = {
     "hidden_size": 32,
@@ -61,7 +62,7 @@ def masks_for(
     *,
     sparsity: float = 0.5,
     pattern: tuple[int, int] | None = None,
-    keep_of: Callable[[Linear, Tensor], Tensor] | None = None,
+    keep_of: Callable[[Matrix, Tensor], Tensor] | None = None,
     names: list[str] | None = None,
     **fields: Any,
 ) -> Path:
@@ -71,7 +72,7 @@ def masks_for(
 
     def keep(name: str) -> Tensor:
         linear = skeleton.linears[name]
-        weight = skeleton.read_weight(linear).float()
+        weight = linear.read(skeleton.checkpoint).float()
         if keep_of is not None:
             return keep_of(linear, weight)
         if pattern:

@@ -13,42 +13,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimcli.barber import BarberOptions
+    from trimcli.commands.allocate import AllocateOptions, allocate
+    from trimcli.commands.apply import ApplyOptions, apply_masks
+    from trimcli.commands.calibrate import CalibrateOptions, calibrate
+    from trimcli.commands.evaluate import EvaluateOptions, evaluate
+    from trimcli.commands.prune import PruneOptions, prune
+    from trimcli.commands.unpack import load_packed, unpack
+    from trimcli.commands.verify import VerifyOptions, verify
     from trimcli.errors import TrimError, UsageError
-    from trimcli.exported import load_exported
-    from trimcli.recipe import Recipe
-    from trimcli.rows import RowOptions
-    from trimcli.sparsegpt import UpdateOptions
-    from trimcli.stages.allocate import AllocateOptions, allocate
-    from trimcli.stages.apply import ApplyOptions, apply_masks
-    from trimcli.stages.calibrate import CalibrateOptions, calibrate
-    from trimcli.stages.evaluate import EvaluateOptions, evaluate
-    from trimcli.stages.prune import PruneOptions, prune
-    from trimcli.stages.unpack import load_packed, unpack
-    from trimcli.stages.verify import VerifyOptions, verify
+    from trimcli.kernels.exported import load_exported
+    from trimcli.methods.blocks.barber import BarberOptions
+    from trimcli.methods.recipe import Recipe
+    from trimcli.methods.rows.search import RowOptions
+    from trimcli.methods.updates.obs import UpdateOptions
 
 _HOMES = {
-    "AllocateOptions": "stages.allocate",
-    "ApplyOptions": "stages.apply",
-    "BarberOptions": "barber",
-    "CalibrateOptions": "stages.calibrate",
-    "EvaluateOptions": "stages.evaluate",
-    "PruneOptions": "stages.prune",
-    "Recipe": "recipe",
-    "RowOptions": "rows",
+    "AllocateOptions": "commands.allocate",
+    "ApplyOptions": "commands.apply",
+    "BarberOptions": "methods.blocks.barber",
+    "CalibrateOptions": "commands.calibrate",
+    "EvaluateOptions": "commands.evaluate",
+    "PruneOptions": "commands.prune",
+    "Recipe": "methods.recipe",
+    "RowOptions": "methods.rows.search",
     "TrimError": "errors",
-    "UpdateOptions": "sparsegpt",
+    "UpdateOptions": "methods.updates.obs",
     "UsageError": "errors",
-    "VerifyOptions": "stages.verify",
-    "allocate": "stages.allocate",
-    "apply_masks": "stages.apply",
-    "calibrate": "stages.calibrate",
-    "evaluate": "stages.evaluate",
-    "load_exported": "exported",
-    "load_packed": "stages.unpack",
-    "prune": "stages.prune",
-    "unpack": "stages.unpack",
-    "verify": "stages.verify",
+    "VerifyOptions": "commands.verify",
+    "allocate": "commands.allocate",
+    "apply_masks": "commands.apply",
+    "calibrate": "commands.calibrate",
+    "evaluate": "commands.evaluate",
+    "load_exported": "kernels.exported",
+    "load_packed": "commands.unpack",
+    "prune": "commands.prune",
+    "unpack": "commands.unpack",
+    "verify": "commands.verify",
 }
 
 __all__ = [

@@ -53,3 +53,8 @@ class MismatchError(UsageError):
 
 class OutputExists(UsageError):
     """An output exists and may not be replaced."""
+
+
+def first_line(problem: Exception) -> str:
+    """What another library's error says, in one line."""
+    return next(iter(str(problem).strip().splitlines()), "").rstrip(".") or type(problem).__name__

@@ -10,11 +10,11 @@ from typing import Any
 from filelock import FileLock
 
 from trimcli import AllocateOptions, CalibrateOptions, EvaluateOptions, allocate, calibrate, evaluate
-from trimcli.artifacts import file_digest
-from trimcli.cache import digest
-from trimcli.checkpoint import Checkpoint
 from trimcli.demo import MODEL, write_texts
-from trimcli.device import compute_device, compute_dtype
+from trimcli.files.atomic import file_digest
+from trimcli.files.cache import digest
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.model.device import compute_device, compute_dtype
 
 
 @dataclass(frozen=True)

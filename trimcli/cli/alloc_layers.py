@@ -58,7 +58,7 @@ def alloc_layers(
     Example: trim alloc-layers Qwen/Qwen2.5-3B -o owl70.json --method owl --sparsity 0.7 --calibration calib.safetensors
     """
     progress = common.start(quiet, as_json)
-    from trimcli.stages.allocate import AllocateOptions, allocate
+    from trimcli.commands.allocate import AllocateOptions, allocate
 
     options = AllocateOptions(
         device=device,

@@ -42,8 +42,8 @@ def apply_masks(
     Example: trim apply-masks Qwen/Qwen2.5-3B masks.safetensors -o Qwen2.5-3B-70
     """
     progress = common.start(quiet, as_json)
-    from trimcli.stages.apply import ApplyOptions
-    from trimcli.stages.apply import apply_masks as run
+    from trimcli.commands.apply import ApplyOptions
+    from trimcli.commands.apply import apply_masks as run
 
     options = ApplyOptions(
         format=form,  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def unpack(
     Example: trim unpack Qwen2.5-3B-70-packed -o Qwen2.5-3B-70
     """
     progress = common.start(quiet, as_json)
-    from trimcli.stages.unpack import unpack as run
+    from trimcli.commands.unpack import unpack as run
 
     written = run(packed, output, force=force, progress=progress)
     if as_json:

@@ -10,7 +10,7 @@ from trimcli.cli.common import boundary
 from trimcli.cli.lists import values
 
 if TYPE_CHECKING:
-    from trimcli.benchmark import BenchResult
+    from trimcli.kernels.bench import BenchResult
 
 
 @boundary
@@ -40,8 +40,8 @@ def bench(
     """
     del force  # every command takes it; nothing is written here
     progress = common.start(quiet, as_json)
-    from trimcli.benchmark import BenchOptions
-    from trimcli.benchmark import bench as run
+    from trimcli.kernels.bench import BenchOptions
+    from trimcli.kernels.bench import bench as run
 
     options = BenchOptions(
         device=device,

@@ -20,7 +20,7 @@ def cache(
     Example: trim cache --clear
     """
     common.start(quiet, as_json)
-    from trimcli.cache import Cache
+    from trimcli.files.cache import Cache
 
     found = Cache(cache_dir)
     entries = found.entries()

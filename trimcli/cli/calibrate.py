@@ -53,8 +53,8 @@ def calibrate(
     Example: trim calibrate Qwen/Qwen2.5-3B -o calib.safetensors --dataset c4 --nsamples 256
     """
     progress = common.start(quiet, as_json)
-    from trimcli.stages.calibrate import CalibrateOptions
-    from trimcli.stages.calibrate import calibrate as run
+    from trimcli.commands.calibrate import CalibrateOptions
+    from trimcli.commands.calibrate import calibrate as run
 
     options = CalibrateOptions(
         device=device,

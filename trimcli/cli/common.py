@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from trimcli.artifacts import finite_or_none
 from trimcli.errors import ResourceError, TrimError, UsageError
+from trimcli.files.documents import finite_or_none
 
 if TYPE_CHECKING:
     from trimcli.console import RichProgress
@@ -144,8 +144,8 @@ def start(quiet: bool, as_json: bool) -> "RichProgress":
     import signal
     import warnings
 
-    from trimcli.artifacts import COMMAND_LINE
     from trimcli.console import RichProgress
+    from trimcli.files.manifest import COMMAND_LINE
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

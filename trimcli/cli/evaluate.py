@@ -64,8 +64,8 @@ def evaluate(
     Example: trim eval Qwen2.5-3B-70 -o results.json --ppl wikitext2 --tasks boolq,rte
     """
     progress = common.start(quiet, as_json)
-    from trimcli.stages.evaluate import EvaluateOptions
-    from trimcli.stages.evaluate import evaluate as run
+    from trimcli.commands.evaluate import EvaluateOptions
+    from trimcli.commands.evaluate import evaluate as run
 
     options = EvaluateOptions(
         device=device,

@@ -10,7 +10,7 @@ from trimcli.cli import common
 from trimcli.cli.common import boundary
 
 if TYPE_CHECKING:
-    from trimcli.export import ExportSummary
+    from trimcli.commands.export import ExportSummary
 
 
 @boundary
@@ -43,8 +43,8 @@ def export(
     Example: trim export Qwen2.5-3B-90 --to csr -o Qwen2.5-3B-90-csr
     """
     progress = common.start(quiet, as_json)
-    from trimcli.export import ExportOptions
-    from trimcli.export import export as run
+    from trimcli.commands.export import ExportOptions
+    from trimcli.commands.export import export as run
 
     options = ExportOptions(
         device=device,

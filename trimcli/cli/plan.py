@@ -66,7 +66,7 @@ def plan(
     """
     progress = common.start(quiet, as_json)
     options = shared.build(locals())
-    from trimcli.stages.foresee import foresee
+    from trimcli.commands.plan import foresee
 
     found = foresee(model, options, progress=progress)
     if as_json:

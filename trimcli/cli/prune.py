@@ -12,7 +12,7 @@ from trimcli.cli import prune_options as shared
 from trimcli.cli.common import boundary
 
 if TYPE_CHECKING:
-    from trimcli.stages.prune import PruneSummary
+    from trimcli.commands.prune import PruneSummary
 
 
 @boundary
@@ -83,7 +83,7 @@ def prune(
     progress = common.start(quiet, as_json)
     options = shared.build(locals())
     from trimcli.cli.tables import plan_head
-    from trimcli.stages.prune import prune as run
+    from trimcli.commands.prune import prune as run
 
     def announce(plan):  # type: ignore[no-untyped-def]
         if not quiet:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from trimcli.stages.prune import PruneOptions
+    from trimcli.commands.prune import PruneOptions
 
 TARGET, TRIM, UPDATE, BARBER, ONE_GO = (
     "Target",
@@ -89,14 +89,14 @@ MetricsCache = Annotated[Path | None, option("Alpha's metrics file.", ONE_GO)]
 
 def build(values: dict[str, Any]) -> "PruneOptions":
     """PruneOptions from a command's parameters by name (`locals()` of the command)."""
-    from trimcli.barber import BarberOptions
+    from trimcli.commands.allocate import AllocateOptions
+    from trimcli.commands.calibrate import CalibrateOptions
+    from trimcli.commands.prune import PruneOptions
     from trimcli.errors import OptionError
-    from trimcli.recipe import Recipe
-    from trimcli.rows import RowOptions
-    from trimcli.sparsegpt import UpdateOptions
-    from trimcli.stages.allocate import AllocateOptions
-    from trimcli.stages.calibrate import CalibrateOptions
-    from trimcli.stages.prune import PruneOptions
+    from trimcli.methods.blocks.barber import BarberOptions
+    from trimcli.methods.recipe import Recipe
+    from trimcli.methods.rows.search import RowOptions
+    from trimcli.methods.updates.obs import UpdateOptions
 
     run = {name: values[name] for name in ("device", "dtype", "seed", "revision", "trust_remote_code", "cache_dir")}
     numerics = values["numerics"]

@@ -54,8 +54,8 @@ def compare(
     Example: trim compare dense.json wanda70.json trim70.json
     """
     common.start(quiet, as_json)
-    from trimcli.compare import compare as run
-    from trimcli.compare import render
+    from trimcli.report.compare import compare as run
+    from trimcli.report.compare import render
 
     table = run(files)
     if as_json:

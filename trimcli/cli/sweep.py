@@ -13,7 +13,7 @@ from trimcli.cli.common import boundary
 from trimcli.cli.lists import some, values
 
 if TYPE_CHECKING:
-    from trimcli.sweep import Run, SweepPlan, SweepResult
+    from trimcli.sweep.run import Run, SweepPlan, SweepResult
 
 GRID, SAMPLES = "The grid (values separated by commas)", "Samples"
 SWITCH = {"on": True, "off": False}
@@ -88,8 +88,8 @@ def sweep(
     Example: trim sweep Qwen/Qwen2.5-3B --sparsity 0.7 --alloc owl --lambda 0.02,0.05,0.08 --trim on,off
     """
     progress = common.start(quiet, as_json)
-    from trimcli.grid import SweepOptions
-    from trimcli.sweep import sweep as run
+    from trimcli.sweep.grid import SweepOptions
+    from trimcli.sweep.run import sweep as run
 
     options = SweepOptions(
         device=device,

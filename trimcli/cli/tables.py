@@ -10,8 +10,8 @@ from rich.table import Table
 from trimcli.cli import common
 
 if TYPE_CHECKING:
-    from trimcli.allocation import LayerSparsity
-    from trimcli.plan import Plan
+    from trimcli.files.ratios import LayerSparsity
+    from trimcli.pipeline.plan import Plan
 
 BAR = 24
 

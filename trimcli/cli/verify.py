@@ -10,7 +10,7 @@ from trimcli.cli import common
 from trimcli.cli.common import boundary
 
 if TYPE_CHECKING:
-    from trimcli.stages.verify import VerifyReport
+    from trimcli.commands.verify import VerifyReport
 
 
 @boundary
@@ -30,8 +30,8 @@ def verify(
     Example: trim verify Qwen2.5-3B-70
     """
     progress = common.start(quiet, as_json)
-    from trimcli.stages.verify import VerifyOptions
-    from trimcli.stages.verify import verify as run
+    from trimcli.commands.verify import VerifyOptions
+    from trimcli.commands.verify import verify as run
 
     report = run(path, VerifyOptions(masks=masks, trust_remote_code=trust_remote_code), progress=progress)
     if as_json:

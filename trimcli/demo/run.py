@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimcli.commands.allocate import AllocateOptions, allocate
+from trimcli.commands.apply import ApplyOptions, apply_masks
+from trimcli.commands.calibrate import CalibrateOptions, calibrate
+from trimcli.commands.evaluate import EvaluateOptions, evaluate
+from trimcli.commands.prune import PruneOptions, prune
+from trimcli.commands.verify import verify
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.demo import MODEL, write_texts
-from trimcli.recipe import Recipe
-from trimcli.rows import RowOptions
-from trimcli.stages.allocate import AllocateOptions, allocate
-from trimcli.stages.apply import ApplyOptions, apply_masks
-from trimcli.stages.calibrate import CalibrateOptions, calibrate
-from trimcli.stages.evaluate import EvaluateOptions, evaluate
-from trimcli.stages.prune import PruneOptions, prune
-from trimcli.stages.verify import verify
+from trimcli.methods.recipe import Recipe
+from trimcli.methods.rows.search import RowOptions
 
 SAMPLES, SEQLEN, WINDOWS = 64, 128, 240
 

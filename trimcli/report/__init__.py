@@ -6,11 +6,11 @@ from pathlib import Path
 
 from rich.console import RenderableType
 
-from trimcli.artifacts import atomic_file, refuse_existing
-from trimcli.compare import Table
 from trimcli.errors import OptionError
+from trimcli.files.atomic import atomic_file, refuse_existing
 from trimcli.options import one_of
 from trimcli.report import html, markdown, terminal
+from trimcli.report.compare import Table
 from trimcli.report.gather import Gathered, gather
 
 __all__ = ["Report", "build_report"]

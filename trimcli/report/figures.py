@@ -4,14 +4,9 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from trimcli.artifacts import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
-from trimcli.compare import Column, Row, titles
-from trimcli.report.gather import (
-    Gathered,
-    Source,
-    place_of,
-    sparsity_by_linear,
-)
+from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
+from trimcli.report.compare import Column, Row, titles
+from trimcli.report.gather import Gathered, Source, place_of, sparsity_by_linear
 from trimcli.report.panels import Figure, Trace, colour, grid, integers, labelled, log_if_wide, series
 from trimcli.report.rows import chosen_steps, quality, row_sparsity
 

@@ -10,20 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from trimcli.artifacts import (
-    CALIBRATION,
-    LAYER_SPARSITY,
-    MARK,
-    MASKS,
-    PACKED,
-    PRUNED,
-    RESULTS,
-    ROWS,
-    read_json,
-)
-from trimcli.compare import Table, distinct, model_of, table_of
 from trimcli.errors import InputError, MismatchError
-from trimcli.seal import is_intact
+from trimcli.files.atomic import MARK
+from trimcli.files.documents import read_json
+from trimcli.files.manifest import CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS, is_intact
+from trimcli.report.compare import Table, distinct, model_of, table_of
 
 DIRECTORIES = (PRUNED, PACKED)
 KNOWN = (RESULTS, LAYER_SPARSITY, MASKS, ROWS, CALIBRATION, *DIRECTORIES)

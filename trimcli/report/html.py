@@ -11,8 +11,8 @@ from jinja2 import Environment
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from trimcli.artifacts import finite_or_none
-from trimcli.compare import MISSING, Column, Row, Table, figure, percent, settings, shown, titles
+from trimcli.files.documents import finite_or_none
+from trimcli.report.compare import MISSING, Column, Row, Table, figure, percent, settings, shown, titles
 from trimcli.report.figures import figures
 from trimcli.report.gather import Gathered
 from trimcli.report.origin import WHAT, facts_of

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 
-from trimcli.artifacts import LAYER_SPARSITY, MASKS, PACKED, PRUNED, ROWS
-from trimcli.compare import Table, percent, settings, shown, titles
+from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, ROWS
+from trimcli.report.compare import Table, percent, settings, shown, titles
 from trimcli.report.gather import Gathered, sparsity_by_linear
 from trimcli.report.origin import WHAT, commands_of, versions_of
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimcli.artifacts import CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
+from trimcli.files.manifest import CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
 from trimcli.report.gather import Gathered, Source
 
 WHAT = {

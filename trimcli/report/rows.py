@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from trimcli.artifacts import ROWS
+from trimcli.files.manifest import ROWS
 from trimcli.report.gather import QUANTILES, Place, Source, by_place, kinds_of, place_of
 from trimcli.report.panels import PER_ROW, Figure, Trace, colour_bar, grid, integers, labelled
 

@@ -4,8 +4,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from trimcli.artifacts import LAYER_SPARSITY, RESULTS
-from trimcli.compare import percent, render
+from trimcli.files.manifest import LAYER_SPARSITY, RESULTS
+from trimcli.report.compare import percent, render
 from trimcli.report.gather import Gathered, Source
 from trimcli.report.origin import WHAT
 

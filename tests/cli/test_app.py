@@ -1,0 +1,217 @@
+"""The program: help, output streams, exit statuses, and the stages one after the other."""
+
+import errno
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from safetensors.torch import load_file
+
+import trimcli.commands.prune
+from tests.small_models import llama_config, random_model, save
+from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json, zeros
+from trimcli.cli.app import app
+from trimcli.cli.common import explain
+from trimcli.demo import write_texts
+from trimcli.files.manifest import COMMAND_LINE
+
+PROGRAM: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = dict(PROGRAM.commands)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("cli")
+    save(random_model(llama_config()), base / "model")
+    save_tokens(base / "tokens.safetensors", vocabulary=64)
+    return base
+
+
+def prune_args(base: Path, tmp_path: Path, *more: object) -> tuple[object, ...]:
+    run = ("--tokens", base / "tokens.safetensors", "--cache-dir", tmp_path / "cache", *COMPUTE)
+    return ("prune", base / "model", "-o", tmp_path / "masks", "--sparsity", 0.5, *run, *more)
+
+
+# --- help ------------------------------------------------------------------------------------------------
+
+
+def test_the_help_names_every_command_and_where_to_start() -> None:
+    shown = trim("--help")
+    assert shown.status == 0
+    for name, command in COMMANDS.items():
+        assert name in shown.out or command.hidden
+    assert "trim demo" in shown.out
+    assert {"calibrate", "alloc-layers", "prune", "apply-masks", "eval", "plan", "verify", "cache"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_teaches_with_an_example(command: str) -> None:
+    shown = trim(command, "--help")
+    assert shown.status == 0
+    assert f"trim {command} " in COMMANDS[command].help.split("Example")[1]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_is_for(command: str) -> None:
+    for parameter in COMMANDS[command].params:
+        if getattr(parameter, "hidden", False) or parameter.name == "help":
+            continue
+        assert getattr(parameter, "help", None), (command, parameter.name)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_takes_the_options_of_all(command: str) -> None:
+    taken = {option for parameter in COMMANDS[command].params for option in parameter.opts}
+    everywhere = {"--device", "--dtype", "--seed", "--quiet", "--json", "--force", "--cache-dir", "--revision"}
+    assert everywhere | {"--trust-remote-code"} <= taken
+
+
+def test_help_and_start_import_no_torch() -> None:
+    script = (
+        "import sys\n"
+        "from trimcli.cli.app import app\n"
+        "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'datasets', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "prune" in found.stdout
+
+
+def test_the_version() -> None:
+    from importlib.metadata import version
+
+    assert trim("--version").out == f"trim {version('trimcli')}\n"
+
+
+def test_no_arguments_show_the_help() -> None:
+    shown = trim()
+    assert shown.status in (0, 2)
+    assert "Usage" in shown.out + shown.err
+
+
+# --- streams ---------------------------------------------------------------------------------------------
+
+
+def test_results_go_to_stdout_and_the_rest_to_stderr(base: Path, tmp_path: Path) -> None:
+    shown = trim(*prune_args(base, tmp_path))
+    assert shown.status == 0
+    assert "50.0000%" in shown.out
+    assert "model.layers.1" in shown.out
+    assert "14 matrices" in shown.err  # the plan's head
+    assert "━" not in shown.err  # no bars where stderr is no terminal
+    assert "\x1b" not in shown.out + shown.err
+
+
+def test_json_is_one_document(base: Path, tmp_path: Path) -> None:
+    shown = trim(*prune_args(base, tmp_path, "--json"))
+    document = json.loads(shown.out)
+    assert document["masks"] == str(tmp_path / "masks")
+    assert document["sparsity"] == 0.5
+    assert document["resumed"] == 0
+    assert document["peak_memory"]["anonymous"] > 0
+
+
+def test_quiet_is_silent(base: Path, tmp_path: Path) -> None:
+    shown = trim(*prune_args(base, tmp_path, "--quiet"))
+    assert (shown.status, shown.out, shown.err) == (0, "", "")
+    assert (tmp_path / "masks").is_file()
+    failed = trim(*prune_args(base, tmp_path, "--quiet"))
+    assert (failed.status, failed.out) == (2, "")
+    assert failed.err.count("\n") == 1
+
+
+def test_files_say_which_command_made_them(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = [str(arg) for arg in prune_args(base, tmp_path, "--save-model", tmp_path / "pruned")]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/trim", *args])
+    assert trim(*args).status == 0
+    COMMAND_LINE.set(None)
+    line = shlex.join(["trim", *args])
+    mark = json.loads((tmp_path / "pruned" / "trim.json").read_text())
+    assert mark["command_line"] == line
+    assert line in (tmp_path / "pruned" / "README.md").read_text()
+
+
+# --- exit statuses ---------------------------------------------------------------------------------------
+
+
+class ProblemError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("problem", "status", "sentence"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "the disk is full writing /x"),
+        (PermissionError(errno.EACCES, "denied", "/x"), 2, "no permission for /x"),
+        (MemoryError(), 1, "memory ran out"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "memory ran out"),
+        (ProblemError("odd\nmore"), 1, "internal error, ProblemError: odd; set TRIM_TRACEBACK=1"),
+    ],
+)
+def test_what_happens_on_the_way(
+    problem: BaseException, status: int, sentence: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise problem
+
+    assert explain(problem)[0] == status
+    monkeypatch.setattr(trimcli.commands.prune, "prune", fail)
+    done = trim(*prune_args(base, tmp_path))
+    assert (done.status, done.out) == (status, "")
+    assert done.err.startswith(f"trim: {sentence}")
+    assert done.err.count("\n") == 1
+
+
+def test_a_traceback_on_request(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ProblemError("odd")
+
+    monkeypatch.setattr(trimcli.commands.prune, "prune", fail)
+    monkeypatch.setenv("TRIM_TRACEBACK", "1")
+    with pytest.raises(AssertionError, match="odd"):
+        trim(*prune_args(base, tmp_path))
+
+
+# --- the stages ------------------------------------------------------------------------------------------
+
+
+def test_the_stages_one_after_the_other(nano_qwen2: Path, tmp_path: Path) -> None:
+    texts = write_texts(tmp_path)
+    run = ("--cache-dir", tmp_path / "cache", *COMPUTE)
+    drawn = ("--dataset", texts.calibration, "--nsamples", 4, "--seqlen", 64)
+    calib, ratios, masks = (tmp_path / name for name in ("calib", "ratios.json", "masks"))
+    made = trim_json("calibrate", nano_qwen2, "-o", calib, *drawn, *run)
+    assert (made["nsamples"], made["seqlen"], made["linears"]) == (4, 64, 28)
+    owl = ("--method", "owl", "--sparsity", 0.6, "--calibration", calib)
+    allocated = trim_json("alloc-layers", nano_qwen2, "-o", ratios, *owl, *run)
+    assert len(allocated["sparsity"]) == 28
+    pruned = trim_json("prune", nano_qwen2, "-o", masks, "--calibration", calib, "--ratios", ratios, *run)
+    applied = trim_json("apply-masks", nano_qwen2, masks, "-o", tmp_path / "pruned")
+    assert applied["zeros"] == pruned["zeros"]
+    ppl = ("--ppl", texts.measurement, "--seqlen", 64, "--max-windows", 4)
+    measured = trim_json("eval", tmp_path / "pruned", *ppl, *run)
+    dense = trim_json("eval", nano_qwen2, *ppl, *run)
+    assert measured["perplexity"][0]["value"] > dense["perplexity"][0]["value"]
+    assert measured["sparsity"]["total"] == pytest.approx(0.6, abs=1e-4)
+    assert trim("verify", tmp_path / "pruned").status == 0
+    stored = load_file(tmp_path / "pruned" / "model.safetensors")
+    assert sum(zeros(stored[f"{name}.weight"]) for name in allocated["sparsity"]) == pruned["zeros"]
+    for path in (calib, ratios, masks):
+        assert path.is_file()
+    assert not [path for path in tree(tmp_path) if path.endswith((".part", ".lock"))]
+
+
+def test_one_go_leaves_the_stages_in_the_cache(base: Path, tmp_path: Path) -> None:
+    args = prune_args(base, tmp_path, "--alloc", "owl", "--use-trim", "--iterations", 2)
+    assert trim(*args).status == 0
+    kinds = {entry["kind"] for entry in trim_json("cache", "--cache-dir", tmp_path / "cache")["entries"]}
+    assert kinds == {"calibration", "ratios"}
+    assert trim_json(*args, "--force")["sparsity"] == pytest.approx(0.5, abs=1e-3)

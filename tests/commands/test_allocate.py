@@ -1,0 +1,319 @@
+"""The alloc-layers stage on the embedded model and on a config alone, against the formulas."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trimcli.commands.allocate import AllocateOptions, allocate
+from trimcli.commands.calibrate import CalibrateOptions, calibrate
+from trimcli.console import Advance
+from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
+from trimcli.files.calibration import CalibrationFile
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.ratios import LayerSparsity
+from trimcli.methods.layers.metrics import METRICS
+from trimcli.model.skeleton import Skeleton
+
+DATA = Path(__file__).parents[1] / "data"
+QWEN = str(DATA / "qwen2.5-3b")
+OWL = DATA / "OWL_layer_ratios_Qwen2.5-3B_0.7_0.12_5.0.npy"
+ALPHA = DATA / "Qwen2.5-3B_alpha_peak.npy"
+PARTS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+class Counting:
+    """A progress that counts the steps of every task."""
+
+    def __init__(self) -> None:
+        self.done: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def task(self, description: str, total: int) -> Iterator[Advance]:
+        def advance(count: int = 1) -> None:
+            self.done[description] = self.done.get(description, 0) + count
+
+        self.done[description] = 0
+        yield advance
+        assert self.done[description] == total
+
+    def warn(self, message: str) -> None:
+        raise AssertionError(message)
+
+
+@pytest.fixture(scope="module")
+def calibration(nano_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Norms of the embedded model on a few random tokens."""
+    directory = tmp_path_factory.mktemp("calibration")
+    tokens = torch.randint(0, 2048, (3, 24), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    save_file({"tokens": tokens}, directory / "tokens.safetensors")
+    options = CalibrateOptions(
+        tokens=directory / "tokens.safetensors",
+        stats=("norms",),
+        device="cpu",
+        dtype="float32",
+        cache_dir=directory / "cache",
+    )
+    calibrate(str(nano_qwen2), directory / "calib.safetensors", options)
+    return directory / "calib.safetensors"
+
+
+@pytest.fixture(scope="module")
+def outliers(nano_qwen2: Path, calibration: Path) -> list[float]:
+    """OWL's D of the embedded model with M = 5, from all scores of a layer at once."""
+    weights, norms = load_file(nano_qwen2 / "model.safetensors"), CalibrationFile(calibration)
+    found = []
+    for layer in range(4):
+        scores = []
+        for part in PARTS:
+            module = "self_attn" if part in "qkvo" else "mlp"
+            name = f"model.layers.{layer}.{module}.{part}_proj"
+            sqnorm = norms.statistics(name).sqnorm
+            assert sqnorm is not None
+            scores.append((weights[f"{name}.weight"].float().abs() * sqnorm.sqrt()).flatten())
+        together = torch.cat(scores).double()
+        found.append(100 * float((together > 5 * together.mean()).double().mean()))
+    return found
+
+
+def sizes(model: str | Path) -> np.ndarray:
+    skeleton = Skeleton(Checkpoint.open(model, weights=False))
+    return np.array([linear.numel for linear in skeleton.linears.values()], dtype=float)
+
+
+def test_uniform_needs_a_config_only_and_binds_the_structure(nano_qwen2: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(nano_qwen2 / "config.json", bare)
+    found = allocate(str(bare), tmp_path / "ratios.json", AllocateOptions(sparsity=0.7))
+    assert list(found.sparsity.values()) == [0.7] * 28
+    assert set(found.metric.values()) == {None}
+    loaded = LayerSparsity.load(tmp_path / "ratios.json")
+    assert loaded == found
+    loaded.check(Skeleton(Checkpoint.open(nano_qwen2)).shapes, Skeleton(Checkpoint.open(nano_qwen2)).fingerprint)
+
+
+def test_no_output_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    allocate(QWEN, None, AllocateOptions(sparsity=0.5))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("numerics", ["exact", "reference"])
+def test_owl_follows_the_formula(
+    numerics: str, nano_qwen2: Path, calibration: Path, outliers: list[float], tmp_path: Path
+) -> None:
+    options = AllocateOptions(
+        method="owl",
+        sparsity=0.7,
+        calibration=calibration,
+        numerics=numerics,  # type: ignore[arg-type]
+    )
+    progress = Counting()
+    found = allocate(str(nano_qwen2), tmp_path / "ratios.json", options, progress=progress)
+    assert progress.done == {"outliers": 4}
+    low, high = min(outliers), max(outliers)
+    ratios = np.array([(share - low) / (high - low) * 0.16 for share in outliers])
+    expected = np.repeat(1 - (ratios - ratios.mean() + 0.3), 7)
+    assert list(found.sparsity.values()) == pytest.approx(expected, abs=1e-9)
+    assert list(found.metric.values()) == pytest.approx(np.repeat(outliers, 7), abs=1e-9)
+    assert found.parameters == {"lambda": 0.08, "hyper_m": 5.0}
+    loaded = LayerSparsity.load(tmp_path / "ratios.json")
+    assert loaded == found
+    assert loaded.model.content
+    document = json.loads((tmp_path / "ratios.json").read_text())
+    assert document["sources"]["calibration"]["path"] == str(calibration)
+
+
+def test_exact_owl_stays_within_bounds_where_reference_does_not(nano_qwen2: Path, calibration: Path) -> None:
+    options = AllocateOptions(method="owl", sparsity=0.1, lambda_=0.3, calibration=calibration)
+    exact = np.array(list(allocate(str(nano_qwen2), None, options).sparsity.values()))
+    weights = sizes(nano_qwen2)
+    assert exact.min() == 0
+    assert (exact * weights).sum() / weights.sum() == pytest.approx(0.1, abs=1e-12)
+    reference = allocate(str(nano_qwen2), None, replace(options, numerics="reference"))
+    assert min(reference.sparsity.values()) == 0.01
+
+
+def test_mixed_patterns(nano_qwen2: Path, calibration: Path, outliers: list[float], tmp_path: Path) -> None:
+    options = AllocateOptions(method="owl", sparsity=0.625, lambda_=3, group=8, calibration=calibration)
+    found = allocate(str(nano_qwen2), tmp_path / "ratios.json", options)
+    low, high = min(outliers), max(outliers)
+    ratios = np.array([(share - low) / (high - low) * 3 for share in outliers])
+    kept = [8 - (5 - int(extra)) for extra in np.round(ratios - ratios.mean())]
+    assert len(set(kept)) > 1
+    assert found.pattern is not None
+    assert list(found.pattern.values()) == [(count, 8) for count in kept for _ in PARTS]
+    assert list(found.sparsity.values()) == [1 - count / 8 for count in kept for _ in PARTS]
+    assert LayerSparsity.load(tmp_path / "ratios.json") == found
+
+
+def test_groups_that_do_not_divide_are_refused(nano_qwen2: Path, calibration: Path) -> None:
+    options = AllocateOptions(method="owl", sparsity=0.5, group=64, calibration=calibration)
+    with pytest.raises(OptionError, match=r"--group 64 does not divide the 352 inputs of .*down_proj"):
+        allocate(str(nano_qwen2), None, options)
+
+
+def test_a_calibration_of_other_weights_is_refused(model_copy: Path, calibration: Path) -> None:
+    weights = load_file(model_copy / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] += 1
+    save_file(weights, model_copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MismatchError, match="other weights"):
+        allocate(str(model_copy), None, AllocateOptions(method="owl", sparsity=0.5, calibration=calibration))
+
+
+def published_metrics() -> np.ndarray:
+    return np.asarray(np.loadtxt(DATA / "nano-qwen2_alpha_peak.txt"))
+
+
+def mapped(metrics: np.ndarray, weights: np.ndarray, target: float, epsilon: float) -> np.ndarray:
+    """AlphaPruning's `block` mapping of a model with seven linears a decoder layer."""
+    blocks = metrics.reshape(-1, 7).mean(axis=1)
+    shares = (blocks - blocks.min()) / (blocks.max() - blocks.min()) * 2 * epsilon + (1 - epsilon)
+    shares = np.repeat(shares, 7)
+    return np.asarray(shares * target * weights.sum() / (weights * shares).sum())
+
+
+def test_alpha_agrees_with_the_published_metric_and_mapping(nano_qwen2: Path, tmp_path: Path) -> None:
+    options = AllocateOptions(method="alpha", sparsity=0.7, numerics="reference")
+    found = allocate(str(nano_qwen2), tmp_path / "ratios.json", options)
+    assert list(found.metric.values()) == pytest.approx(published_metrics(), rel=1e-5)
+    expected = mapped(published_metrics(), sizes(nano_qwen2), 0.7, 0.3)
+    assert list(found.sparsity.values()) == pytest.approx(expected, abs=1e-6)
+    exact = allocate(str(nano_qwen2), None, replace(options, numerics="exact"))
+    assert list(exact.sparsity.values()) == pytest.approx(list(found.sparsity.values()), abs=1e-12)
+    apart = allocate(str(nano_qwen2), None, replace(options, mapping_type="layer"))
+    assert len(set(apart.sparsity.values())) == 28
+
+
+def test_a_metrics_cache_is_used_and_extended(nano_qwen2: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "metrics.json"
+    options = AllocateOptions(method="alpha", sparsity=0.7, metrics_cache=cache)
+    progress = Counting()
+    first = allocate(str(nano_qwen2), None, options, progress=progress)
+    assert progress.done == {"alpha_peak": 28}
+    again = allocate(str(nano_qwen2), None, options, progress=progress)
+    assert progress.done == {"alpha_peak": 0}
+    assert again.sparsity == first.sparsity
+    middle = allocate(str(nano_qwen2), None, replace(options, ww_metric="alpha_mid"), progress=progress)
+    assert progress.done["alpha_mid"] == 0
+    assert middle.metric != first.metric
+    document = json.loads(cache.read_text())
+    del document["metrics"]["alpha_peak"]["model.layers.2.mlp.up_proj"]
+    cache.write_text(json.dumps(document))
+    extended = allocate(str(nano_qwen2), None, options, progress=progress)
+    assert progress.done["alpha_peak"] == 1
+    assert extended.metric == first.metric
+    assert allocate(str(nano_qwen2), None, replace(options, metrics_cache=None)).metric == first.metric
+
+
+def test_what_was_computed_before_a_failure_is_kept(model_copy: Path, tmp_path: Path) -> None:
+    weights = load_file(model_copy / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(weights, model_copy / "model.safetensors", {"format": "pt"})
+    cache = tmp_path / "metrics.json"
+    options = AllocateOptions(method="alpha", sparsity=0.7, metrics_cache=cache)
+    with pytest.raises(InputError, match=r"alpha_peak of model\.layers\.1\.mlp\.up_proj"):
+        allocate(str(model_copy), None, options)
+    assert len(json.loads(cache.read_text())["metrics"]["alpha_peak"]) == 12
+
+
+def test_published_metrics_reproduce_the_mapping() -> None:
+    """AlphaPruning's saved metrics of Qwen2.5-3B, without its weights."""
+    options = AllocateOptions(method="alpha", sparsity=0.7, import_file=ALPHA, numerics="reference")
+    with pytest.warns(UserWarning, match=r"7 of 252 linears a sparsity above 1, the largest 1\.065"):
+        found = allocate(QWEN, None, options)
+    expected = mapped(np.load(ALPHA), sizes(QWEN), 0.7, 0.3)
+    assert list(found.sparsity.values()) == pytest.approx(expected, abs=1e-6)
+    assert list(found.metric.values()) == np.load(ALPHA).tolist()
+    assert found.model.content is None
+    exact = allocate(QWEN, None, replace(options, numerics="exact", sparsity=0.9, epsilon=0.5))
+    weights = sizes(QWEN)
+    achieved = np.array(list(exact.sparsity.values()))
+    assert achieved.max() == 0.99
+    assert (achieved * weights).sum() / weights.sum() == pytest.approx(0.9, abs=1e-12)
+
+
+@pytest.mark.parametrize("numerics", ["exact", "reference"])
+@pytest.mark.parametrize("sparsity", [None, 0.7])
+def test_published_keep_ratios_reproduce_the_sparsities(numerics: str, sparsity: float | None) -> None:
+    """OWL's saved keep ratios of Qwen2.5-3B at 70%, without its weights."""
+    options = AllocateOptions(
+        method="owl",
+        sparsity=sparsity,
+        import_file=OWL,
+        numerics=numerics,  # type: ignore[arg-type]
+    )
+    found = allocate(QWEN, None, options)
+    expected = np.repeat(1 - np.load(OWL), 7)
+    assert list(found.sparsity.values()) == pytest.approx(expected, abs=1e-6)
+    if numerics == "reference":
+        assert list(found.sparsity.values()) == expected.tolist()
+    assert found.target == pytest.approx(0.7, abs=1e-12)
+
+
+def test_keep_ratios_of_another_target_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"for a sparsity of 0\.7, not for --sparsity 0\.6"):
+        allocate(QWEN, None, AllocateOptions(method="owl", sparsity=0.6, import_file=OWL))
+
+
+def test_imports_of_another_model_name_both_counts(nano_qwen2: Path) -> None:
+    with pytest.raises(MismatchError, match="36 values where the model has 4 decoder layers"):
+        allocate(str(nano_qwen2), None, AllocateOptions(method="owl", import_file=OWL))
+    with pytest.raises(MismatchError, match="252 values where the model has 28 linears"):
+        allocate(str(nano_qwen2), None, AllocateOptions(method="alpha", sparsity=0.7, import_file=ALPHA))
+
+
+def test_an_output_is_replaced_only_under_force(tmp_path: Path) -> None:
+    path = tmp_path / "ratios.json"
+    allocate(QWEN, path, AllocateOptions(sparsity=0.5))
+    with pytest.raises(OutputExists):
+        allocate(QWEN, path, AllocateOptions(sparsity=0.6))
+    allocate(QWEN, path, AllocateOptions(sparsity=0.6), force=True)
+    assert LayerSparsity.load(path).target == 0.6
+
+
+FILE = Path("file")
+REFUSED = [
+    (AllocateOptions(), "--method uniform needs --sparsity"),
+    (AllocateOptions(method="alpha", import_file=FILE), "--method alpha needs --sparsity"),
+    (AllocateOptions(method="owls", sparsity=0.5), "--method 'owls'"),
+    (AllocateOptions(sparsity=1.0), "--sparsity 1"),
+    (AllocateOptions(sparsity=-0.1), r"--sparsity -0\.1"),
+    (AllocateOptions(sparsity=float("nan")), "--sparsity nan"),
+    (AllocateOptions(method="owl", sparsity=0.5), "needs --calibration"),
+    (AllocateOptions(sparsity=0.5, calibration=FILE), "--calibration does not go with --method uniform"),
+    (AllocateOptions(sparsity=0.5, import_file=FILE), "--import does not go with --method uniform"),
+    (AllocateOptions(method="alpha", sparsity=0.5, group=8), "--group does not go with --method alpha"),
+    (AllocateOptions(sparsity=0.5, metrics_cache=FILE), "--metrics-cache does not go with --method uniform"),
+    (AllocateOptions(method="owl", import_file=FILE, calibration=FILE), "--calibration and --import"),
+    (AllocateOptions(method="owl", import_file=FILE, group=4), "--group and --import"),
+    (
+        AllocateOptions(method="alpha", sparsity=0.5, import_file=FILE, metrics_cache=FILE),
+        "--metrics-cache and --import",
+    ),
+    (AllocateOptions(method="owl", sparsity=0.5, calibration=FILE, group=1), "--group 1"),
+    (AllocateOptions(sparsity=0.5, lambda_=-1), "--lambda -1"),
+    (AllocateOptions(sparsity=0.5, hyper_m=float("inf")), "--hyper-m inf"),
+    (AllocateOptions(sparsity=0.5, epsilon=float("nan")), "--epsilon nan"),
+    (AllocateOptions(sparsity=0.5, ww_metric="alpha_top"), "--ww-metric 'alpha_top'"),
+    (AllocateOptions(sparsity=0.5, mapping_type="blocks"), "--mapping-type 'blocks'"),
+    (AllocateOptions(sparsity=0.5, numerics="rough"), "--numerics 'rough'"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_refusals(options: AllocateOptions, message: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=message):
+        allocate(str(tmp_path / "never read"), None, options)
+
+
+def test_twelve_metrics_are_offered() -> None:
+    assert len(METRICS) == 12

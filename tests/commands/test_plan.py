@@ -1,0 +1,156 @@
+"""What a prune says it will do, against what it then does."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.families import CONVERTS, save_family
+from tests.small_models import llama_config, random_model, save
+from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
+from trimcli import (
+    AllocateOptions,
+    BarberOptions,
+    CalibrateOptions,
+    PruneOptions,
+    Recipe,
+    RowOptions,
+    UsageError,
+    allocate,
+    prune,
+)
+from trimcli.commands.plan import foresee
+from trimcli.errors import InputError, OptionError
+from trimcli.pipeline.plan import forward_passes
+
+DATA = Path(__file__).parents[1] / "data"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("plan")
+    save(random_model(llama_config(), dtype=torch.float16), base / "model")
+    save_tokens(base / "tokens.safetensors", vocabulary=64)
+    return base
+
+
+def test_the_counts_are_those_that_come_out(base: Path, tmp_path: Path) -> None:
+    args = ("--sparsity", 0.613, "--skip", "*.mlp.down_proj", "--tokens", base / "tokens.safetensors")
+    planned = trim_json("plan", base / "model", *args, "--save-model", tmp_path / "pruned", *COMPUTE)
+    done = trim_json(
+        "prune", base / "model", "-o", tmp_path / "masks", *args, "--save-model", tmp_path / "pruned", *COMPUTE,
+        "--cache-dir", tmp_path / "cache",
+    )  # fmt: skip
+    assert (planned["weights"], planned["zeros"]) == (done["weights"], done["zeros"])
+    assert len(planned["linears"]) == done["linears"] == 12
+    assert planned["mask_bytes"] == sum(one["shape"][0] * -(-one["shape"][1] // 8) for one in planned["linears"])
+    tensors = sum(path.stat().st_size for path in (tmp_path / "pruned").glob("*.safetensors"))
+    assert planned["model_bytes"] == pytest.approx(tensors, abs=4096)
+    assert sorted(planned["left_dense"]) == [f"model.layers.{layer}.mlp.down_proj" for layer in (0, 1)]
+
+
+def test_a_plan_writes_nothing_and_needs_no_weights(tmp_path: Path) -> None:
+    planned = trim_json("plan", DATA / "qwen2.5-3b", "--sparsity", 0.7, "--use-trim", "--cache-dir", tmp_path / "c")
+    assert len(planned["linears"]) == 252
+    assert planned["sparsity"] == pytest.approx(0.7, abs=1e-6)
+    assert planned["model_bytes"] is None
+    assert planned["peak_host_bytes"] > 1 << 30
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_tables_name_matrices_and_passes(base: Path) -> None:
+    shown = trim("plan", base / "model", "--sparsity", 0.5, *COMPUTE)
+    assert shown.status == 0
+    assert "mlp.up_proj" in shown.out
+    assert "40 x 32" in shown.out
+    assert "14 matrices" in shown.out
+    assert "1.5 forward passes in float32 on cpu" in shown.out
+
+
+@pytest.mark.skipif(not CONVERTS, reason="transformers 4 leaves experts apart")
+def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
+    shown = trim("plan", save_family("mixtral", tmp_path / "mixtral"), "--sparsity", 0.5, *COMPUTE)
+    assert "9 matrices left dense" in shown.out
+    assert "left dense: model.layers.0.mlp.experts.gate_up_proj" in shown.out
+
+
+@pytest.mark.parametrize(
+    ("recipe", "passes"),
+    [
+        (Recipe(method="magnitude"), 0),
+        (Recipe(propagate=False), 0),
+        (Recipe(), 1.75),
+        (Recipe(method="sparsegpt"), 1.75),
+        (Recipe(rows=RowOptions(), input_recalc=True), 4.75),
+        (Recipe(barber=BarberOptions(metric="W")), 2.5),
+        (Recipe(barber=BarberOptions()), 4.5),
+    ],
+)
+def test_forward_passes(recipe: Recipe, passes: float) -> None:
+    assert forward_passes(recipe, 4) == passes
+
+
+def test_ratios_and_allocations_are_foreseen(base: Path, tmp_path: Path) -> None:
+    ratios = tmp_path / "ratios.json"
+    allocate(str(base / "model"), ratios, AllocateOptions(sparsity=0.6))
+    document = json.loads(ratios.read_text())
+    document["sparsity"]["model.layers.0.mlp.up_proj"] = 0.25
+    ratios.write_text(json.dumps(document))
+    plan = foresee(str(base / "model"), PruneOptions(ratios=ratios))
+    targets = {linear.name: linear.target.sparsity for linear in plan.linears}
+    assert targets.pop("model.layers.0.mlp.up_proj") == 0.25
+    assert set(targets.values()) == {0.6}
+    for method in ("alpha", "owl"):
+        plan = foresee(str(base / "model"), PruneOptions(allocate=AllocateOptions(method=method, sparsity=0.4)))
+        assert {linear.target.sparsity for linear in plan.linears} == {0.4}
+
+
+def test_more_samples_need_more_memory(base: Path, tmp_path: Path) -> None:
+    peaks = []
+    for nsamples in (4, 4000):
+        tokens = save_tokens(tmp_path / "tokens.safetensors", vocabulary=64, nsamples=nsamples)
+        options = PruneOptions(sparsity=0.5, calibrate=CalibrateOptions(tokens=tokens, device="cpu", dtype="float32"))
+        peaks.append(foresee(str(base / "model"), replace(options, device="cpu", dtype="float32")).host_bytes)
+    assert peaks[1] - peaks[0] == 3996 * 16 * 32 * 4
+
+
+def test_nothing_that_matches_is_an_error(base: Path, tmp_path: Path) -> None:
+    options = PruneOptions(sparsity=0.5, only=("*.attn.*",), cache_dir=tmp_path / "cache")
+    for run in (
+        lambda: foresee(str(base / "model"), options),
+        lambda: prune(str(base / "model"), tmp_path / "m", options),
+    ):
+        with pytest.raises(OptionError, match=r"nothing matches: of 14 linears \(such as model\.layers\.0\.self_attn"):
+            run()
+
+
+@pytest.mark.parametrize("flag", ["only", "skip"])
+def test_a_glob_without_effect_is_told(base: Path, tmp_path: Path, flag: str) -> None:
+    options = PruneOptions(sparsity=0.5, recipe=Recipe(method="magnitude"), cache_dir=tmp_path / "cache")
+    globs = ("*.up_proj", "*.mlp.up")
+    options = replace(options, only=globs) if flag == "only" else replace(options, skip=globs)
+    with pytest.warns(UserWarning, match=rf"--{flag} '\*\.mlp\.up' matches none of the 14 linears") as told:
+        plan = foresee(str(base / "model"), options)
+    assert len(told) == 1
+    assert len(plan.linears) == (2 if flag == "only" else 12)
+    with pytest.warns(UserWarning, match="matches none"):
+        prune(str(base / "model"), tmp_path / "m", options)
+
+
+def test_a_pattern_that_does_not_fit_is_refused(base: Path) -> None:
+    with pytest.raises(OptionError, match="has 32 inputs, which do not divide into groups of 7"):
+        foresee(str(base / "model"), PruneOptions(sparsity_type="3:7"))
+
+
+def test_what_prune_refuses_plan_refuses(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no target was given"):
+        foresee(str(base / "model"), PruneOptions())
+    shutil.copytree(base / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has no config\.json"):
+        foresee(str(tmp_path / "model"), PruneOptions(sparsity=0.5))
+    with pytest.raises(UsageError, match="there is no file"):
+        foresee(str(base / "model"), PruneOptions(ratios=tmp_path / "missing.json"))

@@ -1,0 +1,206 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+import trimcli.commands.export
+from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
+from trimcli.cli.bench import bench as command
+from trimcli.commands.apply import ApplyOptions, apply_masks
+from trimcli.commands.export import ExportOptions, export
+from trimcli.errors import OptionError
+from trimcli.kernels.bench import BenchOptions, Measured, Rate, bench, measure, verdict
+from trimcli.kernels.forms import Race
+
+QUICK: dict[str, Any] = {"tokens": 3, "batch": (1, 2), "repeat": 2}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, `pruned` and `packed` (75% zeros), and `csr`, an export of it."""
+    base = tmp_path_factory.mktemp("bench")
+    save(random_model(llama_config()), base / "model")
+    masks_for(base / "model", base / "masks", sparsity=0.75)
+    apply_masks(str(base / "model"), base / "masks", base / "pruned")
+    apply_masks(str(base / "model"), base / "masks", base / "packed", ApplyOptions(format="packed"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trimcli.export, "race", lambda *_: Race(2.0, 1.0))
+        export(str(base / "pruned"), base / "csr", ExportOptions())
+    return base
+
+
+def on_disk(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+WEIGHTS = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 40 * 32)
+
+
+def test_a_pruned_model_is_measured_dense_and_as_csr(base: Path) -> None:
+    before = {path.name: path.read_bytes() for path in (base / "pruned").iterdir()}
+    result = bench([str(base / "pruned")], BenchOptions(**QUICK))
+    dense, csr = result.measured
+    assert (dense.form, csr.form) == ("dense", "csr")
+    assert (dense.sparse, csr.sparse, csr.linears) == (0, 14, 14)
+    assert dense.zeros == csr.zeros == 0.75
+    assert dense.disk == on_disk(base / "pruned")
+    assert csr.disk is None
+    rows = 2 * (32 + 32 + 16 + 16 + 40 + 40 + 32)
+    # Dense: 4 bytes a weight. CSR: value and column of what is kept, and an end for every row and one more.
+    assert csr.memory - dense.memory == 8 * WEIGHTS // 4 + 4 * (rows + 14) - 4 * WEIGHTS
+    for one in result.measured:
+        assert [(rate.phase, rate.batch) for rate in one.rates] == [
+            ("prefill", 1),
+            ("decode", 1),
+            ("prefill", 2),
+            ("decode", 2),
+        ]
+        assert all(0 < rate.slowest <= rate.median <= rate.fastest for rate in one.rates)
+    assert len(result.verdicts) == 1
+    assert "csr at 75.0% zeros" in result.verdicts[0]
+    assert before == {path.name: path.read_bytes() for path in (base / "pruned").iterdir()}
+
+
+def test_a_packed_model_is_measured_by_its_own_files(base: Path) -> None:
+    dense, csr = bench([str(base / "packed")], BenchOptions(**QUICK)).measured
+    assert dense.disk == on_disk(base / "packed") < on_disk(base / "pruned")
+    assert csr.sparse == 14
+
+
+def test_an_export_is_measured_dense_and_as_exported(base: Path) -> None:
+    dense, csr = bench([str(base / "csr")], BenchOptions(**QUICK)).measured
+    in_memory = bench([str(base / "pruned")], BenchOptions(**QUICK)).measured
+    assert (csr.form, csr.exported, csr.sparse) == ("csr", True, 14)
+    assert csr.disk == on_disk(base / "csr")
+    assert (dense.disk, dense.exported) == (None, False)
+    assert dense.zeros == csr.zeros == 0.75
+    assert (dense.memory, csr.memory) == (in_memory[0].memory, in_memory[1].memory)
+
+
+def test_an_export_without_a_sparse_matrix_gains_nothing(base: Path, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trimcli.export, "race", lambda *_: Race(1.0, 2.0))
+        export(str(base / "pruned"), tmp_path / "csr", ExportOptions())
+    result = bench([str(tmp_path / "csr")], BenchOptions(**QUICK))
+    assert result.measured[1].sparse == 0
+    assert result.verdicts[0].endswith("csr as exported has no sparse matrix, so nothing is gained.")
+
+
+def test_a_dense_model_is_measured_dense_alone(base: Path) -> None:
+    result = bench([str(base / "model")], BenchOptions(**QUICK))
+    assert [one.form for one in result.measured] == ["dense"]
+    assert result.verdicts[0].endswith("was measured dense alone: none of its matrices is pruned.")
+
+
+def test_transposed_matrices(tmp_path: Path) -> None:
+    save(random_model(gpt2_config()), tmp_path / "model")
+    masks_for(tmp_path / "model", tmp_path / "masks", sparsity=0.75)
+    apply_masks(str(tmp_path / "model"), tmp_path / "masks", tmp_path / "pruned")
+    dense, csr = bench([str(tmp_path / "pruned")], BenchOptions(**QUICK)).measured
+    assert csr.sparse == csr.linears == 8
+    assert csr.memory < dense.memory
+
+
+def test_prefill_and_decode_are_what_is_run() -> None:
+    calls: list[tuple[int, ...]] = []
+
+    class Model:
+        past = 0
+
+        def get_input_embeddings(self) -> Any:
+            return torch.nn.Embedding(7, 2)
+
+        def forward(self, input_ids: Any, logits_to_keep: int = 0, **_: Any) -> None: ...
+
+        def __call__(self, input_ids: Any, past_key_values: Any = None, use_cache: bool = False, **more: Any) -> Any:
+            assert use_cache
+            self.past = (past_key_values or 0) + input_ids.shape[1]
+            calls.append((*input_ids.shape, past_key_values or 0, more.get("logits_to_keep", 0)))
+
+            class Found:
+                logits = torch.zeros(*input_ids.shape, 7)
+                past_key_values = self.past
+
+            return Found
+
+    rates = list(measure(Model(), BenchOptions(tokens=4, batch=(2,), repeat=1), torch.device("cpu"), ""))
+    one_round = [(2, 4, 0, 1), (2, 1, 4, 0), (2, 1, 5, 0), (2, 1, 6, 0), (2, 1, 7, 0)]
+    assert calls == 2 * one_round
+    assert [rate.phase for rate in rates] == ["prefill", "decode"]
+    assert all(rate.slowest == rate.median == rate.fastest for rate in rates)
+
+
+def form(name: str, *rates: tuple[float, float, float], sparse: int = 2, memory: int = 100) -> Measured:
+    found = (Rate(phase, 1, *rate) for phase, rate in zip(("prefill", "decode"), rates, strict=True))
+    return Measured("model", name, False, sparse, 2, 0.7, None, memory, tuple(found))
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "end"),
+    [
+        ((21, 20, 22), (30, 30, 30), "pays here."),
+        ((3, 3, 3), (11.5, 11, 12), "pays here for decode at batch 1 alone."),
+        ((3, 3, 3), (2, 2, 2), "does not pay here."),
+        ((10, 9, 30), (2, 2, 2), "does not pay here: nothing is faster beyond the noise."),
+    ],
+)
+def test_the_sentence_follows_from_the_figures(
+    prefill: tuple[float, float, float], decode: tuple[float, float, float], end: str
+) -> None:
+    dense = form("dense", (10.0, 9.0, 11.0), (10.0, 9.0, 11.0), sparse=0)
+    said = verdict(dense, form("csr", prefill, decode, memory=60), "this CPU")
+    assert said.endswith(f"with 0.60x the memory; sparsity {end}")
+    assert f"{prefill[0] / 10:.2f}x in prefill at batch 1, {decode[0] / 10:.2f}x in decode at batch 1" in said
+    assert said.startswith("model: csr at 70.0% zeros")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": 0}, "--tokens 0 must be at least 1"),
+        ({"repeat": 0}, "--repeat 0 must be at least 1"),
+        ({"batch": ()}, "--batch names no batch size"),
+        ({"batch": (1, 0)}, "--batch 0 must be at least 1"),
+        ({"tokens": 17}, "beyond the 32 positions of .*model; give 16 or fewer"),
+    ],
+)
+def test_unusable_options(base: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        bench([str(base / "model")], BenchOptions(**options))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="semi-structured matrices need a CUDA GPU")
+def test_two_of_four_on_a_gpu(tmp_path: Path) -> None:
+    config = llama_config(hidden_size=64, intermediate_size=128)
+    save(random_model(config, dtype=torch.bfloat16), tmp_path / "model")
+    masks_for(tmp_path / "model", tmp_path / "masks", pattern=(2, 4))
+    apply_masks(str(tmp_path / "model"), tmp_path / "masks", tmp_path / "pruned")
+    export(str(tmp_path / "pruned"), tmp_path / "semi", ExportOptions(to="semi-structured"))
+    result = bench([str(tmp_path / "pruned"), str(tmp_path / "semi")], BenchOptions(**QUICK))
+    assert [(one.form, one.sparse) for one in result.measured] == 2 * [("dense", 0), ("semi-structured", 14)]
+    assert result.measured[1].memory == result.measured[3].memory < result.measured[0].memory
+
+
+def run(*arguments: Any) -> Any:
+    program = typer.Typer()
+    program.command()(command)
+    return CliRunner().invoke(program, [str(argument) for argument in arguments])
+
+
+def test_the_command(base: Path) -> None:
+    found = run(base / "pruned", base / "csr", "--tokens", 3, "--batch", "1", "--repeat", 1)
+    assert found.exit_code == 0
+    assert "prefill b1" in " ".join(found.stdout.split())
+    assert found.stdout.count("% zeros runs at these multiples of dense's speed") == 2
+    as_json = run(base / "pruned", "--tokens", 3, "--batch", "1,2", "--repeat", 1, "--json")
+    document = json.loads(as_json.stdout)
+    assert document["schema"] == "trim.bench/1"
+    assert [one["form"] for one in document["measured"]] == ["dense", "csr"]
+    assert len(document["measured"][0]["rates"]) == 4
+    wrong = run(base / "pruned", "--batch", "1,two")
+    assert wrong.exit_code == 2
+    assert "'two' is not usable" in wrong.stderr

@@ -1,0 +1,260 @@
+"""The skeleton: what is found by structure, identity, parameters in and out."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tests.families import CONVERTS, save_family
+from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
+from trimcli.errors import InputError, OptionError
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.model.device import compute_device, compute_dtype
+from trimcli.model.empty import find_decoder_layers
+from trimcli.model.skeleton import DecoderLayer, Skeleton
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(random_model(llama_config()), tmp_path_factory.mktemp("model") / "llama")
+
+
+def edited_config(source: Path, target: Path, **fields: object) -> Path:
+    shutil.copytree(source, target)
+    config = {**json.loads((source / "config.json").read_text()), **fields}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def with_tensors(source: Path, target: Path, **tensors: torch.Tensor | None) -> Path:
+    """The model with some tensors replaced, or left out where None."""
+    shutil.copytree(source, target)
+    found = {**load_file(source / "model.safetensors"), **tensors}
+    kept = {key: tensor for key, tensor in found.items() if tensor is not None}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_layers_and_linears_are_found_by_structure(llama: Path) -> None:
+    skeleton = skeleton_of(llama)
+    assert [layer.name for layer in skeleton.layers] == ["model.layers.0", "model.layers.1"]
+    assert [layer.index for layer in skeleton.layers] == [0, 1]
+    shapes = {linear.name: linear.shape for linear in skeleton.layers[1].linears}
+    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    assert shapes == {
+        f"{attention}.q_proj": (32, 32),
+        f"{attention}.k_proj": (16, 32),
+        f"{attention}.v_proj": (16, 32),
+        f"{attention}.o_proj": (32, 32),
+        f"{mlp}.gate_proj": (40, 32),
+        f"{mlp}.up_proj": (40, 32),
+        f"{mlp}.down_proj": (32, 40),
+    }
+    assert list(skeleton.linears) == [linear.name for layer in skeleton.layers for linear in layer.linears]
+    assert not skeleton.left_dense()
+
+
+def test_conv1d_is_stored_transposed(tmp_path: Path) -> None:
+    model = save(random_model(gpt2_config()), tmp_path / "gpt2")
+    skeleton = skeleton_of(model)
+    linear = skeleton.linears["transformer.h.0.mlp.c_fc"]
+    assert (linear.transposed, linear.shape, linear.numel) == (True, (128, 32), 4096)
+    stored = load_file(model / "model.safetensors")["transformer.h.0.mlp.c_fc.weight"]
+    assert torch.equal(linear.read(skeleton.checkpoint), stored.T)
+    skeleton.load_layer(skeleton.layers[0])
+    linear.weight[3, 5] = 7.0
+    assert float(linear.module.weight[5, 3]) == 7.0  # type: ignore[index]
+
+
+def test_a_layer_is_there_only_between_load_and_drop(llama: Path) -> None:
+    skeleton = skeleton_of(llama)
+    first, second = skeleton.layers
+
+    def devices(layer: DecoderLayer) -> set[str]:
+        return {parameter.device.type for parameter in layer.module.parameters()}
+
+    assert devices(first) == devices(second) == {"meta"}
+    skeleton.load_layer(first)
+    assert devices(first) == {"cpu"}
+    assert devices(second) == {"meta"}
+    skeleton.drop_layer(first)
+    assert devices(first) == {"meta"}
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_writing_to_a_layer_does_not_reach_the_checkpoint(form: str, llama: Path, tmp_path: Path) -> None:
+    """In float32 nothing is converted on loading, so that nothing but a copy keeps the two apart."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    if form == "bin":
+        torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+        (model / "model.safetensors").unlink()
+    skeleton = skeleton_of(model)
+    linear = skeleton.linears[UP]
+    dense = linear.read(skeleton.checkpoint).clone()
+    skeleton.load_layer(skeleton.layers[1])
+    linear.weight.zero_()
+    assert torch.equal(linear.read(skeleton.checkpoint), dense)
+    skeleton.drop_layer(skeleton.layers[1])
+    skeleton.load_everything()
+    assert torch.equal(linear.weight, dense)
+
+
+def test_tied_weights_are_read_once_and_stay_tied(nano_qwen2: Path) -> None:
+    checkpoint = Checkpoint.open(nano_qwen2)
+    assert "lm_head.weight" not in set(checkpoint.keys())
+    skeleton = Skeleton(checkpoint)
+    skeleton.load_everything()
+    model = skeleton.model
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    own = AutoModelForCausalLM.from_pretrained(nano_qwen2, dtype=torch.float32)
+    assert all(torch.equal(found, own.state_dict()[name]) for name, found in model.state_dict().items())
+
+
+def test_buffers_of_the_checkpoint_are_read(tmp_path: Path) -> None:
+    model = save_family("bloom", tmp_path / "bloom")
+    names = dict(skeleton_of(model).model.named_buffers())
+    assert all(buffer.device.type == "cpu" for buffer in names.values())
+
+
+# --- identity --------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_tells_structure_from_content(llama: Path, tmp_path: Path) -> None:
+    base = skeleton_of(llama).fingerprint
+    copy = skeleton_of(Path(shutil.copytree(llama, tmp_path / "copy"))).fingerprint
+    assert (copy.structure, copy.content) == (base.structure, base.content)
+
+    tuned = skeleton_of(save(random_model(llama_config(), seed=1), tmp_path / "tuned")).fingerprint
+    assert tuned.structure == base.structure
+    assert tuned.content != base.content
+
+    half = skeleton_of(save(random_model(llama_config(), dtype=torch.float16), tmp_path / "half")).fingerprint
+    assert half.structure == base.structure
+    assert half.content != base.content
+
+    theta = skeleton_of(edited_config(llama, tmp_path / "theta", rms_norm_eps=0.5)).fingerprint
+    assert theta.structure != base.structure
+
+
+def test_sharding_does_not_change_the_fingerprint(llama: Path, tmp_path: Path) -> None:
+    other = save(random_model(llama_config()), tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list(other.glob("*.safetensors"))) > 1
+    assert skeleton_of(other).fingerprint.content == skeleton_of(llama).fingerprint.content
+
+
+def test_a_config_alone_has_a_structure_and_shapes_but_no_content(llama: Path, tmp_path: Path) -> None:
+    shutil.copy(llama / "config.json", tmp_path)
+    skeleton = Skeleton(Checkpoint.open(tmp_path, weights=False))
+    whole = skeleton_of(llama)
+    assert skeleton.fingerprint.structure == whole.fingerprint.structure
+    assert skeleton.fingerprint.content is None
+    assert {name: one.shape for name, one in skeleton.linears.items()} == {
+        name: one.shape for name, one in whole.linears.items()
+    }
+    with pytest.raises(InputError, match="no weights for"):
+        skeleton.linears[UP].read(skeleton.checkpoint)
+
+
+# --- what cannot be used ---------------------------------------------------------------------------------
+
+
+def test_a_config_of_no_language_model_is_refused(llama: Path, tmp_path: Path) -> None:
+    unknown = edited_config(llama, tmp_path / "unknown", model_type="nonesuch")
+    with pytest.raises(InputError, match="no causal language model can be built from"):
+        skeleton_of(unknown)
+
+
+def test_other_shapes_and_missing_tensors_are_named(llama: Path, tmp_path: Path) -> None:
+    wider = edited_config(llama, tmp_path / "wider", intermediate_size=48)
+    with pytest.raises(InputError, match=r"proj\.weight has shape \(.*\) where config\.json calls for"):
+        skeleton_of(wider)
+    lacking = with_tensors(llama, tmp_path / "lacking", **{f"{UP}.weight": None})
+    with pytest.raises(InputError, match=rf"lacks a tensor for {UP}\.weight"):
+        skeleton_of(lacking)
+
+
+def test_a_head_that_is_not_tied_must_be_there(llama: Path, tmp_path: Path) -> None:
+    lacking = with_tensors(llama, tmp_path / "lacking", **{"lm_head.weight": None})
+    with pytest.raises(InputError, match=r"lacks a tensor for lm_head\.weight"):
+        skeleton_of(lacking)
+
+
+@pytest.mark.skipif(not CONVERTS, reason="transformers 4 leaves experts apart")
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("experts.", r"lacks a tensor for model\.layers\.1\.mlp\.experts"),
+        ("experts.2.", r"model\.layers\.1\.mlp\.experts\.\S+ the shape \(3, "),
+        ("experts.2.w1.", r"do not make up model\.layers\.1\.mlp\.experts"),
+    ],
+)
+def test_missing_experts_are_named(missing: str, message: str, tmp_path: Path) -> None:
+    model = save_family("mixtral", tmp_path / "mixtral")
+    tensors = load_file(model / "model.safetensors")
+    gone = [key for key in tensors if ".layers.1." in key and missing in key]
+    lacking = with_tensors(model, tmp_path / "lacking", **dict.fromkeys(gone))
+
+    def load() -> None:
+        skeleton = skeleton_of(lacking)
+        skeleton.load_layer(skeleton.layers[1])
+
+    with pytest.raises(InputError, match=message):
+        load()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_named(value: float, llama: Path, tmp_path: Path) -> None:
+    weight = load_file(llama / "model.safetensors")[f"{UP}.weight"].clone()
+    weight[3, 4] = value
+    damaged = skeleton_of(with_tensors(llama, tmp_path / "damaged", **{f"{UP}.weight": weight}))
+    with pytest.raises(InputError, match=rf"the tensor {UP}\.weight of .*damaged holds NaN or infinite"):
+        damaged.linears[UP].read(damaged.checkpoint)
+    with pytest.raises(InputError, match=rf"the tensor {UP}\.weight"):
+        damaged.load_layer(damaged.layers[1])
+
+
+def test_a_model_without_a_list_of_layers_is_refused() -> None:
+    model = random_model(llama_config())
+    model.config.num_hidden_layers = 5
+    with pytest.raises(InputError, match="has no list of 5 decoder layers"):
+        find_decoder_layers(model)
+
+
+# --- dtype and device ------------------------------------------------------------------------------------
+
+
+def test_compute_dtype_and_device(nano_qwen2: Path) -> None:
+    checkpoint, cpu = Checkpoint.open(nano_qwen2), torch.device("cpu")
+    assert compute_dtype("float16", checkpoint, cpu) == torch.float16
+    assert compute_dtype("auto", checkpoint, torch.device("cuda")) == torch.float16
+    assert compute_device("cpu") == cpu
+    with pytest.raises(OptionError, match=r"--dtype 'flot32' is none of .*did you mean 'float32'"):
+        compute_dtype("flot32", checkpoint, cpu)
+    for name in ("cdua", "mps", "cuda:99"):
+        with pytest.raises(OptionError, match=f"--device '{name}'"):
+            compute_device(name)
+
+
+def test_a_float32_model_is_computed_in_float32(llama: Path) -> None:
+    assert compute_dtype("auto", Checkpoint.open(llama), torch.device("cpu")) == torch.float32
+
+
+def test_weights_are_converted_to_the_compute_dtype(nano_qwen2: Path) -> None:
+    skeleton = Skeleton(Checkpoint.open(nano_qwen2), dtype=torch.float32)
+    linear = skeleton.layers[0].linears[0]
+    assert linear.read(skeleton.checkpoint).dtype == torch.float16
+    skeleton.load_layer(skeleton.layers[0])
+    assert linear.weight.dtype == torch.float32
+    assert torch.equal(linear.weight, linear.read(skeleton.checkpoint).float())
+
+
+def test_the_list_of_layers_with_the_most_parameters_is_the_decoder() -> None:
+    model = random_model(LlamaConfig(**{**llama_config().to_dict(), "num_hidden_layers": 2}))
+    model.decoys = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+    assert find_decoder_layers(model)[0] == "model.layers"

@@ -1,0 +1,1 @@
+"""One function a command, each from files to a file; `trimcli.cli` parses for them and prints."""

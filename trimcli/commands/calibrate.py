@@ -1,0 +1,177 @@
+"""The calibrate stage: text to tokens, tokens through the dense model, statistics to a file."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import OptionError
+from trimcli.files.atomic import refuse_existing
+from trimcli.files.cache import Cache
+from trimcli.files.calibration import NAMES
+from trimcli.files.manifest import CALIBRATION, manifest
+from trimcli.files.parts import Part
+from trimcli.files.tensors import TensorSpec, dtype_name, write_artifact
+from trimcli.memory import PeakMemory
+from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.options import RunOptions, check_positive, one_of
+from trimcli.pipeline.collector import Collector
+from trimcli.pipeline.walk import Walk, default_seqlen
+from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(RunOptions):
+    """What to calibrate on.
+
+    dataset: c4, wikitext2, ptb, a file or hf:NAME. nsamples: samples. seqlen: tokens a sample; None for the
+    smaller of 2048 and the model's positions. stats: of norms, inputs; empty keeps the tokens alone.
+    batch_size: samples a batch, None chooses. tokens: a safetensors file with exactly the samples to use.
+    """
+
+    dataset: str = "c4"
+    nsamples: int = 256
+    seqlen: int | None = None
+    stats: tuple[str, ...] = ("norms", "inputs")
+    batch_size: int | None = None
+    tokens: Path | None = None
+
+    def check(self) -> None:
+        """Raise OptionError for a value that cannot be used."""
+        for name in self.stats:
+            one_of("--stats", name, NAMES)
+        check_positive("--nsamples", self.nsamples)
+        check_positive("--batch-size", self.batch_size)
+        if self.seqlen is not None and self.seqlen < 2:
+            raise OptionError(f"--seqlen {self.seqlen} must be at least 2.")
+
+
+@dataclass(frozen=True)
+class CalibrationSummary:
+    """What calibrate did: the file, samples, tokens a sample, statistics kept, seconds and peak memory in bytes."""
+
+    path: Path
+    nsamples: int
+    seqlen: int
+    linears: int
+    stats: tuple[str, ...]
+    seconds: float
+    peak_memory: dict[str, int]
+
+
+def draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> Tensor:
+    """The calibration samples, int32 [nsamples, seqlen]: those of --tokens, or drawn from the data set."""
+    if options.tokens is not None:
+        return read_tokens(options.tokens)
+    tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
+    seqlen = options.seqlen or default_seqlen(skeleton.config)
+    return calibration_tokens(options.dataset, tokenizer, nsamples=options.nsamples, seqlen=seqlen, seed=options.seed)
+
+
+def calibrate(
+    model: str,
+    output: Path,
+    options: CalibrateOptions | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> CalibrationSummary:
+    """Gather the statistics of a dense model on calibration samples (Sun et al. 2023, section 3).
+
+    model: a directory or hub id. output: the calibration file. Unfinished runs resume: finished layers'
+    statistics lie in the cache and are replayed forward. Raises InputError, OptionError, OutputExists.
+    """
+    options = options or CalibrateOptions()
+    options.check()
+    refuse_existing(output, force=force)
+    started = time.monotonic()
+    with PeakMemory() as memory:
+        skeleton = open_model(model, options)
+        tokens = draw_tokens(skeleton, options)
+        shares = _gather(skeleton, tokens, output, options, force, progress)
+    return CalibrationSummary(
+        output,
+        tokens.shape[0],
+        tokens.shape[1],
+        len(shares),
+        options.stats,
+        time.monotonic() - started,
+        memory.document(),
+    )
+
+
+def _gather(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    output: Path,
+    options: CalibrateOptions,
+    force: bool,
+    progress: Progress,
+) -> dict[str, str]:
+    needs = frozenset(NAMES[name][0] for name in options.stats)
+    key = {
+        "stage": "calibrate",
+        "model": skeleton.fingerprint.document(),
+        "tokens": tokens.tolist(),
+        "stats": options.stats,
+        "dtype": str(skeleton.dtype),
+        "device": skeleton.device.type,
+    }
+    shares: dict[str, str] = {}
+    homes: dict[str, Part] = {}
+    specs = {"tokens": TensorSpec(torch.int32, tuple(tokens.shape))}
+    with Cache(options.cache_dir).parts(key) as parts:
+        if needs:
+            done = parts.finished()
+            walk = Walk(skeleton, tokens, batch_size=options.batch_size, progress=progress)
+            with progress.task("calibrating layers", len(skeleton.layers)) as step:
+                for layer in walk.layers():
+                    if layer.index < done:
+                        if done < len(skeleton.layers):
+                            walk.advance(layer)
+                    else:
+                        collector = Collector(walk.groups(layer), needs, walk.nsamples, walk.seqlen, skeleton.device)
+                        walk.advance(layer, collector)
+                        _write_part(parts, layer.index, collector)
+                    step()
+            for layer in skeleton.layers:
+                part = parts.read(layer.index)
+                shares.update(part.facts["shares"])
+                for name in part.names:
+                    homes[name] = part
+                    specs[name] = part.spec(name)
+        document = manifest(
+            CALIBRATION,
+            "calibrate",
+            options.document(),
+            skeleton.fingerprint,
+            {"tokens": options.tokens} if options.tokens else None,
+            stats=list(options.stats),
+            shares=shares,
+            nsamples=tokens.shape[0],
+            seqlen=tokens.shape[1],
+            compute_dtype=dtype_name(skeleton.dtype),
+        )
+
+        def tensor(name: str) -> Tensor:
+            return tokens.int() if name == "tokens" else homes[name].load(name)
+
+        write_artifact(output, document, specs, tensor, force=force)
+        parts.discard()
+    return shares
+
+
+def _write_part(parts: Any, index: int, collector: Collector) -> None:
+    stats = collector.by_linear()
+    tensors = {}
+    for group in collector.groups:
+        for _, kind in NAMES.values():
+            value = getattr(stats[group.name], kind)
+            if value is not None:
+                tensors[f"{group.name}.{kind}"] = value
+    shares = {linear.name: group.name for group in collector.groups for linear in group.linears}
+    parts.write(index, tensors, {"shares": shares})

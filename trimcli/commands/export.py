@@ -1,0 +1,254 @@
+"""`trim export`: a pruned model with its matrices in the forms that sparse kernels read.
+
+An export is a directory with the model's config and tokenizer, shards called `export-00001-of-0000N.safetensors`
+(so that nothing takes them for a model's) and `trim.json` (`trim.export/1`). A matrix whose checkpoint name is
+`K` lies there as `K.crow_indices`, `K.col_indices` (int32) and `K.values`, or as `K.packed` and, where the
+backend keeps it apart, `K.meta`, always of [D_out, D_in]; every other tensor as it was.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import InputError
+from trimcli.files.atomic import MARK, atomic_directory, refuse_existing
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.directory import README, commands_so_far, plan_shards
+from trimcli.files.documents import finite_or_none, read_json, write_json
+from trimcli.files.manifest import manifest, sealed
+from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
+from trimcli.kernels.exported import EXPORT, device_for
+from trimcli.kernels.forms import Form, SemiStructured, is_two_of_four, parts_of, race, to_csr
+from trimcli.model.device import compute_dtype
+from trimcli.model.matrix import Matrix
+from trimcli.model.skeleton import Skeleton
+from trimcli.options import RunOptions, one_of
+
+NOT_PRUNED, NOT_PATTERN = "not pruned", "not 2:4"
+# Matrices that a refusal names.
+NAMED = 3
+# Trained weights are exactly zero now and then; more than this share of them was pruned.
+FEW = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(RunOptions):
+    """to: `csr` (for the CPU) or `semi-structured` (2:4, for a CUDA device, packed in the run's dtype)."""
+
+    to: Form = "csr"
+
+
+@dataclass(frozen=True)
+class ExportedLinear:
+    """One matrix of an export.
+
+    key: its name in the checkpoint. shape: (D_out, D_in). transposed: stored as [D_in, D_out] where it is dense.
+    form: dense, csr or semi-structured; reason: why it stays dense. dense_seconds, sparse_seconds: medians of a
+    product with one input row, None where nothing was timed.
+    """
+
+    key: str
+    shape: tuple[int, int]
+    transposed: bool
+    dtype: str
+    zeros: int
+    form: Literal["dense", "csr", "semi-structured"]
+    reason: str | None = None
+    dense_seconds: float | None = None
+    sparse_seconds: float | None = None
+    specs: dict[str, TensorSpec] = field(default_factory=dict, compare=False)
+
+    def document(self) -> dict[str, Any]:
+        """The entry in `trim.json`."""
+        return {key: value for key, value in asdict(replace(self, specs={})).items() if key != "specs"}
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What was exported: linears by name; in bytes the dense model's tensors and the shards on disk."""
+
+    output: Path
+    to: Form
+    linears: Mapping[str, ExportedLinear]
+    dense_bytes: int
+    nbytes: int
+
+    @property
+    def sparse(self) -> int:
+        """How many matrices are stored sparse."""
+        return sum(linear.form != "dense" for linear in self.linears.values())
+
+
+def export(
+    model: str,
+    output: Path,
+    options: ExportOptions,
+    *,
+    force: bool = False,
+    progress: Progress = NO_PROGRESS,
+) -> ExportSummary:
+    """Write a pruned model (dense or packed directory, or a hub id) in a form that sparse kernels read.
+
+    csr: matrices that a product with one input row shows to be faster so, on this machine, the others dense.
+    semi-structured: every pruned matrix. One matrix in memory at a time. Raises OptionError (no such device),
+    InputError (nothing is pruned; matrices that are not 2:4, which are named), OutputExists.
+    """
+    one_of("--to", options.to, get_args(Form))
+    refuse_existing(output, force=force)
+    device = device_for(options.to, options.device)
+    checkpoint = Checkpoint.open(model, revision=options.revision)
+    dtype = compute_dtype(options.dtype, checkpoint, device)
+    packer = SemiStructured(device, dtype) if options.to == "semi-structured" else None
+    skeleton = Skeleton(checkpoint, trust_remote_code=options.trust_remote_code)
+    found = pruned_names(checkpoint)
+    linears = {}
+    with progress.task(f"trying {options.to}", len(skeleton.linears)) as step:
+        for name, linear in skeleton.linears.items():
+            weight = linear.read(skeleton.checkpoint)
+            linears[name] = _decide(linear, weight, dtype, packer, found)
+            step()
+    _refuse(linears, skeleton, found, packer)
+    document = manifest(
+        EXPORT,
+        "export",
+        options.document(),
+        skeleton.fingerprint,
+        to=options.to,
+        compute_dtype=dtype_name(dtype),
+        threads=torch.get_num_threads(),
+        semi_structured=packer.document() if packer else None,
+        commands=commands_so_far(*_sources(checkpoint)),
+    )
+    nbytes = _write(skeleton, output, document, linears, packer, force=force, progress=progress)
+    dense_bytes = sum(checkpoint.spec(key).nbytes for keys in plan_shards(checkpoint).values() for key in keys)
+    return ExportSummary(output, options.to, linears, dense_bytes, nbytes)
+
+
+def _sources(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    mark = checkpoint.directory / MARK
+    return [read_json(mark)] if mark.is_file() else []
+
+
+def pruned_names(checkpoint: Checkpoint) -> set[str] | None:
+    """The linears that a directory's `trim.json` says were pruned; None where it says nothing."""
+    for document in _sources(checkpoint):
+        if isinstance(document.get("linears"), Mapping):
+            return set(document["linears"])
+    return None
+
+
+def was_pruned(name: str, zeros: float, recorded: set[str] | None) -> bool:
+    """Whether a linear was pruned: as recorded, else by its fraction of zeros. recorded: of `pruned_names`."""
+    return zeros > FEW if recorded is None else name in recorded
+
+
+def _decide(
+    linear: Matrix, weight: Tensor, dtype: torch.dtype, packer: SemiStructured | None, recorded: set[str] | None
+) -> ExportedLinear:
+    """The form of one matrix. weight: [D_out, D_in]. recorded: of `pruned_names`."""
+    assert linear.key is not None
+    zeros = linear.numel - int(weight.count_nonzero())
+    dense = ExportedLinear(linear.key, linear.shape, linear.transposed, dtype_name(weight.dtype), zeros, "dense")
+    if not was_pruned(linear.name, zeros / linear.numel, recorded):
+        return replace(dense, reason=NOT_PRUNED)
+    if packer is None:
+        sparse = to_csr(weight)
+        timed = race(weight, sparse, dtype)
+        dense = replace(dense, dense_seconds=timed.dense, sparse_seconds=timed.sparse)
+        if timed.sparse >= timed.dense:
+            return replace(dense, reason="not faster as csr")
+        return replace(dense, form="csr", specs=_specs(sparse))
+    if not is_two_of_four(weight):
+        return replace(dense, reason=NOT_PATTERN)
+    if not packer.fits(linear.shape):
+        return replace(dense, reason="a shape that the kernels do not take")
+    return replace(dense, form="semi-structured", dtype=dtype_name(dtype), specs=_specs(packer.pack(weight)))
+
+
+def _specs(sparse: Tensor) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(part.dtype, tuple(part.shape)) for name, part in parts_of(sparse).items()}
+
+
+def _refuse(
+    linears: Mapping[str, ExportedLinear], skeleton: Skeleton, recorded: set[str] | None, packer: SemiStructured | None
+) -> None:
+    where = skeleton.checkpoint.directory
+    if all(linear.reason == NOT_PRUNED for linear in linears.values()):
+        raise InputError(f"no matrix of {where} is pruned, so there is nothing to export; prune the model first.")
+    if packer is None:
+        return
+    # Where nothing tells which matrices were pruned, those that are not 2:4 stay dense.
+    wrong = [name for name, linear in linears.items() if linear.reason == NOT_PATTERN and recorded is not None]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise InputError(
+            f"not 2:4 (at most 2 of every 4 consecutive inputs) in {where}: {', '.join(wrong[:NAMED])}{more}; prune "
+            "with --sparsity-type 2:4, or export --to csr."
+        )
+    if all(linear.form == "dense" for linear in linears.values()):
+        raise InputError(f"no matrix of {where} is 2:4 and of a shape that the kernels take; export --to csr.")
+
+
+def _write(
+    skeleton: Skeleton,
+    target: Path,
+    document: Mapping[str, Any],
+    linears: Mapping[str, ExportedLinear],
+    packer: SemiStructured | None,
+    *,
+    force: bool,
+    progress: Progress,
+) -> int:
+    """Write the directory, one tensor in memory at a time; returns the bytes of its shards."""
+    checkpoint = skeleton.checkpoint
+    shards = list(plan_shards(checkpoint).values())
+    names = {linear.key: name for name, linear in linears.items() if linear.form != "dense"}
+    homes = {f"{key}.{kind}": key for key, name in names.items() for kind in linears[name].specs}
+    metadata = {"format": "pt", "manifest": json.dumps(finite_or_none(document), ensure_ascii=False)}
+    latest: dict[str, dict[str, Tensor]] = {}
+
+    def tensor(part: str) -> Tensor:
+        if part not in homes:
+            return checkpoint.load(part)
+        key = homes[part]
+        if key not in latest:
+            # The parts of a matrix lie apart where their dtypes differ: made again rather than kept.
+            latest.clear()
+            weight = skeleton.linears[names[key]].read(skeleton.checkpoint)
+            latest[key] = parts_of(to_csr(weight) if packer is None else packer.pack(weight))
+        return latest[key][part.removeprefix(f"{key}.")]
+
+    total = sum(len(keys) for keys in shards)
+    with atomic_directory(target, force=force) as directory, progress.task("writing", total) as step:
+        for path in checkpoint.small_files():
+            if path.name != README:
+                shutil.copyfile(path, directory / path.name)
+        files = []
+        for number, keys in enumerate(shards, start=1):
+            specs = {key: checkpoint.spec(key) for key in keys if key not in names}
+            for key in keys:
+                if key in names:
+                    specs.update({f"{key}.{kind}": spec for kind, spec in linears[names[key]].specs.items()})
+            files.append(f"export-{number:05d}-of-{len(shards):05d}.safetensors")
+            write_tensors(directory / files[-1], specs, tensor, metadata)
+            step(len(keys))
+        entries = {name: linear.document() for name, linear in linears.items()}
+        write_json(directory / MARK, sealed({**document, "shards": files, "linears": entries}))
+        (directory / README).write_text(_readme(document, linears))
+        return sum((directory / name).stat().st_size for name in files)
+
+
+def _readme(document: Mapping[str, Any], linears: Mapping[str, ExportedLinear]) -> str:
+    sparse = sum(linear.form != "dense" for linear in linears.values())
+    return (
+        f"# Export of `{document['model']['id']}`\n\n{sparse} of {len(linears)} matrices are stored as "
+        f"`{document['to']}`, for torch's sparse kernels. transformers alone does not load this directory:\n\n"
+        "```python\nfrom trimcli.exported import load_exported\n\nmodel = load_exported(DIRECTORY)\n```\n"
+    )

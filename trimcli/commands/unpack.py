@@ -1,0 +1,80 @@
+"""Packed directories back to ordinary ones: on disk, or straight into a transformers model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import InputError
+from trimcli.files.atomic import MARK, refuse_existing
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.directory import PrunedLinear, WrittenModel, commands_so_far, write_model
+from trimcli.files.documents import read_json
+from trimcli.files.manifest import PACKED, PRUNED, ModelFingerprint, manifest
+from trimcli.model.empty import build_empty
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progress = NO_PROGRESS) -> WrittenModel:
+    """Write the ordinary directory of a packed one: the same tensors and shards as apply-masks writes dense.
+
+    Memory of one tensor. Raises InputError (not a packed directory, truncated or altered), OutputExists.
+    """
+    refuse_existing(output, force=force)
+    found = _packed_document(packed)
+    checkpoint = Checkpoint.open(packed)
+    document = manifest(
+        PRUNED,
+        "unpack",
+        {},
+        ModelFingerprint(**found["model"]),
+        {"packed": packed / MARK},
+        pruning=found["pruning"],
+        commands=commands_so_far(found),
+    )
+    linears = {name: PrunedLinear.from_entry(entry) for name, entry in found["linears"].items()}
+    as_is = dict.fromkeys(checkpoint.keys()).get
+    return write_model(checkpoint, output, as_is, document, linears, force=force, progress=progress)
+
+
+def load_packed(
+    directory: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> "PreTrainedModel":
+    """A packed directory as the transformers model that `from_pretrained` gives for the unpacked one.
+
+    dtype: of the parameters, None for the stored one. options: further arguments of `from_pretrained`
+    (`attn_implementation`). Raises InputError (not a packed directory, truncated or altered).
+    """
+    from transformers import GenerationConfig
+
+    path = Path(directory)
+    _packed_document(path)
+    checkpoint = Checkpoint.open(path)
+    empty = build_empty(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
+    # The class itself, since the Auto classes insist on a path; the config anew, since building changes it.
+    model: PreTrainedModel = type(empty).from_pretrained(
+        None,
+        config=type(empty.config).from_pretrained(path),
+        state_dict={key: checkpoint.load(key) for keys in checkpoint.shards().values() for key in keys},
+        dtype=dtype or "auto",
+        **options,
+    )
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def _packed_document(directory: Path) -> Mapping[str, Any]:
+    mark = directory / MARK
+    if not mark.is_file():
+        raise InputError(f"{directory} is not a packed directory: it has no {MARK}; check the path.")
+    return read_json(mark, PACKED)

@@ -1,0 +1,86 @@
+"""Perplexity layer by layer: a model larger than memory can be measured, masked or not."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.files.masks import MaskFile
+from trimcli.model.forward import Head
+from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.pipeline.walk import Walk
+
+# Hidden states of at most this many bytes are walked together; more windows take another round through the layers.
+ROUND_BYTES = 4 << 30
+# Logits held at a time: few enough to stay in the processor's cache, but never those of fewer tokens than this, or
+# reading the head's weights would take longer than multiplying with them.
+LOGITS, TOKENS = 1 << 21, 256
+
+
+def perplexity(
+    skeleton: Skeleton,
+    windows: Tensor,
+    *,
+    mask: MaskFile | None = None,
+    batch_size: int | None = None,
+    progress: Progress = NO_PROGRESS,
+) -> float:
+    """Exp of the mean over windows of the mean cross-entropy of a window's seqlen - 1 predictions.
+
+    windows: integer [n, seqlen]. mask: applied to each layer as it is loaded. Infinite where a model is that
+    damaged. Raises InputError naming the layer whose outputs are not finite.
+    """
+    width = skeleton.model.get_input_embeddings().embedding_dim
+    per_round = max(1, ROUND_BYTES // (windows.shape[1] * width * skeleton.dtype.itemsize))
+    losses = [
+        loss
+        for start in range(0, len(windows), per_round)
+        for loss in _round(skeleton, windows[start : start + per_round], mask, batch_size, progress)
+    ]
+    mean = sum(losses) / len(losses)
+    return math.exp(mean) if mean < 700 else math.inf if not math.isnan(mean) else math.nan
+
+
+def _round(
+    skeleton: Skeleton, windows: Tensor, mask: MaskFile | None, batch_size: int | None, progress: Progress
+) -> Iterator[float]:
+    """The mean cross-entropy of each window."""
+    walk = Walk(skeleton, windows, batch_size=batch_size, progress=progress)
+    with progress.task("evaluating layers", len(skeleton.layers)) as step:
+        for layer in walk.layers():
+            if mask is not None:
+                apply_masks_to_layer(layer, mask)
+            walk.advance(layer)
+            step()
+    with walk.forward.head() as head, progress.task("measuring windows", len(windows)) as step:
+        vocabulary = skeleton.model.get_output_embeddings().weight.shape[0]
+        length = windows.shape[1] - 1
+        tokens = max(TOKENS, LOGITS // vocabulary)
+        together, piece = max(1, tokens // length), min(length, tokens)
+        for start in range(0, len(windows), together):
+            rows = slice(start, min(start + together, len(windows)))
+            total = torch.zeros(rows.stop - rows.start, dtype=torch.float64)
+            for first in range(0, length, piece):
+                part = slice(first, min(first + piece, length))
+                total += _losses(head, walk.hidden[rows, part].to(skeleton.device), windows[rows, 1:][:, part])
+            yield from (total / length).tolist()
+            step(rows.stop - rows.start)
+
+
+def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy per window: hidden [b, l, H], targets [b, l] -> float64 [b]."""
+    logits = head(hidden).float()
+    found = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), targets.to(logits.device).long().flatten(), reduction="none"
+    )
+    return found.view(targets.shape).double().sum(dim=1).cpu()
+
+
+def apply_masks_to_layer(layer: DecoderLayer, mask: MaskFile) -> None:
+    """Zero what the masks take from a loaded layer."""
+    there = set(mask.names)
+    for linear in layer.linears:
+        if linear.name in there:
+            linear.mask(mask.keep(linear.name))

@@ -1,0 +1,392 @@
+"""Zero-shot tasks through lm-eval, on a model that is already in memory: dense, masked or packed.
+
+What this returns goes into the results file. lm-eval's own command, given the written directory with the same
+tasks, batch size and dtype, finds the same accuracies.
+"""
+
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import numpy as np
+import torch
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import handle_non_serializable
+from tqdm import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import HubError, InputError, OptionError, ResourceError, TrimError
+from trimcli.files.atomic import atomic_file, refuse_existing
+from trimcli.files.documents import finite_or_none
+
+# The tasks of the papers (Wanda, OWL, AlphaPruning, TRIM), each with its folder among lm-eval's task files.
+SEVEN_TASKS = {
+    "boolq": "super_glue/boolq",
+    "rte": "glue/rte",
+    "hellaswag": "hellaswag",
+    "winogrande": "winogrande",
+    "arc_easy": "arc",
+    "arc_challenge": "arc",
+    "openbookqa": "openbookqa",
+}
+# lm-eval draws 100,000 resamples for metrics without a closed form: minutes, for digits nobody reads.
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class ZeroShotOptions:
+    """What to measure.
+
+    tasks: names of lm-eval tasks, groups or tags, patterns (`mmlu_*`), or task files (`x.yaml`).
+    include_path: a folder of task files, which win over lm-eval's tasks of the same name.
+    num_fewshot: examples before each question; None keeps each task's own number.
+    limit: documents a task, or the fraction of them if below 1; None is all.
+    batch_size: sequences a forward pass; halved and tried again when memory runs out.
+    log_samples: a folder that receives one `TASK.jsonl` a task, a line a document.
+    seed: of the few-shot draw; None keeps the seeds of lm-eval's own command.
+    force: replace sample files that exist.
+    """
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    batch_size: int = 8
+    log_samples: Path | None = None
+    seed: int | None = None
+    force: bool = False
+
+
+def evaluate_tasks(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    options: ZeroShotOptions,
+    progress: Progress = NO_PROGRESS,
+) -> dict[str, Any]:
+    """Measure `model`, in its own dtype and on its own device, on the tasks of `options`.
+
+    Data files that a task file names by a relative path are looked up from the working directory, as lm-eval
+    does, and then from the task file's own folder.
+
+    Returns, ready for a results document:
+
+    - `tasks`: name -> `{metric: value, metric_stderr: value or None, n_shot, limit, samples, documents,
+      version}`, where `samples` of the task's `documents` were measured. A metric behind a filter other than
+      "none" keeps lm-eval's `metric,filter` as its name. Groups that aggregate come with `subtasks`.
+    - `mean_acc_seven`: the mean of `acc` (not `acc_norm`) over the seven tasks of the papers, as Wanda, OWL
+      and TRIM report it; None unless all seven were measured.
+    - `lm_eval`: its `version`, the `batch_size` that fitted, and `truncated`, the number of requests longer
+      than the model's positions, which lose their beginning.
+
+    Raises OptionError (unknown task, unusable value), InputError (a task file or its data), HubError (a
+    data set that cannot be reached), OutputExists, ResourceError (no memory even for single sequences) and
+    TrimError (lm-eval failed on its way).
+    """
+    _check(options)
+    with _quiet():
+        _seed(options.seed)
+        loaded = _load_tasks(options, progress)
+        for name in loaded["tasks"]:
+            if options.log_samples:
+                refuse_existing(_samples_file(options.log_samples, name), force=options.force)
+        _set_shots(loaded["tasks"], options, progress)
+        scorer = _Scorer(model, tokenizer, options.batch_size, progress)
+        found = _evaluate(scorer, loaded, options, progress)
+    if options.log_samples:
+        for name, samples in found["samples"].items():
+            _write_samples(_samples_file(options.log_samples, name), samples, force=options.force)
+    if scorer.truncated:
+        progress.warn(
+            f"{scorer.truncated} requests were longer than the model's {scorer.max_length} positions and "
+            "lost their beginning"
+        )
+    tasks = {name: entry for name in found["results"] if (entry := _entry(found, name, options.limit))}
+    return {
+        "tasks": tasks,
+        "mean_acc_seven": _mean_acc_seven(tasks),
+        "lm_eval": {
+            "version": version("lm_eval"),
+            "batch_size": scorer.batch_size,
+            "truncated": scorer.truncated,
+        },
+    }
+
+
+class _Scorer(HFLM):  # type: ignore[misc]
+    """lm-eval's transformers model, reporting to `progress` and counting what it truncates."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        progress: Progress,
+    ) -> None:
+        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+        self.progress = progress
+        self.truncated = 0
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        with self._reporting(requests):
+            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        with self._reporting(requests):
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        with self._reporting(requests):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
+        self.truncated += sum(
+            len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
+        )
+        return super()._loglikelihood_tokens(requests, **options)
+
+    @contextlib.contextmanager
+    def _reporting(self, requests: Sequence[Any]) -> Iterator[None]:
+        """The cache hook hears of every answer, so it can drive a bar."""
+        with self.progress.task("zero-shot requests", len(requests)) as advance:
+            self.set_cache_hook(_Answered(advance))
+            yield
+
+
+class _Answered:
+    """A cache hook that keeps nothing and advances a bar."""
+
+    def __init__(self, advance: Any) -> None:
+        self.advance = advance
+
+    def add_partial(self, attr: str, request: Any, answer: Any) -> None:
+        self.advance()
+
+
+def _check(options: ZeroShotOptions) -> None:
+    if not any(name.strip() for name in options.tasks):
+        raise OptionError("--tasks names no task; give one, such as 'hellaswag'.")
+    if options.batch_size < 1:
+        raise OptionError(f"--batch-size {options.batch_size} is not a number of sequences; give 1 or more.")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise OptionError(f"--num-fewshot {options.num_fewshot} is negative; give 0 or more.")
+    limit = options.limit
+    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
+        raise OptionError(f"--limit {limit} is neither a number of documents nor a fraction below 1.")
+    if options.include_path is not None and not options.include_path.is_dir():
+        raise InputError(f"there is no folder {options.include_path} of task files; check --include-path.")
+    if options.log_samples is not None:
+        if options.log_samples.exists() and not options.log_samples.is_dir():
+            raise InputError(f"{options.log_samples} is no folder; name another for --log-samples.")
+        if not options.log_samples.parent.is_dir():
+            raise InputError(f"there is no folder {options.log_samples.parent}; create it for --log-samples.")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence lm-eval: prints on stdout, its log, and its bars, some of which it cannot turn off itself."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    initialise = tqdm.__init__
+    pooling = os.environ.get("DISABLE_MULTIPROC")
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **{**kwargs, "disable": True})
+
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        tqdm.__init__ = silent
+        # Its resampling would fork this process, model and threads included, once a core.
+        os.environ["DISABLE_MULTIPROC"] = "1"
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tqdm.__init__ = initialise
+        if pooling is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = pooling
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _seed(seed: int | None) -> None:
+    """The generators that lm-eval's command seeds before loading tasks, some of which shuffle choices."""
+    random.seed(0 if seed is None else seed)
+    np.random.seed(1234 if seed is None else seed)
+    torch.manual_seed(1234 if seed is None else seed)
+
+
+def _load_tasks(options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
+    """lm-eval's `tasks`, `groups` and `group_map` of everything asked for."""
+    asked = [name.strip() for name in options.tasks if name.strip()]
+    manager = _task_manager(asked, options.include_path)
+    names = _names(asked, manager, options.include_path)
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
+    with progress.task("loading tasks", len(names)) as advance:
+        for name in names:
+            found = _load_task(manager, name)
+            if twice := sorted(found["tasks"].keys() & loaded["tasks"].keys()):
+                raise OptionError(f"--tasks asks for {twice[0]!r} twice, once within {name!r}; name it once.")
+            for part, entries in found.items():
+                loaded[part].update(entries)
+            advance()
+    return loaded
+
+
+def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
+    """An index of the tasks to choose from, no larger than needed: lm-eval's whole tree is slow to read."""
+    tree = Path(lm_eval.tasks.__file__).parent
+    folders = [tree / SEVEN_TASKS[name] for name in names if name in SEVEN_TASKS]
+    local = [include_path.resolve()] if include_path else []
+    manager = TaskManager(include_path=[*folders, *local], include_defaults=False)
+    if all(name in manager.all_subtasks or _is_file(name) for name in names):
+        return manager
+    return TaskManager(include_path=local)
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
+
+
+def _names(asked: Sequence[str], manager: TaskManager, include_path: Path | None) -> list[str]:
+    """The asked names once each, patterns spelt out. Raises OptionError for one that nothing answers to."""
+    names: list[str] = []
+    for name in asked:
+        matches = [name] if _is_file(name) else manager.match_tasks([name])
+        if not matches:
+            where = f"lm-eval {version('lm_eval')}" + (f" or {include_path}" if include_path else "")
+            close = difflib.get_close_matches(name, manager.all_tasks, 3, cutoff=0.75)
+            hint = f"did you mean {' or '.join(close)}?" if close else "check the name, or --include-path."
+            raise OptionError(f"{where} knows no task {name!r}; {hint}")
+        names += matches
+    return list(dict.fromkeys(names))
+
+
+def _load_task(manager: TaskManager, name: str) -> dict[str, Any]:
+    """Load one task, group or tag with its data, wherever its data files are."""
+    entry = manager.task_index.get(name)
+    source = entry.yaml_path if entry else Path(name)
+    try:
+        try:
+            return dict(manager.load([name]))
+        except FileNotFoundError:
+            if source is None:
+                raise
+            with contextlib.chdir(source.parent):
+                return dict(manager.load([str(source.resolve()) if entry is None else name]))
+    except (ConnectionError, TimeoutError, HfHubHTTPError, DatasetNotFoundError) as problem:
+        raise HubError(
+            f"the data of the task {name!r} cannot be reached ({problem}); go online, or give a task file "
+            "over local data with --include-path."
+        ) from problem
+    except Exception as problem:
+        reason = problem.__cause__ or problem
+        raise InputError(
+            f"the task {name!r} cannot be loaded ({type(reason).__name__}: {reason}); check {source or 'it'}."
+        ) from problem
+
+
+def _set_shots(tasks: Mapping[str, Any], options: ZeroShotOptions, progress: Progress) -> None:
+    """Number and seed of few-shot examples, by lm-eval's rule: a task that sets 0 itself keeps 0."""
+    for name, task in tasks.items():
+        own = task.get_config("num_fewshot")
+        if options.num_fewshot and own == 0:
+            progress.warn(f"{name} sets its examples to 0: --num-fewshot {options.num_fewshot} is not applied")
+        elif options.num_fewshot is not None:
+            task.set_config(key="num_fewshot", value=options.num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234 if options.seed is None else options.seed)
+
+
+def _evaluate(scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
+    """lm-eval's results; the batch is halved while it does not fit."""
+    while True:
+        scorer.truncated = 0
+        try:
+            return dict(
+                evaluate(
+                    lm=scorer,
+                    task_dict=loaded,
+                    limit=options.limit,
+                    bootstrap_iters=RESAMPLES,
+                    log_samples=options.log_samples is not None,
+                )
+            )
+        except torch.OutOfMemoryError as problem:
+            if scorer.batch_size == 1:
+                raise ResourceError(
+                    "the zero-shot tasks do not fit into memory even one sequence at a time; use another device."
+                ) from problem
+            scorer.batch_size_per_gpu = scorer.batch_size // 2
+            progress.warn(f"out of memory: trying again with {scorer.batch_size} sequences at a time")
+        except Exception as problem:
+            raise TrimError(
+                f"lm-eval failed on {', '.join(loaded['tasks'])} ({type(problem).__name__}: {problem}); "
+                "check the task file, or try a smaller --limit to find the document."
+            ) from problem
+
+
+def _entry(found: Mapping[str, Any], name: str, limit: float | None) -> dict[str, Any]:
+    """One task's or group's line of the results document; empty for a group that aggregates nothing."""
+    entry: dict[str, Any] = {}
+    for key, value in found["results"][name].items():
+        metric, comma, filtered = key.rpartition(",")
+        if not comma:
+            continue
+        base = metric.removesuffix("_stderr")
+        suffix = "_stderr" if metric.endswith("_stderr") else ""
+        shown = base if filtered == "none" else f"{base},{filtered}"
+        entry[shown + suffix] = float(value) if isinstance(value, int | float | np.number) else None
+    if not entry:
+        return {}
+    entry |= {"n_shot": found["n-shot"].get(name), "limit": limit, "version": found["versions"].get(name)}
+    counts = [found["n-samples"][leaf] for leaf in _leaves(found, name)]
+    entry["samples"] = sum(count["effective"] for count in counts)
+    entry["documents"] = sum(count["original"] for count in counts)
+    if subtasks := found["group_subtasks"].get(name):
+        entry["subtasks"] = list(subtasks)
+    return entry
+
+
+def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
+    """The tasks behind a task's or a group's name."""
+    if name in found["n-samples"]:
+        return [name]
+    return [leaf for child in found["group_subtasks"][name] for leaf in _leaves(found, child)]
+
+
+def _mean_acc_seven(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
+    if not all("acc" in tasks.get(name, {}) for name in SEVEN_TASKS):
+        return None
+    return float(np.mean([tasks[name]["acc"] for name in SEVEN_TASKS]))
+
+
+def _samples_file(folder: Path, task: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    return folder / (re.sub(r"[^\w.-]", "_", task) + ".jsonl")
+
+
+def _write_samples(path: Path, samples: Sequence[Mapping[str, Any]], *, force: bool) -> None:
+    """One line a document: the document, the requests, the answers and the metrics."""
+    with atomic_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8") as lines:
+        for sample in samples:
+            line = json.dumps(finite_or_none(sample), default=handle_non_serializable, ensure_ascii=False)
+            lines.write(line + "\n")

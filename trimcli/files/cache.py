@@ -1,0 +1,73 @@
+"""The stage cache: artifacts of earlier runs under names made from what they depend on."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trimcli.errors import TrimError
+from trimcli.files.documents import canonical_json, finite_or_none
+from trimcli.files.parts import Parts
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing the cache holds: its kind (calibration, ratios, parts), path, bytes and manifest summary."""
+
+    kind: str
+    path: Path
+    nbytes: int
+
+
+class Cache:
+    """A folder of stage files.
+
+    directory: None for the user's cache folder, as platformdirs names it.
+    """
+
+    def __init__(self, directory: Path | None = None) -> None:
+        import platformdirs
+
+        self.directory = directory or Path(platformdirs.user_cache_dir("trim"))
+
+    def file(self, kind: str, key: Any, suffix: str) -> Path:
+        """Where the artifact of `kind` that depends on `key` (a JSON value) lies or will lie."""
+        folder = self.directory / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"{digest(key)}{suffix}"
+
+    def parts(self, key: Any) -> "Parts":
+        """The part files of the unfinished run that depends on `key`."""
+        return Parts(self.directory / "parts" / digest(key))
+
+    def entries(self) -> list[Entry]:
+        """Everything the cache holds."""
+        found = []
+        for kind in sorted(self.directory.glob("*")) if self.directory.is_dir() else []:
+            for path in sorted(kind.glob("*")) if kind.is_dir() else []:
+                inside = [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]
+                if path.suffix != ".lock":
+                    found.append(Entry(kind.name, path, sum(child.stat().st_size for child in inside)))
+        return found
+
+    def clear(self) -> int:
+        """Remove everything the cache holds but the parts of runs at work; returns the bytes freed."""
+        freed = 0
+        for entry in self.entries():
+            if entry.path.is_dir():
+                try:
+                    with Parts(entry.path) as parts:
+                        parts.discard()
+                except TrimError:
+                    continue
+            else:
+                entry.path.unlink()
+            freed += entry.nbytes
+        return freed
+
+
+def digest(key: Any) -> str:
+    """Twenty hexadecimal digits for a JSON value under this version: another one may compute something else."""
+    text = canonical_json([version("trimcli"), finite_or_none(key)])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

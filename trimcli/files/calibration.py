@@ -1,0 +1,64 @@
+"""The calibration artifact: tokens, input square norms and last-token inputs of a dense model."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from trimcli.errors import InputError
+from trimcli.files.atomic import file_digest
+from trimcli.files.manifest import CALIBRATION, ModelFingerprint, check_model
+from trimcli.files.tensors import open_tensors, read_manifest
+from trimcli.methods.scores import LinearStats, Statistic
+
+# How --stats names them and how the tensors are called.
+NAMES = {"norms": (Statistic.SQNORM, "sqnorm"), "inputs": (Statistic.INPUTS, "inputs")}
+
+
+class CalibrationFile:
+    """A `trim.calibration/1` file opened for reading, tensors mapped.
+
+    path: the file. manifest: its manifest; `shares` there maps each linear to the one its tensors are stored
+    under, since linears that share an input share the tensor.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest: dict[str, Any] = read_manifest(path, CALIBRATION)
+        self._handle = open_tensors(path)
+        self._names = set(self._handle.keys())
+
+    @property
+    def tokens(self) -> Tensor:
+        """The calibration samples, int32 [nsamples, seqlen]."""
+        found: Tensor = self._handle.get_tensor("tokens")
+        return found
+
+    def check(self, model: ModelFingerprint) -> None:
+        """Raise MismatchError unless the file was made from this model's weights."""
+        check_model(self.manifest, model, self.path)
+
+    def require(self, needs: frozenset[Statistic]) -> None:
+        """Raise InputError unless the file holds the statistics of `needs`."""
+        for option, (statistic, _) in NAMES.items():
+            if statistic in needs and option not in self.manifest["stats"]:
+                raise InputError(
+                    f"{self.path} holds no {option} (it was made with --stats {','.join(self.manifest['stats'])}); "
+                    f"calibrate again with --stats including {option}."
+                )
+
+    def statistics(self, name: str) -> LinearStats:
+        """The statistics of the linear `name`. Raises InputError when the file has none of it."""
+        stored = self.manifest["shares"].get(name)
+        if stored is None:
+            raise InputError(f"{self.path} holds no statistics of {name}; calibrate this model again.")
+
+        def get(kind: str) -> Tensor | None:
+            key = f"{stored}.{kind}"
+            return self._handle.get_tensor(key) if key in self._names else None
+
+        return LinearStats(sqnorm=get("sqnorm"), inputs=get("inputs"))
+
+    def digest(self) -> str:
+        """SHA-256 of the file."""
+        return file_digest(self.path)

@@ -1,0 +1,94 @@
+"""The model card section of a pruned directory: what was pruned, how, and the commands that did it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trimcli.files.manifest import PACKED
+
+BEGIN, END = "<!-- trim:begin -->", "<!-- trim:end -->"
+HOW_IT_RAN = {"device", "dtype", "batch_size", "resume", "save_model", "stats_out", "trust_remote_code"}
+FRONT_MATTER = "---\nlibrary_name: transformers\ntags:\n- pruned\n- sparse\n---\n"
+
+
+def with_card(readme: str | None, document: Mapping[str, Any]) -> str:
+    """A directory's README.md: `readme` (None: a new one) with the section of `document` added or renewed."""
+    section = model_card_section(document)
+    if readme is None:
+        return f"{FRONT_MATTER}\n{section}"
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if begin and end:
+        return before + section.rstrip("\n") + after
+    return readme.rstrip("\n") + "\n\n" + section
+
+
+def model_card_section(document: Mapping[str, Any]) -> str:
+    """Markdown, between the markers `<!-- trim:begin -->` and `<!-- trim:end -->`.
+
+    document: `trim.json` of a pruned or packed directory. Its `pruning`, where present, is the manifest of
+    the masks that were applied; otherwise the document is that of the prune itself.
+    """
+    pruning = document.get("pruning") or document
+    lines = [BEGIN, "## Pruned with trim", ""]
+    model = (pruning.get("model") or {}).get("id")
+    linears = document["linears"]
+    lines.append(
+        f"{len(linears)} weight matrices of `{model}` were pruned: {document['sparsity']:.2%} of their "
+        "weights are zero. Embeddings, head, biases and norms are untouched."
+    )
+    lines += ["", *_settings(pruning), ""]
+    commands = document.get("commands") or []
+    if commands:
+        lines += ["Commands:", "", "```sh", *commands, "```", ""]
+    lines += [*_table(linears), ""]
+    if document["schema"] == PACKED:
+        lines += [
+            "The checkpoint is packed: pruned matrices are stored as keep bits and kept values. "
+            "`trim unpack DIR -o OUT` writes the ordinary one, `trimcli.load_packed(DIR)` loads it.",
+            "",
+        ]
+    lines += [f"`trim verify` checks these figures against the shards (trim {document['trim']}).", END, ""]
+    return "\n".join(lines)
+
+
+def _settings(pruning: Mapping[str, Any]) -> list[str]:
+    """What shaped the result, by option: off, absent and empty ones say nothing."""
+    options = dict(pruning.get("options") or {})
+    options = {**(options.pop("recipe", None) or {}), **options}
+    if options.get("method") != "sparsegpt":
+        options.pop("update", None)
+    shown = {key: value for key, value in options.items() if key not in HOW_IT_RAN and _is_set(value)}
+    return [f"- {key.replace('_', ' ')}: {_spelled(value)}" for key, value in shown.items()]
+
+
+def _is_set(value: Any) -> bool:
+    return value is not None and value is not False and value not in ("", [], {})
+
+
+def _spelled(value: Any) -> str:
+    if isinstance(value, Mapping):
+        parts = {key.replace("_", " "): part for key, part in value.items() if _is_set(part)}
+        return ", ".join(f"{key} {_spelled(part)}" for key, part in parts.items())
+    if isinstance(value, list):
+        return ", ".join(_spelled(part) for part in value)
+    return "yes" if value is True else f"`{value}`"
+
+
+def _table(linears: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Sparsity by kind of matrix: its name inside the decoder layer, experts counted together."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
+    for name, entry in linears.items():
+        kinds.setdefault(_kind(name), []).append(entry)
+    rows = ["| matrices | number | weights | zero | sparsity |", "|---|---:|---:|---:|---:|"]
+    for kind, members in kinds.items():
+        weights = sum(member["shape"][0] * member["shape"][1] for member in members)
+        zeros = sum(member["zeros"] for member in members)
+        rows.append(f"| `{kind}` | {len(members)} | {weights:,} | {zeros:,} | {zeros / weights:.2%} |")
+    return rows
+
+
+def _kind(name: str) -> str:
+    """`model.layers.3.mlp.up_proj` -> `mlp.up_proj`."""
+    inside = re.sub(r"^.*?\.\d+\.", "", name, count=1)
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", inside)

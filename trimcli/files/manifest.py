@@ -1,0 +1,123 @@
+"""Manifests and fingerprints: what every file that `trim` leaves says of itself, and how a reader checks it."""
+
+import contextvars
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimcli.errors import MismatchError
+from trimcli.files.atomic import file_digest
+from trimcli.files.documents import finite_or_none
+
+CALIBRATION = "trim.calibration/1"
+
+
+LAYER_SPARSITY = "trim.layer-sparsity/1"
+
+
+MASKS = "trim.masks/1"
+
+
+PACKED = "trim.packed/1"
+
+
+PRUNED = "trim.pruned/1"
+
+
+RESULTS = "trim.results/1"
+
+
+ROWS = "trim.rows/1"
+
+
+# The command line of the run, for provenance; None where the library was called. The command line sets it.
+COMMAND_LINE: contextvars.ContextVar[str | None] = contextvars.ContextVar("command_line", default=None)
+
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """Which model a file belongs to.
+
+    structure: SHA-256 of config, module names and shapes. content: SHA-256 of dtypes and a sample of every
+    tensor; None where no weights were read.
+    """
+
+    id: str
+    structure: str
+    content: str | None = None
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form that manifests carry."""
+        return {"id": self.id, "structure": self.structure, "content": self.content}
+
+
+def manifest(
+    schema: str,
+    command: str,
+    options: Mapping[str, Any],
+    model: ModelFingerprint | None,
+    sources: Mapping[str, Path] | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """The manifest of a new file: schema, versions, options, model and the digests of its sources.
+
+    sources: role ("calibration", "ratios", "masks") -> file it was made from. fields: what the schema adds.
+    """
+    from importlib.metadata import version
+
+    return {
+        "schema": schema,
+        "trim": version("trimcli"),
+        "command": command,
+        "command_line": COMMAND_LINE.get(),
+        "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        "model": model.document() if model else None,
+        "sources": {role: {"path": str(path), "sha256": file_digest(path)} for role, path in (sources or {}).items()},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+        **fields,
+    }
+
+
+def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path, *, structure_only: bool = False) -> None:
+    """Raise MismatchError unless the manifest `found` in `path` belongs to `model`.
+
+    structure_only: accept equal structure with other weights (uniform and imported ratios, fine-tuned models).
+    """
+    theirs = found.get("model") or {}
+    if theirs.get("structure") != model.structure:
+        raise MismatchError(
+            f"{path} was made for the model {theirs.get('id')!r} (structure {str(theirs.get('structure'))[:12]}), "
+            f"not for {model.id!r} (structure {model.structure[:12]}); make it anew for this model."
+        )
+    if not structure_only and theirs.get("content") and theirs["content"] != model.content:
+        raise MismatchError(
+            f"{path} was made for other weights of this structure: {theirs.get('id')!r} (content "
+            f"{theirs['content'][:12]}), not {model.id!r} (content {str(model.content)[:12]}); make it anew."
+        )
+
+
+FIELD = "manifest_sha256"
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `document` that ends in `manifest_sha256`: SHA-256 of the rest, as canonical JSON."""
+    body = {key: value for key, value in finite_or_none(document).items() if key != FIELD}
+    return {**body, FIELD: _digest(body)}
+
+
+def is_intact(document: Mapping[str, Any]) -> bool:
+    """Whether `document` still is what `sealed` returned; without the digest it is not."""
+    return document.get(FIELD) == _digest({key: value for key, value in document.items() if key != FIELD})
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

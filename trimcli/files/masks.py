@@ -1,0 +1,118 @@
+"""The masks artifact (`trim.masks/1`): which weights of which linears stay, one bit a weight.
+
+Per linear a tensor `<name>.keep`, uint8 [D_out, ceil(D_in / 8)], rows packed to bytes, most significant bit
+first, 1 = kept; and in the manifest, under `linears`, `{shape, zeros, sparsity, keep_sha256}` beside what the caller
+says of it (`target`, `pattern`), in the model's order.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.errors import InputError
+from trimcli.files.manifest import MASKS, is_intact, sealed
+from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, write_artifact
+from trimcli.methods import masks
+
+
+def keep_digest(packed: Tensor) -> str:
+    """SHA-256 of packed keep bits (`masks.pack` of bool [D_out, D_in]), hexadecimal."""
+    return hashlib.sha256(packed.contiguous().numpy().data).hexdigest()
+
+
+class MaskFile:
+    """A masks file opened for reading, one mask at a time.
+
+    path: the file. manifest: its manifest, of which `linears` names every mask in the model's order.
+    """
+
+    def __init__(self, path: Path, manifest: dict[str, Any], handle: Any) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._handle = handle
+
+    @classmethod
+    def open(cls, path: Path) -> "MaskFile":
+        """Open `path`.
+
+        Raises InputError (missing, damaged, truncated, manifest edited) or MismatchError (not a masks file).
+        """
+        manifest = read_manifest(path, MASKS)
+        if not is_intact(manifest):
+            raise InputError(f"the manifest in {path} was changed after trim wrote it; make the masks anew.")
+        handle = open_tensors(path)
+        there = set(handle.keys())
+        for name, entry in manifest["linears"].items():
+            d_out, d_in = entry["shape"]
+            key = f"{name}.keep"
+            if key not in there or handle.get_slice(key).get_shape() != [d_out, -(-d_in // 8)]:
+                raise InputError(f"{path} lacks the mask of {name} that its manifest lists; make it anew.")
+        return cls(path, manifest, handle)
+
+    @property
+    def names(self) -> list[str]:
+        """The linears that have a mask, by full module name, in the model's order."""
+        return list(self.manifest["linears"])
+
+    def entry(self, name: str) -> dict[str, Any]:
+        """What the manifest says of a linear: `shape`, `zeros`, `keep_sha256`, `target`, `pattern`."""
+        found: dict[str, Any] = self.manifest["linears"][name]
+        return found
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(D_out, D_in) of a linear."""
+        d_out, d_in = self.entry(name)["shape"]
+        return d_out, d_in
+
+    def keep(self, name: str) -> Tensor:
+        """A linear's mask: bool [D_out, D_in], True = stays. Raises InputError if its bits were altered."""
+        packed = self._handle.get_tensor(f"{name}.keep")
+        if keep_digest(packed) != self.entry(name)["keep_sha256"]:
+            raise InputError(f"the mask of {name} in {self.path} was altered; make the masks anew.")
+        return masks.unpack(packed, self.shape(name)[1])
+
+
+def write_masks(
+    path: Path,
+    document: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, int]],
+    keep_of: Callable[[str], Tensor],
+    *,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write a masks file atomically, one mask in memory at a time; returns the manifest as written.
+
+    document: the manifest of `artifacts.manifest`, whose `linears` may hold what is known of a linear
+    (`target`, `pattern`); shape, zero count and digest are added, and the total `sparsity`. shapes: linear ->
+    (D_out, D_in), in the model's order. keep_of(name): bool [D_out, D_in]; called twice a linear, since the
+    manifest comes first in the file. Raises OutputExists, InputError (no such parent directory).
+    """
+    widths = {name: (d_out, -(-d_in // 8)) for name, (d_out, d_in) in shapes.items()}
+    specs = {f"{name}.keep": TensorSpec(torch.uint8, width) for name, width in widths.items()}
+    linears = dict(_entries(document.get("linears", {}), shapes, keep_of))
+    weights = sum(d_out * d_in for d_out, d_in in shapes.values())
+    zeros = sum(entry["zeros"] for entry in linears.values())
+    complete = sealed({**document, "linears": linears, "sparsity": zeros / weights if weights else 0.0})
+
+    def packed(key: str) -> Tensor:
+        return masks.pack(keep_of(key.removesuffix(".keep")))
+
+    write_artifact(path, complete, specs, packed, force=force)
+    return complete
+
+
+def _entries(
+    known: Mapping[str, Mapping[str, Any]],
+    shapes: Mapping[str, tuple[int, int]],
+    keep_of: Callable[[str], Tensor],
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, shape in shapes.items():
+        keep = keep_of(name)
+        zeros = keep.numel() - int(keep.count_nonzero())
+        digest = keep_digest(masks.pack(keep))
+        found = {"shape": list(shape), "zeros": zeros, "sparsity": zeros / keep.numel(), "keep_sha256": digest}
+        yield name, {**known.get(name, {}), **found}

@@ -1,0 +1,58 @@
+"""Metrics kept between runs: a JSON file of metric -> linear -> value, bound to one model."""
+
+from pathlib import Path
+from typing import Any
+
+from trimcli.errors import InputError
+from trimcli.files.atomic import refuse_existing
+from trimcli.files.documents import read_json, write_json
+from trimcli.files.manifest import ModelFingerprint, check_model, manifest
+
+SCHEMA = "trim.metrics/1"
+
+
+class MetricsCache:
+    """The metrics known of one model. With no path, it lasts as long as the object.
+
+    Raises MismatchError when the file holds metrics of another model, InputError when it is damaged or its
+    directory is missing.
+    """
+
+    def __init__(self, path: Path | None, model: ModelFingerprint) -> None:
+        self._path = path
+        self._model = model
+        self._values: dict[str, dict[str, float]] = {}
+        self._grown = False
+        if path is None:
+            return
+        refuse_existing(path, force=True)
+        if path.exists():
+            document = read_json(path, SCHEMA)
+            check_model(document, model, path)
+            self._values = _checked(document.get("metrics"), path)
+
+    def get(self, metric: str, name: str) -> float | None:
+        """The metric of the linear `name`, None where it is not known."""
+        return self._values.get(metric, {}).get(name)
+
+    def put(self, metric: str, name: str, value: float) -> None:
+        """Remember a metric of the linear `name`."""
+        self._values.setdefault(metric, {})[name] = value
+        self._grown = True
+
+    def save(self) -> None:
+        """Write the file if there is one and something was learnt."""
+        if self._path is None or not self._grown:
+            return
+        document = manifest(SCHEMA, "alloc-layers", {}, self._model, metrics=self._values)
+        write_json(self._path, document, force=True)
+        self._grown = False
+
+
+def _checked(found: Any, path: Path) -> dict[str, dict[str, float]]:
+    if isinstance(found, dict) and all(
+        isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
+        for values in found.values()
+    ):
+        return found
+    raise InputError(f"{path} holds no table of metrics; delete it, so that it is made anew.")

@@ -1,0 +1,92 @@
+"""Part files: what the finished layers of an unfinished run left, so that a restart replays them."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trimcli.errors import InputError, TrimError
+from trimcli.files.atomic import atomic_file
+from trimcli.files.documents import finite_or_none
+from trimcli.files.tensors import TensorSpec, open_tensors, spec_of, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Parts:
+    """What the finished layers of a run left: one safetensors file a layer, durable, so that a restart replays them.
+
+    One run at a time holds the folder; a second one with the same key is told so.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._lock: Any = None
+
+    def __enter__(self) -> "Parts":
+        from filelock import FileLock, Timeout
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.directory.with_suffix(".lock"))
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise TrimError(
+                f"another run of the same command holds {self.directory}; wait for it or give another --cache-dir."
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.directory.is_dir() and not any(self.directory.iterdir()):
+            self.directory.rmdir()
+        self._lock.release()
+        if not self.directory.exists():
+            self.directory.with_suffix(".lock").unlink(missing_ok=True)
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"layer-{index:05d}.safetensors"
+
+    def finished(self) -> int:
+        """How many layers from the first on are finished."""
+        count = 0
+        while self._path(count).is_file():
+            count += 1
+        return count
+
+    def discard(self) -> None:
+        """Forget everything: under --no-resume before the run, and after a run that came to its end."""
+        for path in self.directory.glob("*"):
+            path.unlink()
+
+    def write(self, index: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> None:
+        """Leave layer `index`'s tensors and JSON facts."""
+        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with atomic_file(self._path(index), force=True) as temporary:
+            write_tensors(temporary, specs, tensors.__getitem__, {"facts": json.dumps(finite_or_none(facts))})
+
+    def read(self, index: int) -> "Part":
+        """Layer `index`'s part."""
+        return Part(self._path(index))
+
+
+class Part:
+    """One layer's part file, read lazily."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._handle = open_tensors(path)
+        try:
+            self.facts: dict[str, Any] = json.loads((self._handle.metadata() or {})["facts"])
+        except (KeyError, json.JSONDecodeError):
+            raise InputError(f"{path} is not a part file of trim; clear the cache with `trim cache --clear`.") from None
+        self.names: list[str] = list(self._handle.keys())
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor."""
+        return spec_of(self._handle, name, self._path)
+
+    def load(self, name: str) -> "Tensor":
+        """A tensor, mapped."""
+        found: Tensor = self._handle.get_tensor(name)
+        return found

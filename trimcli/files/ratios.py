@@ -1,0 +1,103 @@
+"""The layer ratios file: what is to go of every linear, and why."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimcli.errors import InputError, MismatchError
+from trimcli.files.documents import read_json
+from trimcli.files.manifest import LAYER_SPARSITY, ModelFingerprint, check_model, manifest
+
+
+@dataclass(frozen=True)
+class LayerSparsity:
+    """A sparsity for every linear of a model.
+
+    method: `uniform`, `owl` or `alpha`. parameters: the method's. target: mean sparsity over all weights.
+    sparsity: full module name -> fraction to prune. metric: the same names -> the value it was derived from,
+    None where there is none. pattern: for mixed N:M, name -> (kept, group), else None. model: the model it is
+    for; without content, any weights of that structure. path: the file it was read from.
+
+    Reference numerics may ask for more than 1. The file keeps that; read back, it is 1, all that there is.
+    """
+
+    method: str
+    parameters: dict[str, Any]
+    target: float
+    numerics: str
+    sparsity: dict[str, float]
+    metric: dict[str, float | None]
+    pattern: dict[str, tuple[int, int]] | None
+    model: ModelFingerprint
+    path: Path | None = field(default=None, compare=False)
+
+    def document(self, options: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
+        """The JSON form: a manifest with this object's fields, without `pattern` where there is none."""
+        fields = asdict(self)
+        for outside in ("path", "model"):
+            del fields[outside]
+        if self.pattern is None:
+            del fields["pattern"]
+        return manifest(LAYER_SPARSITY, "alloc-layers", options, self.model, sources, **fields)
+
+    @classmethod
+    def load(cls, path: Path) -> "LayerSparsity":
+        """Read a layer ratios file. Raises InputError (missing, damaged) and MismatchError (schema)."""
+        found = read_json(path, LAYER_SPARSITY)
+        try:
+            sparsity = {name: float(value) for name, value in found["sparsity"].items()}
+            pattern = None
+            if found.get("pattern") is not None:
+                pattern = {name: (int(kept), int(group)) for name, (kept, group) in found["pattern"].items()}
+            metric = found.get("metric") or {}
+            result = cls(
+                method=str(found["method"]),
+                parameters=dict(found["parameters"]),
+                target=float(found["target"]),
+                numerics=str(found["numerics"]),
+                sparsity=sparsity,
+                metric={name: None if metric.get(name) is None else float(metric[name]) for name in sparsity},
+                pattern=pattern,
+                model=ModelFingerprint(**(found.get("model") or {"id": "unknown", "structure": ""})),
+                path=path,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            reason = f"{type(problem).__name__}: {problem}"
+            raise InputError(f"{path} is not a whole layer ratios file ({reason}); make it anew.") from None
+        for name, value in sparsity.items():
+            if result.numerics == "reference" and 1 < value < math.inf:
+                sparsity[name] = 1.0
+            elif not 0 <= value <= 1:
+                raise InputError(f"{path} gives {name} the sparsity {value}, outside 0..1; correct it.")
+        for name, (kept, group) in (pattern or {}).items():
+            if not 1 <= kept <= group:
+                raise InputError(f"{path} has {name} keep {kept} of {group}, no N:M pattern; correct it.")
+        if pattern is not None and pattern.keys() != sparsity.keys():
+            raise InputError(f"{path} has other names under `pattern` than under `sparsity`; make it anew.")
+        return result
+
+    def check(self, shapes: Mapping[str, tuple[int, int]], model: ModelFingerprint) -> None:
+        """Raise MismatchError unless this is for the model of these linears (name -> (D_out, D_in)) and fingerprint."""
+        origin = self.path or Path("layer ratios")
+        missing = [name for name in shapes if name not in self.sparsity]
+        extra = [name for name in self.sparsity if name not in shapes]
+        if missing or extra:
+            raise MismatchError(
+                f"{origin} is not for the linears of {model.id!r}: it lacks {_listed(missing)} "
+                f"and has {_listed(extra)} besides; make it anew for this model."
+            )
+        for name, (_, group) in (self.pattern or {}).items():
+            inputs = shapes[name][1]
+            if inputs % group:
+                raise MismatchError(
+                    f"{origin} has groups of {group} for {name}, which has {inputs} inputs; make it anew."
+                )
+        check_model({"model": self.model.document()}, model, origin)
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,155 @@
+"""Tensors in and out of safetensors files, one at a time.
+
+Writing a file needs memory for its largest tensor, not for the file.
+"""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimcli.errors import InputError, MismatchError
+from trimcli.files.atomic import atomic_file
+from trimcli.files.documents import check_schema, finite_or_none
+
+# What safetensors calls them. The order is the alignment of its layout: widest first, so every tensor starts aligned.
+DTYPES = {
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.bool: "BOOL",
+}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """How files and options call a dtype: float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will be before it exists: torch dtype and shape."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file of `specs`, asking for one tensor at a time.
+
+    path: a temporary path from `atomic_file` or inside `atomic_directory`. tensor(name): the tensor, on any
+    device, of the dtype and shape its spec promised. The safetensors library itself wants every tensor at
+    once; the streamed layout is the same, byte for byte, but for the tensors' order.
+    """
+    order = list(DTYPES)
+    names = sorted(specs, key=lambda name: (order.index(specs[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name in names:
+        spec = specs[name]
+        header[name] = {
+            "dtype": DTYPES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as handle:
+        handle.write(struct.pack("<Q", len(encoded)))
+        handle.write(encoded)
+        for name in names:
+            value = tensor(name)
+            spec = specs[name]
+            if value.dtype != spec.dtype or tuple(value.shape) != spec.shape:
+                raise AssertionError(f"{name} is {value.dtype} {tuple(value.shape)}, promised {spec}")
+            if value.numel():
+                handle.write(memoryview(_bytes(value)))
+
+
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's memory as a flat numpy uint8 array, no copy where it lies contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_manifest(path: Path, schema: str) -> dict[str, Any]:
+    """The manifest in a safetensors artifact. Raises InputError (missing, damaged) or MismatchError (schema)."""
+    with open_tensors(path) as handle:
+        text = (handle.metadata() or {}).get("manifest")
+    if text is None:
+        raise MismatchError(f"{path} carries no trim manifest where {schema!r} is needed; give the right file.")
+    found: dict[str, Any] = json.loads(text)
+    check_schema(found, schema, path)
+    return found
+
+
+def open_tensors(path: Path) -> Any:
+    """Open a safetensors file lazily (mapped, CPU). Raises InputError when missing, truncated or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}; check the path.") from None
+    except (SafetensorError, OSError) as problem:
+        raise InputError(f"{path} is not a whole safetensors file ({problem}); fetch or make it anew.") from None
+
+
+def spec_of(handle: Any, name: str, path: Path) -> TensorSpec:
+    """Dtype and shape of a tensor in the opened file `path`, by its header. Raises InputError for odd dtypes."""
+    piece = handle.get_slice(name)
+    for dtype, safe in DTYPES.items():
+        if safe == piece.get_dtype():
+            return TensorSpec(dtype, tuple(piece.get_shape()))
+    raise InputError(f"{path} holds {name} as {piece.get_dtype()}, which is not supported; convert the model.")
+
+
+def write_artifact(
+    target: Path,
+    document: Mapping[str, Any],
+    specs: Mapping[str, TensorSpec],
+    tensor: Callable[[str], Tensor],
+    *,
+    force: bool = False,
+) -> None:
+    """Write a safetensors artifact atomically: manifest `document` in the metadata, tensors streamed."""
+    with atomic_file(target, force=force) as temporary:
+        text = json.dumps(finite_or_none(document), ensure_ascii=False)
+        write_tensors(temporary, specs, tensor, {"format": "pt", "manifest": text})
+
+
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+
+
+def bit_view(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """A contiguous CPU tensor's bits as integers of its width: moving them alters no sign and no payload."""
+    return tensor.view(INTEGERS[tensor.dtype.itemsize]).numpy()

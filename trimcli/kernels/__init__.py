@@ -1,0 +1,1 @@
+"""Forms that sparse kernels read, and what running on them brings."""

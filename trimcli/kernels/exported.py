@@ -1,0 +1,152 @@
+"""Exports of `trim export` read back: as a checkpoint of the dense model, and as a model that runs on them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimcli.errors import InputError, OptionError
+from trimcli.files.atomic import MARK
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.documents import read_json
+from trimcli.files.manifest import is_intact
+from trimcli.files.tensors import TensorSpec, natural, open_tensors, spec_of
+from trimcli.kernels.forms import PARTS, Form, SemiStructured, computed, csr_from_parts, replace_linear
+from trimcli.model.device import compute_device, compute_dtype
+from trimcli.model.matrix import finite
+from trimcli.model.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPORT = "trim.export/1"
+
+
+def device_for(form: Form, name: str) -> torch.device:
+    """The device that a form is for; `name` as --device gives it. Raises OptionError for another one."""
+    if form == "csr":
+        if name not in ("auto", "cpu"):
+            raise OptionError(f"csr matrices are for CPUs, so --device {name} is of no use; leave it out.")
+        return torch.device("cpu")
+    return compute_device(name)
+
+
+class ExportedCheckpoint(Checkpoint):
+    """An export read as a checkpoint: dense tensors as stored, sparse ones decoded on request.
+
+    document: its `trim.json`. device: where semi-structured matrices are decoded. Raises InputError (not an
+    export, truncated, `trim.json` edited), MismatchError (packed for another GPU), OptionError (no GPU).
+    """
+
+    def __init__(self, directory: Path, device: str = "auto") -> None:
+        super().__init__(directory, str(directory), weights=False)
+        self.document = read_json(directory / MARK, EXPORT)
+        if not is_intact(self.document):
+            raise InputError(f"{directory / MARK} was changed after trim wrote it; export the model anew.")
+        self.to: Form = self.document["to"]
+        self.device = device_for(self.to, device)
+        self._packer = None
+        if self.to == "semi-structured":
+            self._packer = SemiStructured(self.device, getattr(torch, self.document["compute_dtype"]))
+            self._packer.check(self.document["semi_structured"], directory)
+        self._handles = {name: open_tensors(directory / name) for name in self.document["shards"]}
+        self._home: dict[str, str] = {}
+        for name, handle in self._handles.items():
+            self._home.update(dict.fromkeys(handle.keys(), name))
+        entries = self.document["linears"]
+        self.sparse = {name: entry for name, entry in entries.items() if entry["form"] != "dense"}
+        self._names = {entry["key"]: name for name, entry in self.sparse.items()}
+        for key in self._names:
+            if f"{key}.{PARTS[self.to][0]}" not in self._home:
+                raise InputError(f"the shards of {directory} lack {key}; export the model anew.")
+
+    @property
+    def has_weights(self) -> bool:
+        """Always."""
+        return True
+
+    def compute_dtype(self, name: str) -> torch.dtype:
+        """The computation's dtype for --dtype: what is packed for a GPU stays in the dtype it was packed in."""
+        return self._packer.dtype if self._packer else compute_dtype(name, self, self.device)
+
+    def keys(self) -> list[str]:
+        """Names of all tensors of the dense model."""
+        parts = {f"{key}.{kind}" for key in self._names for kind in PARTS[self.to]}
+        return sorted({*(name for name in self._home if name not in parts), *self._names}, key=natural)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype and shape of a tensor of the dense model."""
+        if key in self._names:
+            entry = self.sparse[self._names[key]]
+            shape = entry["shape"][::-1] if entry["transposed"] else entry["shape"]
+            return TensorSpec(getattr(torch, entry["dtype"]), tuple(shape))
+        home = self._home[key]
+        return spec_of(self._handles[home], key, self.directory / home)
+
+    def load(self, key: str) -> Tensor:
+        """A tensor of the dense model on the CPU, decoded where it is sparse."""
+        if key in self._names:
+            name = self._names[key]
+            dense = self.matrix(name).to_dense().cpu()
+            return dense.T if self.sparse[name]["transposed"] else dense
+        found: Tensor = self._handles[self._home[key]].get_tensor(key)
+        return found
+
+    def shards(self) -> dict[str, list[str]]:
+        """Shard file name -> the names of the tensors in it."""
+        return {name: list(handle.keys()) for name, handle in self._handles.items()}
+
+    def matrix(self, name: str) -> Tensor:
+        """The sparse [D_out, D_in] of a linear of `sparse`. Raises InputError where it is damaged."""
+        entry = self.sparse[name]
+        key, shape = entry["key"], (entry["shape"][0], entry["shape"][1])
+        parts = {kind: self._part(f"{key}.{kind}") for kind in PARTS[self.to] if f"{key}.{kind}" in self._home}
+        if self._packer:
+            return self._packer.from_parts(parts, shape)
+        try:
+            finite(parts["values"], key, self)
+            return csr_from_parts(parts, shape)
+        except (KeyError, ValueError):
+            raise InputError(f"{key} in {self.directory} is no csr matrix; export the model anew.") from None
+
+    def _part(self, part: str) -> Tensor:
+        found: Tensor = self._handles[self._home[part]].get_tensor(part)
+        return found
+
+
+def exported_skeleton(
+    checkpoint: ExportedCheckpoint, dtype: str = "auto", *, trust_remote_code: bool = False
+) -> Skeleton:
+    """The skeleton of an export, its sparse matrices in place, everything else still on the meta device."""
+    skeleton = Skeleton(
+        checkpoint,
+        dtype=checkpoint.compute_dtype(dtype),
+        device=checkpoint.device,
+        trust_remote_code=trust_remote_code,
+    )
+    for name in checkpoint.sparse:
+        replace_linear(skeleton, skeleton.linears[name], computed(checkpoint.matrix(name)))
+    return skeleton
+
+
+def load_exported(
+    directory: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> "PreTrainedModel":
+    """An export as a transformers model that runs on its sparse matrices.
+
+    device, dtype: as the command line takes them; `auto` is the CPU for csr and the first CUDA device for
+    semi-structured, whose dtype is the one it was packed in. Raises InputError (not an export, truncated),
+    MismatchError (packed for another GPU), OptionError (no GPU).
+    """
+    from transformers import GenerationConfig
+
+    path = Path(directory)
+    if not (path / MARK).is_file():
+        raise InputError(f"{path} is not an export: it has no {MARK}; check the path.")
+    skeleton = exported_skeleton(ExportedCheckpoint(path, device), dtype, trust_remote_code=trust_remote_code)
+    skeleton.load_everything()
+    model: PreTrainedModel = skeleton.model
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model

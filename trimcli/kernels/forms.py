@@ -1,0 +1,238 @@
+"""Weight matrices in the forms that sparse kernels read, and the module that multiplies with them.
+
+`csr`: torch's compressed sparse rows with int32 indices, which MKL multiplies on a CPU in float32.
+`semi-structured`: 2 of 4 kept, as `torch.sparse.to_sparse_semi_structured` packs it for a CUDA device's sparse
+tensor cores, in 16 bits. Its layout is the backend's: cuSPARSELt's is bound to its version and to the device's
+generation, CUTLASS's to devices of compute capability 8.
+"""
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from trimcli.errors import MismatchError, OptionError
+from trimcli.model.empty import empty
+from trimcli.model.matrix import Matrix
+from trimcli.model.skeleton import Skeleton
+
+Form = Literal["csr", "semi-structured"]
+# What a matrix in a form is stored as: suffixes of its tensor's name.
+CSR_PARTS = ("crow_indices", "col_indices", "values")
+SEMI_PARTS = ("packed", "meta")
+PARTS: dict[str, tuple[str, ...]] = {"csr": CSR_PARTS, "semi-structured": SEMI_PARTS}
+# Written between two timings, so that a matrix comes from memory as it does when all others were read before it.
+FLUSH_BYTES = 64 << 20
+REPEATS = 7
+
+
+class SparseLinear(nn.Module):
+    """y = x W^T + b with a sparse W.
+
+    weight: sparse [D_out, D_in], CSR in float32 or float64, or semi-structured in the inputs' dtype. bias: [D_out]
+    or None. Inputs [..., D_in] of any float dtype; outputs [..., D_out] of the same.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Inputs [..., D_in] -> outputs [..., D_out]."""
+        rows = inputs.reshape(-1, self.in_features)
+        if self.weight.layout == torch.sparse_csr:
+            found = self._csr(rows.to(self.weight.dtype)).to(inputs.dtype)
+            found = found if self.bias is None else found + self.bias
+        else:
+            found = nn.functional.linear(rows.contiguous(), self.weight, self.bias)
+        return found.reshape(*inputs.shape[:-1], self.out_features)
+
+    def _csr(self, rows: Tensor) -> Tensor:
+        """[n, D_in] -> [n, D_out]; torch's own linear takes many times longer with a sparse weight on the right."""
+        if len(rows) == 1:
+            return torch.mv(self.weight, rows[0]).unsqueeze(0)
+        return (self.weight @ rows.T).T
+
+
+def to_csr(weight: Tensor) -> Tensor:
+    """A dense matrix [D_out, D_in] as CSR of its dtype; zeros of either sign are left out."""
+    with _no_beta_warning():
+        found = weight.to_sparse_csr()
+        return torch.sparse_csr_tensor(
+            found.crow_indices().int(), found.col_indices().int(), found.values(), weight.shape
+        )
+
+
+def csr_from_parts(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+    """CSR of stored tensors by the names in CSR_PARTS. Raises ValueError where they are no matrix of `shape`."""
+    try:
+        with _no_beta_warning():
+            crow, columns, values = (parts[name] for name in CSR_PARTS)
+            return torch.sparse_csr_tensor(crow, columns, values, shape, check_invariants=True)
+    except RuntimeError as problem:
+        raise ValueError(str(problem)) from None
+
+
+def is_two_of_four(weight: Tensor) -> bool:
+    """Whether every 4 consecutive inputs of a row have at most 2 weights that are not zero. weight: [D_out, D_in]."""
+    d_out, d_in = weight.shape
+    if d_in % 4:
+        return False
+    return bool(((weight.reshape(d_out, d_in // 4, 4) != 0).sum(dim=2) <= 2).all())
+
+
+class SemiStructured:
+    """How a CUDA device packs and multiplies 2:4 matrices.
+
+    backend: cusparselt or cutlass. Raises OptionError where no device can.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type != "cuda":
+            raise OptionError(
+                "semi-structured (2:4) matrices are packed and multiplied on a CUDA GPU, and the device here is "
+                f"{device}; run on a machine with one, or export --to csr."
+            )
+        if dtype not in (torch.float16, torch.bfloat16):
+            raise OptionError(
+                "semi-structured (2:4) kernels compute in 16 bits, and this model's weights are "
+                f"{str(dtype).removeprefix('torch.')}; give --dtype bfloat16 or --dtype float16."
+            )
+        self.device, self.dtype = device, dtype
+        self.capability = torch.cuda.get_device_capability(device)
+        if torch.backends.cusparselt.is_available() and self.capability >= (8, 0):
+            self.backend = "cusparselt"
+        elif self.capability[0] == 8:
+            self.backend = "cutlass"
+        else:
+            raise OptionError(
+                f"this GPU (compute capability {self.capability[0]}.{self.capability[1]}) and this build of torch "
+                "have no semi-structured (2:4) kernels; use another machine, or export --to csr."
+            )
+
+    @property
+    def _kind(self) -> Any:
+        if self.backend == "cusparselt":
+            return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+        return torch.sparse.SparseSemiStructuredTensorCUTLASS
+
+    def document(self) -> dict[str, Any]:
+        """What the packed tensors are bound to."""
+        version = torch.backends.cusparselt.version() if self.backend == "cusparselt" else None
+        return {"backend": self.backend, "capability": list(self.capability), "cusparselt": version}
+
+    def check(self, made: Mapping[str, Any], where: Any) -> None:
+        """Raise MismatchError unless tensors packed as `made` says can be read here."""
+        if made != self.document():
+            raise MismatchError(
+                f"{where} was packed for {made}, and this machine has {self.document()}; export it anew here."
+            )
+
+    def fits(self, shape: tuple[int, int]) -> bool:
+        """Whether the kernels take matrices of this shape."""
+        least = self._kind._DTYPE_SHAPE_CONSTRAINTS[self.dtype]
+        return shape[0] % least.sparse_min_rows == 0 and shape[1] % least.sparse_min_cols == 0
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """A 2:4 matrix [D_out, D_in], on any device, as a SparseSemiStructuredTensor on this one."""
+        dense = weight.to(self.device, self.dtype).contiguous()
+        with _no_beta_warning():
+            return cast(Tensor, self._kind.from_dense(dense))
+
+    def from_parts(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
+        """The same from stored tensors by the names in SEMI_PARTS."""
+        there = {name: part.to(self.device) for name, part in parts.items()}
+        with _no_beta_warning():
+            return cast(
+                Tensor,
+                self._kind(
+                    shape=torch.Size(shape),
+                    packed=there["packed"],
+                    meta=there.get("meta"),
+                    packed_t=None,
+                    meta_t=None,
+                    compressed_swizzled_bitmask=None,
+                ),
+            )
+
+
+def parts_of(sparse: Tensor) -> dict[str, Tensor]:
+    """The tensors that a sparse matrix consists of, by the names they are stored under."""
+    if sparse.layout == torch.sparse_csr:
+        return {name: getattr(sparse, name)() for name in CSR_PARTS}
+    found = {name: getattr(sparse, name) for name in SEMI_PARTS}
+    return {name: part for name, part in found.items() if part is not None}
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor takes, sparse or dense."""
+    if tensor.layout == torch.sparse_csr or isinstance(tensor, torch.sparse.SparseSemiStructuredTensor):
+        return sum(part.nbytes for part in parts_of(tensor).values())
+    return tensor.nbytes
+
+
+def replace_linear(skeleton: Skeleton, linear: Matrix, weight: Tensor) -> None:
+    """Put a SparseLinear in the linear's place and let go of the dense weight; the bias stays.
+
+    weight: sparse [D_out, D_in].
+    """
+    parent, _, leaf = linear.name.rpartition(".")
+    bias = cast(nn.Parameter | None, linear.module.bias)
+    setattr(skeleton.model.get_submodule(parent), leaf, SparseLinear(weight, bias))
+    empty(linear.module)
+
+
+def computed(sparse: Tensor) -> Tensor:
+    """CSR in the dtype that its kernels compute in: float32 for 16-bit values."""
+    if sparse.layout != torch.sparse_csr or sparse.dtype not in (torch.float16, torch.bfloat16):
+        return sparse
+    with _no_beta_warning():
+        return sparse.float()
+
+
+class Race(NamedTuple):
+    """Median seconds of a product with one sample, dense and sparse."""
+
+    dense: float
+    sparse: float
+
+
+def race(weight: Tensor, sparse: Tensor, dtype: torch.dtype) -> Race:
+    """Time one input row through a matrix, dense in `dtype` and sparse, in turn, on the CPU.
+
+    weight: [D_out, D_in]; sparse: the same as CSR. The caches are emptied before each, since in a model every
+    other matrix is read in between.
+    """
+    dense = weight.to(dtype).contiguous()
+    inputs = torch.randn(1, weight.shape[1]).to(dtype)
+    module = SparseLinear(computed(sparse))
+    flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8)
+    contestants: tuple[Callable[[], Any], Callable[[], Any]] = (
+        lambda: nn.functional.linear(inputs, dense),
+        lambda: module(inputs),
+    )
+    seconds: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for turn in range(REPEATS + 1):
+            for run, found in zip(contestants, seconds, strict=True):
+                flush.add_(1)
+                started = time.perf_counter()
+                run()
+                # The first turn warms up.
+                if turn:
+                    found.append(time.perf_counter() - started)
+    return Race(statistics.median(seconds[0]), statistics.median(seconds[1]))
+
+
+def _no_beta_warning() -> AbstractContextManager[Any]:
+    """Torch says of either form, once, that it may change; the versions it was written with lie beside it."""
+    return warnings.catch_warnings(action="ignore")

@@ -1,0 +1,34 @@
+"""The last step of every method: onto the target, or as the published code left it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from trimcli.methods.masks import Numerics, project
+
+CAP = 0.99
+FLOOR = 0.01
+
+
+def uniform(count: int, target: float) -> Tensor:
+    """The target for each of `count` linears, float64 [count]."""
+    return torch.full((count,), target, dtype=torch.float64)
+
+
+def settle(sparsity: Tensor, weights: Tensor, target: float, numerics: Numerics) -> Tensor:
+    """The sparsities to write.
+
+    sparsity: float64 [n], one per linear, as a method proposes them. weights: [n], their weight counts.
+    `exact`: projected onto {0 <= s <= max(0.99, target), mean weighted by `weights` = target}, one shift for
+    all. `reference`: neither clipped nor shifted, so some may exceed 1; what is not positive becomes 0.01.
+    Returns float64 [n].
+    """
+    if numerics == "exact":
+        return project(sparsity, weights, target, max(CAP, target))
+    return torch.where(sparsity <= 0, FLOOR, sparsity)
+
+
+def weighted_mean(sparsity: Tensor, weights: Tensor) -> float:
+    """Mean of `sparsity` [n] weighted by the weight counts `weights` [n]: the share of weights that go."""
+    return math.fsum((sparsity.double() * weights.double()).tolist()) / float(weights.double().sum())

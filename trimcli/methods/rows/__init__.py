@@ -1,0 +1,1 @@
+"""Row allocation: how many weights each row of a matrix loses."""

@@ -1,0 +1,57 @@
+"""The Wanda variant: row by row, weights go while their scores' running sum stays small."""
+
+import torch
+from torch import Tensor
+
+from trimcli.methods.masks import Numerics, lowest_counts, matrix_budget, row_thresholds, sort_rows, split_rows
+
+
+def variant_keep(scores: Tensor, sparsity: float, numerics: Numerics) -> Tensor:
+    """Keep mask of the Wanda variant (Sun et al. 2023, appendix).
+
+    A weight goes when the running sum of its row's ascending scores up to it is at most alpha times the row's
+    sum, one alpha for the matrix, chosen to reach `sparsity`.
+    scores: float32 [D_out, D_in], not negative. Returns bool [D_out, D_in].
+
+    exact: round(sparsity * D_out * D_in) weights go, those of lowest running sum relative to their row's sum,
+    in index order where equal. Every alpha lets such a lowest set go, so the set of the right size is what
+    filling up or giving back leads to from any alpha, and none is searched for.
+    reference: alpha by bisection to within 0.001, nothing filled up, and scores equal to the last that goes
+    in their row go with it.
+
+    Raises ValueError for scores that are NaN, or so large that a row has no finite sum.
+    """
+    scores = scores.contiguous()
+    sums = scores.sum(dim=1)
+    if not sums.isfinite().all():
+        raise ValueError("a row's scores have no finite sum; the weights or their statistics are damaged.")
+    ordered = sort_rows(scores)
+    running = ordered.cumsum(dim=1)
+    if numerics == "reference":
+        return scores > _bisect(ordered, running, sums, sparsity).unsqueeze(1)
+    # A row of zeros costs nothing at any alpha: its running sums are zero, so any divisor will do.
+    relative = running.div_(sums.masked_fill(sums == 0, 1).unsqueeze(1))
+    counts, _ = lowest_counts(relative, matrix_budget(scores.shape[0], scores.shape[1], sparsity))
+    return split_rows(scores, row_thresholds(ordered, counts), counts)
+
+
+def _bisect(ordered: Tensor, running: Tensor, sums: Tensor, sparsity: float) -> Tensor:
+    """The highest score that goes in every row, [D_out], at the alpha that bisection ends with.
+
+    ordered, running: [D_out, D_in], ascending scores and their running sums. sums: [D_out].
+    """
+    alpha, low, high = 0.4, 0.0, 0.8
+    while True:
+        counts = torch.searchsorted(running, (sums * alpha).unsqueeze(1), right=True).squeeze(1)
+        thresholds = row_thresholds(ordered, counts)
+        going = torch.searchsorted(ordered, thresholds.unsqueeze(1), right=True)
+        # float32, as the published code compares it.
+        achieved = going.sum() / ordered.numel()
+        if (achieved - sparsity).abs() <= 0.001 or high - low < 0.001:
+            return thresholds
+        if achieved > sparsity:
+            high = alpha
+            alpha = (alpha + low) / 2
+        else:
+            low = alpha
+            alpha = (alpha + high) / 2

@@ -1,0 +1,1 @@
+"""Weight updates: what the kept weights do about those that go."""

@@ -1,0 +1,59 @@
+"""Transformers models without weights: built on the meta device, filled and emptied in parts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimcli.errors import InputError
+from trimcli.files.checkpoint import Checkpoint
+
+
+def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """The transformers model of a config, parameters on the meta device, buffers real. Raises InputError."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except Exception as problem:  # any library behind a config may raise anything
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise InputError(
+            f"no causal language model can be built from {checkpoint.directory / 'config.json'} ({reason}); "
+            "check the config, or --trust-remote-code if the model brings its own code."
+        ) from None
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """The decoder's ModuleList: `num_hidden_layers` entries; of several, the one with the most parameters."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    count = getattr(config, "num_hidden_layers", None)
+    found = [
+        (sum(parameter.numel() for parameter in module.parameters()), name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not found:
+        raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; its form is not supported.")
+    _, name, module = max(found, key=lambda entry: entry[0])
+    return name, module
+
+
+def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
+    """Make `value` the parameter `name` (a path below `module`), without gradient."""
+    *path, leaf = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def empty(module: nn.Module, *, recurse: bool = True) -> None:
+    """Put the parameters of a module (and of those below it) back on the meta device."""
+    for owner in module.modules() if recurse else [module]:
+        for name, parameter in owner._parameters.items():
+            if parameter is not None and parameter.device.type != "meta":
+                owner._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,132 @@
+"""One prunable matrix, however its module and its checkpoint hold it.
+
+Everything that prunes sees a matrix as [D_out, D_in]: rows are output features. How that lies in the tensor that a
+checkpoint stores and a module loads is told by `within` alone, a view, so that what is written through it arrives.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from trimcli.errors import InputError
+from trimcli.files.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Matrix(ABC):
+    """A weight matrix that can be pruned; a `linear` in files, options and messages.
+
+    name: full module name. module: the module that is called with its inputs. d_out, d_in: output and input
+    features. key: the checkpoint tensor that it lies in, None where only a config was read.
+    """
+
+    name: str
+    module: nn.Module
+    d_out: int
+    d_in: int
+    key: str | None
+
+    transposed: ClassVar[bool] = False
+    """Whether it is stored as [D_in, D_out]."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D_out, D_in)."""
+        return self.d_out, self.d_in
+
+    @property
+    def numel(self) -> int:
+        """How many weights."""
+        return self.d_out * self.d_in
+
+    @abstractmethod
+    def within(self, tensor: Tensor) -> Tensor:
+        """The view [D_out, D_in] of the matrix in a tensor such as the checkpoint's."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """The loaded tensor that it lies in."""
+        return self.module.weight.data  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> Tensor:
+        """The loaded weight [D_out, D_in], a view: what is written to it is written to the module."""
+        return self.within(self.parameter)
+
+    def write(self, weight: Tensor, keep: Tensor | None = None) -> None:
+        """Load other values [D_out, D_in], zero outside `keep` (bool [D_out, D_in]) where one is given."""
+        self.weight.copy_(weight)
+        self.mask(keep)
+
+    def mask(self, keep: Tensor | None) -> None:
+        """Zero the loaded weight where `keep`, bool [D_out, D_in] on any device, is False."""
+        if keep is not None:
+            self.weight.masked_fill_(~keep.to(self.parameter.device), 0)
+
+    def read(self, checkpoint: Checkpoint) -> Tensor:
+        """The weight [D_out, D_in] as stored: its dtype, on the CPU. Raises InputError on NaN or infinity."""
+        if self.key is None:
+            raise InputError(f"{checkpoint.directory} has no weights for {self.name}; give a directory with them.")
+        return self.within(finite(checkpoint.load(self.key), self.key, checkpoint))
+
+    def replaced(self, tensor: Tensor, weight: Tensor) -> Tensor:
+        """A copy of a tensor such as the checkpoint's or the module's, with `weight` [D_out, D_in] in its place."""
+        copy = tensor.clone()
+        self.within(copy).copy_(weight)
+        return copy
+
+
+class LinearMatrix(Matrix):
+    """The weight of an `nn.Linear`."""
+
+    def within(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+
+class Conv1DMatrix(Matrix):
+    """The weight of transformers' `Conv1D`, [D_in, D_out]: GPT-2's linears."""
+
+    transposed = True
+
+    def within(self, tensor: Tensor) -> Tensor:
+        """The tensor transposed."""
+        return tensor.T
+
+
+def matrices_in(
+    layer: nn.Module, prefix: str, key_of: Callable[[str], str | None], *, stored: bool
+) -> Iterator[Matrix]:
+    """The matrices of a decoder layer in module order.
+
+    prefix: the layer's full name. key_of: parameter name -> checkpoint key, None for what is assembled from several
+    tensors. stored: whether there is a checkpoint: then what has no tensor of its own there is no matrix.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in layer.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        full = f"{prefix}.{name}"
+        key = key_of(f"{full}.weight")
+        if stored and key is None:
+            continue
+        kind = Conv1DMatrix if isinstance(module, Conv1D) else LinearMatrix
+        rows, columns = (int(size) for size in module.weight.shape)
+        d_out, d_in = (columns, rows) if kind.transposed else (rows, columns)
+        yield kind(full, module, d_out, d_in, key)
+
+
+def finite(tensor: Tensor, key: str, checkpoint: Checkpoint) -> Tensor:
+    """`tensor` itself. Raises InputError naming `key` when it holds NaN or infinity."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = torch.aminmax(tensor)
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise InputError(
+                f"the tensor {key} of {checkpoint.directory} holds NaN or infinite values; fetch or train it anew."
+            )
+    return tensor

@@ -1,0 +1,246 @@
+"""The skeleton: a transformers model on the meta device, filled one decoder layer at a time.
+
+Parameters live on the meta device, buffers are real. Decoder layers are the ModuleList of
+`config.num_hidden_layers` entries, matrices are found by type; so no architecture is named anywhere.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimcli.errors import InputError, first_line
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.documents import canonical_json
+from trimcli.files.manifest import ModelFingerprint
+from trimcli.files.tensors import natural
+from trimcli.model.device import compute_device, compute_dtype
+from trimcli.model.empty import build_empty, empty, find_decoder_layers, set_parameter
+from trimcli.model.matrix import Matrix, finite, matrices_in
+from trimcli.model.names import Conversion, NameMap, map_names
+from trimcli.options import RunOptions
+
+# Of a config.json: what does not change which function of the weights the model is.
+VOLATILE = {
+    "_name_or_path",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "architectures",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+}
+SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer: index, full module name, module, and its matrices in module order."""
+
+    index: int
+    name: str
+    module: nn.Module
+    linears: list[Matrix]
+
+
+class Skeleton:
+    """A transformers model without weights, and the means to fill it in parts.
+
+    checkpoint: an open Checkpoint (with or without weights). dtype: of the computation. device: where layers
+    are put when their turn comes.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.model = build_empty(checkpoint, dtype, trust_remote_code=trust_remote_code)
+        self.config = self.model.config
+        self._names = map_names(self.model, checkpoint.keys()) if checkpoint.has_weights else NameMap({}, [])
+        self._tied = self._tied_names()
+        # Taken now: once filled and emptied, parameters that were tied are no longer one.
+        self._shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        if checkpoint.has_weights:
+            self._refuse_other_shapes()
+        container, modules = find_decoder_layers(self.model)
+        self.layers = [
+            DecoderLayer(index, f"{container}.{index}", module, self._linears(f"{container}.{index}", module))
+            for index, module in enumerate(modules)
+        ]
+        self.linears = {linear.name: linear for layer in self.layers for linear in layer.linears}
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Full module name -> (D_out, D_in) of every linear."""
+        return {name: linear.shape for name, linear in self.linears.items()}
+
+    # --- names, shapes, identity -------------------------------------------------------------------------
+
+    def _tied_names(self) -> dict[str, str]:
+        """Parameter name -> the name whose checkpoint tensor it shares."""
+        by_identity: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            by_identity.setdefault(id(parameter), []).append(name)
+        tied = {}
+        for names in by_identity.values():
+            source = next((name for name in names if name in self._names.plain), names[0])
+            tied.update({name: source for name in names if name != source})
+        return tied
+
+    def _refuse_other_shapes(self) -> None:
+        made = {conversion.name for conversion in self._names.conversions}
+        # One conversion may yield several parameters: which ones shows when it runs, in `_fill`.
+        several = any(len(conversion.converter.target_patterns) > 1 for conversion in self._names.conversions)
+        for name, tensor in self.model.state_dict().items():
+            key = self._names.plain.get(self._tied.get(name, name))
+            if key is None:
+                parameter = name in dict(self.model.named_parameters(remove_duplicate=False))
+                if parameter and not several and name not in made and name not in self._tied:
+                    raise InputError(
+                        f"{self.checkpoint.directory} lacks a tensor for {name}, which its config.json calls for; "
+                        "fetch the model anew."
+                    )
+            elif self.checkpoint.spec(key).shape != tuple(tensor.shape):
+                raise InputError(
+                    f"{self.checkpoint.directory}: {key} has shape {self.checkpoint.spec(key).shape} where config.json "
+                    f"calls for {tuple(tensor.shape)}; fetch the model anew."
+                )
+
+    def _linears(self, prefix: str, layer: nn.Module) -> list[Matrix]:
+        made = {conversion.name for conversion in self._names.conversions}
+
+        def key_of(parameter: str) -> str | None:
+            return None if parameter in made else self._names.plain.get(parameter)
+
+        return list(matrices_in(layer, prefix, key_of, stored=self.checkpoint.has_weights))
+
+    def left_dense(self) -> dict[str, tuple[int, ...]]:
+        """Matrices inside the decoder layers that are not pruned (stacked experts, say): name -> shape."""
+        pruned = {f"{name}.weight" for name in self.linears}
+        return {
+            f"{layer.name}.{name}": tuple(parameter.shape)
+            for layer in self.layers
+            for name, parameter in layer.module.named_parameters()
+            if parameter.ndim > 1 and f"{layer.name}.{name}" not in pruned
+        }
+
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        """Structure (config, module names, shapes) and, with weights, content (dtypes and a sample of every tensor)."""
+        kept = {key: value for key, value in self.checkpoint.config_document.items() if key not in VOLATILE}
+        structure = hashlib.sha256(canonical_json([kept, self._shapes]).encode()).hexdigest()
+        if not self.checkpoint.has_weights:
+            return ModelFingerprint(self.checkpoint.id, structure)
+        content = hashlib.sha256()
+        for key in sorted(self.checkpoint.keys(), key=natural):
+            spec = self.checkpoint.spec(key)
+            content.update(f"{key} {spec.dtype} {list(spec.shape)}".encode())
+            if math.prod(spec.shape):
+                flat = self.checkpoint.load(key).reshape(-1)
+                sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+                content.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        return ModelFingerprint(self.checkpoint.id, structure, content.hexdigest())
+
+    # --- parameters in and out ---------------------------------------------------------------------------
+
+    def load_layer(self, layer: DecoderLayer) -> None:
+        """Put a layer's parameters on the compute device in the compute dtype. Raises InputError on NaN or infinity."""
+        self._fill(layer.name, layer.module, copy=True)
+
+    def drop_layer(self, layer: DecoderLayer) -> None:
+        """Put a layer's parameters back on the meta device."""
+        empty(layer.module)
+
+    def load_everything(self) -> None:
+        """Fill the whole model: what evaluating through other libraries needs. Tied parameters stay tied."""
+        self._fill("", self.model, copy=True)
+        self.model.tie_weights()
+
+    def _fill(self, prefix: str, module: nn.Module, *, recurse: bool = True, copy: bool = False) -> None:
+        """Fill what is empty. copy: for what will be written to: a tensor as stored is the checkpoint's own memory."""
+        dotted = f"{prefix}." if prefix else ""
+        made: dict[str, Tensor] = {}
+        for conversion in self._names.conversions:
+            if recurse and conversion.name.startswith(dotted):
+                made.update(self._converted(conversion))
+        for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
+            full = dotted + name
+            if parameter.device.type != "meta":
+                continue
+            key = self._names.plain.get(self._tied.get(full, full))
+            if key is None and full not in made:
+                raise InputError(f"{self.checkpoint.directory} lacks a tensor for {full}; fetch the model anew.")
+            stored = made[full] if key is None else self.checkpoint.load(key)
+            if stored.shape != parameter.shape:
+                raise InputError(
+                    f"the tensors of {self.checkpoint.directory} give {full} the shape {tuple(stored.shape)} where "
+                    f"config.json calls for {tuple(parameter.shape)}; fetch the model anew."
+                )
+            value = finite(stored, key or full, self.checkpoint)
+            dtype = self.dtype if value.is_floating_point() else value.dtype
+            set_parameter(module, name, value.to(self.device, dtype, copy=copy))
+        for name, buffer in module.named_buffers(recurse=recurse):
+            key = self._names.plain.get(dotted + name)
+            if key is not None:
+                buffer.copy_(self.checkpoint.load(key).to(buffer.dtype))
+
+    def _converted(self, conversion: Conversion) -> dict[str, Tensor]:
+        try:
+            return conversion.build(self.model, self.checkpoint.load)
+        except RuntimeError as problem:
+            raise InputError(
+                f"the tensors of {self.checkpoint.directory} do not make up {conversion.name} ({first_line(problem)}); "
+                "fetch the model anew."
+            ) from None
+
+    @contextmanager
+    def filled_on_use(self, *, but: nn.Module | None = None) -> Iterator[None]:
+        """Fill modules outside the decoder layers (but `but`) when the forward pass calls them; empty them after."""
+        inside = {id(module) for layer in self.layers for module in layer.module.modules()}
+        hooks, outside = [], []
+        for name, module in self.model.named_modules():
+            if id(module) in inside or module is but or not any(True for _ in module.parameters(recurse=False)):
+                continue
+            outside.append(module)
+
+            def fill(module: nn.Module, _: Any, *, name: str = name) -> None:
+                self._fill(name, module, recurse=False)
+
+            hooks.append(module.register_forward_pre_hook(fill))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in outside:
+                empty(module, recurse=False)
+
+
+def open_model(model: str, options: RunOptions, *, weights: bool | None = True) -> Skeleton:
+    """The skeleton of a directory or hub id under the run's options. Raises InputError, HubError, OptionError.
+
+    weights: whether they are needed; None to take them where they are there.
+    """
+    device = compute_device(options.device)
+    checkpoint = Checkpoint.open(model, revision=options.revision, weights=weights)
+    dtype = compute_dtype(options.dtype, checkpoint, device)
+    return Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)

@@ -1,0 +1,226 @@
+"""The passes over a model that choose masks: layer by layer, one resident, each leaving a part file when finished."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.console import Progress
+from trimcli.files.calibration import CalibrationFile
+from trimcli.files.parts import Part, Parts
+from trimcli.files.rowstats import row_facts, row_tensors
+from trimcli.methods import masks
+from trimcli.methods.recipe import Outcome, Recipe, Target
+from trimcli.methods.scores import LinearStats, Statistic
+from trimcli.model.matrix import Matrix
+from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
+from trimcli.pipeline.plan import walks
+from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
+from trimcli.pipeline.walk import Walk
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What the passes work with.
+
+    targets: full module name -> target, for the linears that are pruned. calibration: None where neither tokens nor
+    statistics are needed. gram_dtype: accumulation of SparseGPT's Gram.
+    """
+
+    skeleton: Skeleton
+    recipe: Recipe
+    targets: Mapping[str, Target]
+    calibration: CalibrationFile | None
+    progress: Progress
+    gram_dtype: str = "float32"
+    batch_size: int | None = None
+
+    def _walk(self) -> Walk:
+        assert self.calibration is not None, "a recipe that walks has been given tokens"
+        tokens = self.calibration.tokens
+        return Walk(self.skeleton, tokens, batch_size=self.batch_size, progress=self.progress)
+
+    def first(self, parts: Parts) -> int:
+        """Choose the masks layer by layer, leaving a part file each. Returns how many an earlier run had left."""
+        done, total = parts.finished(), len(self.skeleton.layers)
+        if done == total:
+            return done
+        with self.progress.task("pruning layers", total) as step:
+            if not walks(self.recipe):
+                for layer in self.skeleton.layers:
+                    if layer.index >= done:
+                        self._prune_from_file(layer, parts)
+                    step()
+                return done
+            walk = self._walk()
+            for layer in walk.layers():
+                if self.recipe.barber and layer.index == done and self.mine(layer):
+                    # What the second pass cannot work on is refused before the first one is done.
+                    blocks_of(walk, layer)
+                if layer.index < done:
+                    self._replay(layer, parts.read(layer.index))
+                else:
+                    self._prune_layer(walk, layer, parts)
+                if layer.index + 1 < total:
+                    walk.advance(layer)
+                step()
+        return done
+
+    def second(self, first: Parts, second: Parts) -> int:
+        """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber)."""
+        done, total = second.finished(), len(self.skeleton.layers)
+        if done == total:
+            return done
+        walk = self._walk()
+        with self.progress.task("rebuilding layers", total) as step:
+            for layer in walk.layers():
+                if layer.index < done:
+                    self._replay(layer, second.read(layer.index))
+                else:
+                    self._rebuild(walk, layer, first.read(layer.index), second)
+                if layer.index + 1 < total:
+                    walk.advance(layer)
+                step()
+        return done
+
+    def mine(self, layer: DecoderLayer) -> list[Matrix]:
+        """The layer's linears that are pruned."""
+        return [linear for linear in layer.linears if linear.name in self.targets]
+
+    def _stored(self, linear: Matrix) -> Tensor:
+        """The weight [D_out, D_in] as stored, on the compute device: the layer's own may have fewer bits."""
+        return linear.read(self.skeleton.checkpoint).to(self.skeleton.device)
+
+    def _prune_from_file(self, layer: DecoderLayer, parts: Parts) -> None:
+        """Without propagation: statistics from the calibration file, one matrix in memory."""
+        writer = PartWriter(self)
+        device = self.skeleton.device
+        for linear in self.mine(layer):
+            stats = LinearStats()
+            if self.recipe.needs and self.calibration:
+                found = self.calibration.statistics(linear.name)
+                refuse_unusable(found, linear.name)
+                stats = LinearStats(
+                    sqnorm=None if found.sqnorm is None else found.sqnorm.to(device),
+                    inputs=None if found.inputs is None else found.inputs.to(device),
+                )
+            writer.add(linear, self.recipe.choose(self._stored(linear), stats, self.targets[linear.name]))
+        writer.finish(parts, layer)
+
+    def _prune_layer(self, walk: Walk, layer: DecoderLayer, parts: Parts) -> None:
+        """With propagation: dense weights, pruned inputs."""
+        groups = [group for group in walk.groups(layer) if any(one.name in self.targets for one in group.linears)]
+        stats = self._collect(walk, layer, groups, self.recipe.needs)
+        writer = PartWriter(self)
+        factors: dict[int, Any] = {}
+        for number, group in enumerate(groups):
+            if self.recipe.input_recalc and number:
+                self._recalculate(walk, layer, group, stats)
+            for linear in group.linears:
+                if linear.name in self.targets:
+                    weight = self._stored(linear)
+                    outcome = self.recipe.choose(weight, stats[linear.name], self.targets[linear.name], factors)
+                    writer.add(linear, outcome)
+                    apply_outcome(linear, outcome.keep, writer.weight(linear))
+            factors.clear()
+            for linear in group.linears:
+                stats.pop(linear.name, None)
+        writer.finish(parts, layer)
+
+    def _collect(
+        self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[Statistic]
+    ) -> dict[str, LinearStats]:
+        if not groups:
+            return {}
+        gram = torch.float64 if self.gram_dtype == "float64" else torch.float32
+        collector = Collector(groups, needs, walk.nsamples, walk.seqlen, self.skeleton.device, gram)
+        walk.collect(layer, collector)
+        return collector.by_linear()
+
+    def _recalculate(self, walk: Walk, layer: DecoderLayer, group: InputGroup, stats: dict[str, LinearStats]) -> None:
+        """Last-token inputs anew, the linears before the group now being pruned (TRIM's input recalculation)."""
+        reference = self.recipe.numerics == "reference"
+        needs = {Statistic.INPUTS}
+        if reference and Statistic.SQNORM in self.recipe.needs:
+            needs.add(Statistic.SQNORM)
+        again = self._collect(walk, layer, [group], frozenset(needs))
+        for position, linear in enumerate(group.linears):
+            before, after = stats[linear.name], again[linear.name]
+            sqnorm = before.sqnorm
+            if position and sqnorm is not None and after.sqnorm is not None:
+                # The published code goes on adding to the norms of the linears whose turn has not come.
+                sqnorm = (sqnorm + after.sqnorm) / 2
+            stats[linear.name] = replace(before, sqnorm=sqnorm, inputs=after.inputs)
+
+    def _replay(self, layer: DecoderLayer, part: Part) -> None:
+        for linear in self.mine(layer):
+            key = f"{linear.name}.weight"
+            keep = masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in)
+            apply_outcome(linear, keep, part.load(key) if key in part.names else None)
+
+    def _rebuild(self, walk: Walk, layer: DecoderLayer, part: Part, second: Parts) -> None:
+        assert self.recipe.barber is not None
+        mine = self.mine(layer)
+        # As stored, not as computed with: what returns returns with all its bits.
+        stored = {
+            linear.name: linear.read(self.skeleton.checkpoint).to(self.skeleton.device) for linear in layer.linears
+        }
+        self._replay(layer, part)
+        keep = {linear.name: masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in) for linear in mine}
+        pattern = self.targets[mine[0].name].pattern if mine else None
+        writer = PartWriter(self)
+        changed = {
+            linear.name: part.load(f"{linear.name}.weight") for linear in mine if f"{linear.name}.weight" in part.names
+        }
+        outcomes = (
+            rebuild_layer(walk, layer, stored, stored | changed, keep, pattern, self.recipe.barber) if mine else {}
+        )
+        for linear in mine:
+            keep_new, weight = outcomes[linear.name]
+            writer.add(linear, Outcome(keep_new, weight if self.recipe.changes_weights else None))
+            if writer.weight(linear) is not None:
+                apply_outcome(linear, keep_new, writer.weight(linear))
+        writer.finish(second, layer)
+
+
+class PartWriter:
+    """Gathers one layer's outcomes on the CPU and leaves them as a part file."""
+
+    def __init__(self, passes: Passes) -> None:
+        self._passes = passes
+        self._tensors: dict[str, Tensor] = {}
+        self._rows: dict[str, Any] = {}
+        self._remarks: list[str] = []
+
+    def add(self, linear: Matrix, outcome: Outcome) -> None:
+        """Take one matrix's masks, and its weights as the checkpoint will store them."""
+        self._tensors[f"{linear.name}.keep"] = masks.pack(outcome.keep).cpu()
+        if outcome.weight is not None:
+            assert linear.key is not None
+            stored = self._passes.skeleton.checkpoint.spec(linear.key).dtype
+            self._tensors[f"{linear.name}.weight"] = outcome.weight.to("cpu", stored).contiguous()
+        if outcome.rows is not None:
+            self._rows[linear.name] = row_facts(outcome.rows, self._passes.targets[linear.name].sparsity)
+            self._tensors.update(row_tensors(linear.name, outcome.rows))
+        for remark in outcome.remarks:
+            self._remarks.append(f"{linear.name}: {remark}")
+            self._passes.progress.warn(self._remarks[-1])
+
+    def weight(self, linear: Matrix) -> Tensor | None:
+        """The new weight [D_out, D_in] in the stored dtype, None where the dense values stay."""
+        return self._tensors.get(f"{linear.name}.weight")
+
+    def finish(self, parts: Parts, layer: DecoderLayer) -> None:
+        """Write the part: the layer is finished."""
+        parts.write(layer.index, self._tensors, {"rows": self._rows, "remarks": self._remarks})
+
+
+def apply_outcome(linear: Matrix, keep: Tensor, weight: Tensor | None) -> None:
+    """Make the loaded layer's linear sparse: new weights [D_out, D_in] where there are any, zeros elsewhere."""
+    if weight is None:
+        linear.mask(keep)
+    else:
+        linear.write(weight, keep)

@@ -1,0 +1,186 @@
+"""What a prune will do, before any pass: matrices, targets, exact counts, memory, disk, forward passes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import OptionError
+from trimcli.files.tensors import dtype_name
+from trimcli.methods.recipe import Recipe, Target, check_patterns, expected_zeros
+from trimcli.methods.scores import Statistic
+from trimcli.model.matrix import Matrix
+from trimcli.model.skeleton import Skeleton
+from trimcli.options import selected
+
+# What the interpreter and the libraries hold before any tensor is read.
+LIBRARIES = 400 << 20
+
+
+@dataclass(frozen=True)
+class PlannedLinear:
+    """One matrix of the plan: shape (D_out, D_in), target and how many weights will go."""
+
+    name: str
+    shape: tuple[int, int]
+    target: Target
+    zeros: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a prune will do.
+
+    linears: what is pruned. dense: matrices inside the decoder layers that stay dense, name -> shape.
+    forward_passes: over the calibration samples, in units of the whole model. All sizes in bytes: host and device peak
+    memory (estimates), disk for the masks and for the pruned model.
+    """
+
+    model: str
+    linears: tuple[PlannedLinear, ...]
+    dense: Mapping[str, tuple[int, ...]]
+    compute_dtype: str
+    device: str
+    forward_passes: float
+    host_bytes: int
+    device_bytes: int
+    mask_bytes: int
+    model_bytes: int | None
+
+    @property
+    def weights(self) -> int:
+        """Weights in the pruned matrices."""
+        return sum(linear.shape[0] * linear.shape[1] for linear in self.linears)
+
+    @property
+    def zeros(self) -> int:
+        """Weights that will go."""
+        return sum(linear.zeros for linear in self.linears)
+
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        return {
+            "model": self.model,
+            "linears": [
+                {
+                    "name": linear.name,
+                    "shape": list(linear.shape),
+                    "sparsity": linear.target.sparsity,
+                    "pattern": list(linear.target.pattern) if linear.target.pattern else None,
+                    "zeros": linear.zeros,
+                }
+                for linear in self.linears
+            ],
+            "left_dense": {name: list(shape) for name, shape in self.dense.items()},
+            "weights": self.weights,
+            "zeros": self.zeros,
+            "sparsity": self.zeros / self.weights,
+            "compute_dtype": self.compute_dtype,
+            "device": self.device,
+            "forward_passes": self.forward_passes,
+            "peak_host_bytes": self.host_bytes,
+            "peak_device_bytes": self.device_bytes,
+            "mask_bytes": self.mask_bytes,
+            "model_bytes": self.model_bytes,
+        }
+
+
+def chosen_linears(
+    skeleton: Skeleton, only: tuple[str, ...], skip: tuple[str, ...], progress: Progress = NO_PROGRESS
+) -> list[Matrix]:
+    """The linears that --only and --skip leave; warns of a glob without effect.
+
+    Raises OptionError when none is left.
+    """
+    found = [linear for name, linear in skeleton.linears.items() if selected(name, only, skip)]
+    if not found:
+        some = next(iter(skeleton.linears), "none")
+        raise OptionError(
+            f"nothing matches: of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip "
+            f"{list(skip)} leave none; the globs are matched against full module names."
+        )
+    for flag, globs in (("--only", only), ("--skip", skip)):
+        for glob in globs:
+            if not any(selected(name, (glob,), ()) for name in skeleton.linears):
+                some = next(iter(skeleton.linears))
+                progress.warn(f"{flag} {glob!r} matches none of the {len(skeleton.linears)} linears, such as {some}.")
+    return found
+
+
+def make_plan(
+    skeleton: Skeleton,
+    linears: list[Matrix],
+    targets: Mapping[str, Target],
+    recipe: Recipe,
+    *,
+    nsamples: int,
+    seqlen: int,
+    saves_model: bool = False,
+) -> Plan:
+    """The plan of a prune. Raises OptionError for a pattern that does not divide a linear's inputs."""
+    check_patterns(targets, {linear.name: linear.shape for linear in linears})
+    planned = tuple(
+        PlannedLinear(
+            linear.name,
+            linear.shape,
+            targets[linear.name],
+            expected_zeros(linear.shape, targets[linear.name], recipe),
+        )
+        for linear in linears
+    )
+    checkpoint = skeleton.checkpoint
+    chosen = {linear.name for linear in linears}
+    dense = {name: linear.shape for name, linear in skeleton.linears.items() if name not in chosen}
+    device, host = estimate_memory(skeleton, linears, recipe, nsamples=nsamples, seqlen=seqlen)
+    return Plan(
+        model=checkpoint.id,
+        linears=planned,
+        dense={**dense, **skeleton.left_dense()},
+        compute_dtype=dtype_name(skeleton.dtype),
+        device=str(skeleton.device),
+        forward_passes=forward_passes(recipe, len(skeleton.layers)),
+        host_bytes=host,
+        device_bytes=device,
+        mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in (linear.shape for linear in linears)),
+        model_bytes=checkpoint.nbytes if saves_model and checkpoint.has_weights else None,
+    )
+
+
+def walks(recipe: Recipe) -> bool:
+    """Whether choosing the masks of the first pass needs hidden states."""
+    return recipe.propagate and bool(recipe.needs)
+
+
+def forward_passes(recipe: Recipe, layers: int) -> float:
+    """Forward passes through the model that the recipe needs: two a layer when propagating, but one in the last."""
+    passes = 2 - 1 / layers if walks(recipe) else 0.0
+    if recipe.input_recalc:
+        passes += 3
+    if recipe.barber:
+        passes += 3 - 1 / layers if recipe.barber.needs_gradients else 1 - 1 / layers
+    return passes
+
+
+def estimate_memory(
+    skeleton: Skeleton, linears: list[Matrix], recipe: Recipe, *, nsamples: int, seqlen: int
+) -> tuple[int, int]:
+    """Peak (device, host) memory in bytes, estimated from shapes; on a CPU everything is host memory."""
+    size = skeleton.dtype.itemsize
+    matrix = max(linear.numel for linear in linears)
+    working = 14 * matrix  # float32 weight and scores, a sort's indices, ranks and masks
+    needed = working
+    if walks(recipe) or recipe.barber:
+        layer = max(sum(p.numel() for p in layer.module.parameters()) for layer in skeleton.layers)
+        embedding = skeleton.model.get_input_embeddings().weight.numel()
+        states = nsamples * seqlen * skeleton.model.get_input_embeddings().embedding_dim * size
+        widest = max(max(linear.shape) for linear in linears)
+        activations = 4 * max(seqlen, 2048 if skeleton.device.type == "cpu" else 16384) * widest * size
+        grams = 0
+        if Statistic.GRAM in recipe.needs:
+            widths = {linear.d_in for linear in skeleton.layers[0].linears}
+            grams = 4 * (sum(width**2 for width in widths) + 2 * max(widths) ** 2)
+        held = layer * (size + (8 if recipe.barber else 0)) + activations + grams + working
+        needed = max(held, embedding * size) + states
+    if skeleton.device.type == "cpu":
+        return 0, LIBRARIES + needed
+    return needed, 4 * LIBRARIES

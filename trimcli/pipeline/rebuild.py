@@ -1,0 +1,79 @@
+"""LLM-Barber's second pass over one decoder layer: attention first, then, with the attention rebuilt, the MLP."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from torch import Tensor
+
+from trimcli.methods.blocks.barber import BarberOptions, rebuild
+from trimcli.methods.blocks.structure import Block, Call, block_gradients, find_blocks
+from trimcli.model.skeleton import DecoderLayer
+from trimcli.pipeline.walk import Walk
+
+
+def rebuild_layer(
+    walk: Walk,
+    layer: DecoderLayer,
+    dense: Mapping[str, Tensor],
+    sparse: Mapping[str, Tensor],
+    keep: Mapping[str, Tensor],
+    pattern: tuple[int, int] | None,
+    options: BarberOptions,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """New masks and weights [D_out, D_in] of a layer's pruned linears, which the loaded layer then holds.
+
+    walk: at this layer, its hidden states those of the sparse model. layer: loaded with its sparse weights.
+    dense: every linear's dense weight [D_out, D_in]. sparse: the sparse model's, right where it is kept. keep:
+    the masks to rebuild, for the linears that are pruned. Raises OptionError for a layer that is not attention and
+    MLP in sequence (Su et al. 2024, section 3).
+    """
+    linears = {linear.name: linear for linear in layer.linears}
+    result: dict[str, tuple[Tensor, Tensor]] = {}
+    for block in blocks_of(walk, layer):
+        mine = [name for name in block.linears if name in keep]
+        if not mine:
+            continue
+        gradients = _gradients(walk, layer, block, dense) if options.needs_gradients else None
+        rebuilt = rebuild(
+            {name: dense[name] for name in mine},
+            {name: sparse[name].to(walk.skeleton.device) for name in mine},
+            {name: keep[name].to(walk.skeleton.device) for name in mine},
+            None if gradients is None else {name: linears[name].within(gradients[name]) for name in mine},
+            pattern,
+            options,
+        )
+        for name in mine:
+            linears[name].weight.copy_(rebuilt.weight[name])
+            result[name] = rebuilt.keep[name], rebuilt.weight[name]
+    return result
+
+
+def blocks_of(walk: Walk, layer: DecoderLayer) -> list[Block]:
+    """The attention and the MLP of a loaded layer at which the walk is.
+
+    Raises OptionError for a layer that is not attention and MLP in sequence.
+    """
+    modules = {linear.name: linear.module for linear in layer.linears}
+    return find_blocks(layer.module, modules, partial(_run, walk, layer, 0), _states(walk, 0), layer.name)
+
+
+def _run(walk: Walk, layer: DecoderLayer, sample: int, hidden: Tensor) -> Tensor:
+    return walk.call(layer, slice(sample, sample + 1), hidden)
+
+
+def _states(walk: Walk, sample: int) -> Tensor:
+    return walk.hidden[sample : sample + 1].to(walk.skeleton.device)
+
+
+def _gradients(walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    total = walk.nsamples
+    with walk.progress.task(f"gradients of {len(block.linears)} linears", total) as step:
+
+        def calls() -> Iterator[Call]:
+            for sample in range(total):
+                yield block.capture(partial(_run, walk, layer, sample), _states(walk, sample))
+                step()
+
+        mine = [linear for linear in layer.linears if linear.name in block.linears]
+        stored = {linear.name: linear.replaced(linear.parameter, dense[linear.name]) for linear in mine}
+        return block_gradients(block, {name: stored[name] for name in block.linears}, calls(), total)

@@ -1,0 +1,234 @@
+"""Hidden states through the decoder layers, one layer resident.
+
+The hidden states of all samples are one buffer, updated in place: on the compute device while it fits there,
+else in (pinned) CPU memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import InputError, ResourceError
+from trimcli.model.forward import Embedder, Forward, Recording, first_output
+from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.pipeline.collector import Collector, InputGroup, find_groups
+
+# Tokens in a batch when no batch size is given: enough to fill the device, few enough that activations stay small.
+TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+# The share of free device memory that the hidden states may take.
+SHARE = 0.4
+
+
+class Walk:
+    """Samples on their way through a skeleton.
+
+    skeleton: the model. tokens: integer [N, L]. batch_size: samples a batch; None chooses. Raises InputError
+    for tokens outside the vocabulary, ResourceError when not even one sample fits in memory.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        tokens: Tensor,
+        *,
+        batch_size: int | None = None,
+        progress: Progress = NO_PROGRESS,
+    ) -> None:
+        self.skeleton = skeleton
+        self.forward = Forward(skeleton)
+        self.progress = progress
+        self.nsamples, self.seqlen = tokens.shape
+        chosen = TOKENS_PER_BATCH[skeleton.device.type] // self.seqlen
+        self.batch_size = max(1, min(batch_size or chosen, self.nsamples))
+        refuse_foreign_tokens(skeleton, tokens)
+        self._tokens = tokens
+        self._recordings: dict[int, Recording] = {}
+        self._own: dict[int, Recording] = {}
+        self._groups: dict[int, list[InputGroup]] = {}
+        self.hidden = self._embed()
+        if self._own and self.batch_size > 1:
+            # Calls that depend on the tokens are good for the very samples they were recorded with.
+            self.batch_size = 1
+            self._recordings.clear()
+            self._own.clear()
+            self.hidden = self._embed()
+
+    # --- the start ---------------------------------------------------------------------------------------
+
+    def _embed(self) -> Tensor:
+        hidden: Tensor | None = None
+        with self.forward.embedding() as embed, self.progress.task("embedding", self.nsamples) as advance:
+            self._record_size(1, embed)
+            # With a single batch there is nothing else to see by whether the calls depend on the tokens.
+            self._keep_recording(slice(self.nsamples - 1, self.nsamples), embed(self._tokens[-1:])[1])
+            for rows in self._batches(self.batch_size):
+                states, recording = embed(self._tokens[rows])
+                self._keep_recording(rows, recording)
+                if hidden is None:
+                    hidden = self._buffer(states)
+                hidden[rows] = states.to(hidden.device)
+                advance(rows.stop - rows.start)
+        if hidden is None:
+            raise InputError("there are no calibration samples; give at least one.")
+        return hidden
+
+    def _buffer(self, states: Tensor) -> Tensor:
+        shape = (self.nsamples, *states.shape[1:])
+        size = states[0].numel() * self.nsamples * states.element_size()
+        if states.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(states.device)
+            if size > SHARE * free:
+                return torch.empty(shape, dtype=states.dtype, pin_memory=True)
+        return torch.empty(shape, dtype=states.dtype, device=states.device)
+
+    def _batches(self, size: int, start: int = 0) -> Iterator[slice]:
+        for first in range(start, self.nsamples, size):
+            yield slice(first, min(first + size, self.nsamples))
+
+    def _keep_recording(self, rows: slice, recording: Recording) -> None:
+        """Batches of one size are called alike; where the calls depend on the tokens, each batch keeps its own."""
+        shared = self._recordings.setdefault(rows.stop - rows.start, recording)
+        if shared is not recording and not _alike(shared.calls, recording.calls):
+            self._own[rows.start] = recording
+
+    def _record_size(self, size: int, embed: Embedder) -> None:
+        if size not in self._recordings:
+            self._recordings[size] = embed(self._tokens[:size])[1]
+
+    # --- layers ------------------------------------------------------------------------------------------
+
+    def layers(self, start: int = 0) -> Iterator[DecoderLayer]:
+        """Decoder layers in order, each loaded for its turn and dropped after it."""
+        for layer in self.skeleton.layers[start:]:
+            self.skeleton.load_layer(layer)
+            try:
+                yield layer
+            finally:
+                self.skeleton.drop_layer(layer)
+
+    def groups(self, layer: DecoderLayer) -> list[InputGroup]:
+        """The layer's input groups in order of execution, found with one sample the first time."""
+        if layer.index not in self._groups:
+            self._groups[layer.index] = find_groups(layer, lambda: self.run_rows(layer, slice(0, 1)))
+        return self._groups[layer.index]
+
+    def run_rows(self, layer: DecoderLayer, rows: slice) -> Tensor:
+        """The layer's output [b, L, H] for samples `rows`, on the compute device; the buffer stays as it is."""
+        return self.call(layer, rows, self.hidden[rows].to(self.skeleton.device, non_blocking=True))
+
+    def call(self, layer: DecoderLayer, rows: slice, hidden: Tensor) -> Tensor:
+        """The layer's output for given hidden states [b, L, H] in the place of samples `rows`."""
+        recording = self._own.get(rows.start) or self._recordings[rows.stop - rows.start]
+        args, kwargs = recording.calls[layer.index]
+        with torch.no_grad():
+            return first_output(layer.module(hidden, *args, **kwargs))
+
+    def collect(self, layer: DecoderLayer, collector: Collector) -> None:
+        """Gather statistics of the layer's inputs; the hidden states stay as they are."""
+        with collector.watching():
+            self._pass(layer, collector, advance=False)
+
+    def advance(self, layer: DecoderLayer, collector: Collector | None = None) -> None:
+        """Replace the hidden states by the layer's outputs, gathering statistics on the way if asked to."""
+        if collector is None:
+            self._pass(layer, None, advance=True)
+            return
+        with collector.watching():
+            self._pass(layer, collector, advance=True)
+
+    def _pass(self, layer: DecoderLayer, collector: Collector | None, *, advance: bool) -> None:
+        verb = "forward" if collector is None else "collect"
+        title = f"layer {layer.index + 1}/{len(self.skeleton.layers)} {verb}"
+        if collector is not None:
+            collector.reset()
+        sound = torch.ones((), dtype=torch.bool, device=self.skeleton.device)
+        with self.progress.task(title, self.nsamples) as step:
+            position = 0
+            while position < self.nsamples:
+                rows = slice(position, min(position + self.batch_size, self.nsamples))
+                if collector is not None:
+                    collector.batch(rows)
+                try:
+                    outputs = self.run_rows(layer, rows)
+                except RuntimeError as problem:
+                    if not _out_of_memory(problem):
+                        raise
+                    # A Gram has already taken in what it saw of the failed batch; a pass that advances has none.
+                    if collector is not None and not advance:
+                        collector.reset()
+                        position = 0
+                    self._halve(layer, self.nsamples - position)
+                    continue
+                if advance:
+                    sound &= torch.isfinite(outputs).all()
+                    self.hidden[rows] = outputs.to(self.hidden.device)
+                position = rows.stop
+                step(rows.stop - rows.start)
+        # What a collector gathers is checked by its reader, who can name the linear.
+        if collector is None and not bool(sound):
+            raise InputError(
+                f"the outputs of {layer.name} hold NaN or infinite values (the model overflows or is damaged); "
+                "try --dtype float32, or another checkpoint."
+            )
+
+    def _halve(self, layer: DecoderLayer, left: int) -> None:
+        """Go on with half the batch size, for the `left` samples of this pass and for the passes to come."""
+        if self.batch_size == 1 or self._own:
+            raise ResourceError(
+                f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device} at "
+                f"{layer.name}; give a smaller --seqlen or a device with more memory."
+            ) from None
+        self.batch_size = max(1, self.batch_size // 2)
+        if self.skeleton.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {self.batch_size}.")
+        sizes = {self.batch_size, left % self.batch_size, self.nsamples % self.batch_size} - {0}
+        with self.forward.embedding() as embed:
+            for size in sizes:
+                self._record_size(size, embed)
+
+
+def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
+    """Raise InputError when a token id is outside the model's vocabulary, or L beyond its positions."""
+    vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+    low, high = (int(value) for value in torch.aminmax(tokens))
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"token {low if low < 0 else high} is outside the vocabulary of {skeleton.checkpoint.id} (0 to "
+            f"{vocabulary - 1}); the tokens were made by another model's tokenizer."
+        )
+    positions = max_positions(skeleton.config)
+    if positions is not None and tokens.shape[1] > positions:
+        raise InputError(
+            f"samples of {tokens.shape[1]} tokens are longer than the {positions} positions of "
+            f"{skeleton.checkpoint.id}; give --seqlen {positions} or less."
+        )
+
+
+def max_positions(config: Any) -> int | None:
+    """How many positions a model knows, None where its config does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(text, "max_position_embeddings", None)
+    return int(found) if isinstance(found, int) and found > 0 else None
+
+
+def default_seqlen(config: Any) -> int:
+    """The smaller of 2048 and the model's positions."""
+    return min(2048, max_positions(config) or 2048)
+
+
+def _out_of_memory(problem: RuntimeError) -> bool:
+    return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and (one is other or (one.shape == other.shape and torch.equal(one, other)))
+    if isinstance(one, dict):
+        return isinstance(other, dict) and one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+    if isinstance(one, list | tuple):
+        return isinstance(other, list | tuple) and len(one) == len(other) and all(map(_alike, one, other))
+    return type(one) is type(other)

@@ -1,0 +1,1 @@
+"""A grid of settings from one calibration, measured on held-out samples."""

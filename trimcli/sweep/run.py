@@ -1,0 +1,309 @@
+"""`trim sweep`: a grid of allocations and TRIM settings from one calibration, measured on held-out samples.
+
+The calibration samples are the first draws of the data set, those that `trim prune` makes; the samples that
+measure are further draws of the same calibration text that share no run of 16 tokens with them. No test set is
+read, so choosing by these figures leaves every test figure honest.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.commands.calibrate import CalibrateOptions
+from trimcli.commands.evaluate import open_masks
+from trimcli.commands.prune import prune
+from trimcli.commands.resolve import cached_calibration
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import InputError, OptionError
+from trimcli.evaluate.perplexity import perplexity
+from trimcli.files.atomic import atomic_file, refuse_existing
+from trimcli.files.cache import Cache, digest
+from trimcli.files.calibration import NAMES, CalibrationFile
+from trimcli.files.documents import read_json, write_json
+from trimcli.files.manifest import manifest
+from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
+from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.pipeline.plan import chosen_linears, forward_passes, walks
+from trimcli.pipeline.walk import default_seqlen
+from trimcli.sweep.grid import Setting, SweepOptions, prune_command, settings_of
+from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
+
+SWEEP = "trim.sweep/1"
+# Samples with this many consecutive tokens in common have seen the same text.
+RUN_LENGTH = 16
+# How many times --holdout further samples are drawn at most, to find as many that share nothing.
+MOST_DRAWS = 64
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will do: settings, samples of seqlen tokens, and forward passes of one sample in all."""
+
+    settings: int
+    nsamples: int
+    holdout: int
+    seqlen: int
+    sample_passes: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table: perplexity on the held-out samples; values and command are empty for the dense model."""
+
+    values: Mapping[str, Any]
+    perplexity: float
+    sparsity: float
+    seconds: float
+    command: str | None = None
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep found.
+
+    runs: by perplexity, best first, NaN (where it is no finite number) last. taken_over: how many of these and
+    the dense one an earlier sweep had measured. document: `trim.sweep/1`.
+    """
+
+    dense: Run
+    runs: tuple[Run, ...]
+    heldout: int
+    seqlen: int
+    taken_over: int
+    document: Mapping[str, Any]
+
+
+Announce = Callable[[SweepPlan], None]
+
+
+def sweep(
+    model: str,
+    options: SweepOptions,
+    output: Path | None = None,
+    *,
+    force: bool = False,
+    progress: Progress = NO_PROGRESS,
+    announce: Announce | None = None,
+) -> SweepResult:
+    """Prune by every setting of a grid and measure each on held-out calibration samples.
+
+    model: a directory or hub id. output: a JSON file of what was found (`trim.sweep/1`). announce: is given the
+    plan before any pass. Calibration, layer ratios and what was measured stay in the stage cache, so that an
+    interrupted sweep goes on; masks and models go to a temporary folder. Raises UsageError for what cannot be
+    used, InputError where the text is too short to hold samples out, and what prune raises.
+    """
+    options.check()
+    if output is not None:
+        refuse_existing(output, force=force)
+    settings = settings_of(options)
+    skeleton = open_model(model, options)
+    chosen_linears(skeleton, options.only, options.skip, progress)
+    plan = _plan(skeleton, options, settings)
+    if announce:
+        announce(plan)
+    calibrate = _calibrate_options(skeleton, options)
+    path = cached_calibration(skeleton, replace(calibrate, stats=_stats(settings)), progress)
+    heldout = held_out(skeleton, options, CalibrationFile(path).tokens)
+    measurer = _Measurer(skeleton, options, path, heldout, progress)
+    with progress.task("settings", len(settings) + 1) as step:
+        dense = measurer.dense()
+        step()
+        runs = []
+        for setting in settings:
+            command = prune_command(model, options, setting, calibrate)
+            runs.append(replace(measurer.measure(setting), command=command))
+            step()
+    runs.sort(key=lambda run: (math.isnan(run.perplexity), run.perplexity))
+    document = manifest(
+        SWEEP,
+        "sweep",
+        options.document(),
+        skeleton.fingerprint,
+        dense=asdict(dense),
+        runs=[asdict(run) for run in runs],
+        heldout={"samples": len(heldout), "seqlen": heldout.shape[1], "sha256": digest(heldout.tolist())},
+        compute_dtype=dtype_name(skeleton.dtype),
+    )
+    if output is not None:
+        write_json(output, document, force=force)
+    return SweepResult(dense, tuple(runs), len(heldout), heldout.shape[1], measurer.taken_over, document)
+
+
+def _plan(skeleton: Skeleton, options: SweepOptions, settings: list[Setting]) -> SweepPlan:
+    nsamples, seqlen = options.nsamples, options.seqlen or default_seqlen(skeleton.config)
+    if options.tokens is not None:
+        samples, seqlen = read_tokens(options.tokens).shape
+        nsamples = samples - options.holdout
+        if nsamples < 1:
+            raise OptionError(
+                f"--holdout {options.holdout} leaves none of the {samples} samples in {options.tokens} to "
+                "calibrate on; hold out fewer."
+            )
+    passes = (len(settings) + 1) * options.holdout + (nsamples if _stats(settings) else 0)
+    layers = len(skeleton.layers)
+    passes += sum(round(forward_passes(setting.recipe, layers) * nsamples) for setting in settings)
+    return SweepPlan(len(settings), nsamples, options.holdout, seqlen, passes)
+
+
+def _stats(settings: list[Setting]) -> tuple[str, ...]:
+    """The statistics that one calibration needs to serve every setting."""
+    needed = set()
+    for setting in settings:
+        if setting.owl:
+            needed.add("norms")
+        if not walks(setting.recipe):
+            needed.update(name for name, (statistic, _) in NAMES.items() if statistic in setting.recipe.needs)
+    return tuple(name for name in NAMES if name in needed)
+
+
+def _calibrate_options(skeleton: Skeleton, options: SweepOptions) -> CalibrateOptions:
+    """The calibration: as drawn, or all but the last samples of --tokens, which then lie in the stage cache."""
+    calibrate = options.calibrate()
+    if options.tokens is None:
+        return calibrate
+    samples = read_tokens(options.tokens)[: -options.holdout].contiguous()
+    path = Cache(options.cache_dir).file("tokens", samples.tolist(), ".safetensors")
+    if not path.is_file():
+        with atomic_file(path) as temporary:
+            spec = {"tokens": TensorSpec(samples.dtype, tuple(samples.shape))}
+            write_tensors(temporary, spec, lambda _: samples, {"format": "pt"})
+    return replace(calibrate, tokens=path)
+
+
+def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
+    """Samples to measure on, int32 [holdout, seqlen], that share no run of 16 tokens with `seen` [n, seqlen].
+
+    Drawn as the calibration was, after it; or the last samples of --tokens. Raises InputError where there are
+    too few of them.
+    """
+    if options.tokens is not None:
+        fresh = _unseen(read_tokens(options.tokens)[-options.holdout :], seen)
+    else:
+        directory = skeleton.checkpoint.directory
+        tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
+        further = 2 * options.holdout
+        while True:
+            drawn = calibration_tokens(
+                options.dataset,
+                tokenizer,
+                nsamples=options.nsamples + further,
+                seqlen=seen.shape[1],
+                seed=options.seed,
+            )
+            fresh = _unseen(drawn[options.nsamples :], seen)
+            if len(fresh) >= options.holdout or further >= MOST_DRAWS * options.holdout:
+                break
+            further *= 4
+    if len(fresh) < options.holdout:
+        source = options.tokens or options.dataset
+        raise InputError(
+            f"{source} gives {len(fresh)} samples that share no text with the {len(seen)} calibration samples, "
+            f"and --holdout {options.holdout} asks for more; give a longer text, fewer --nsamples or a smaller "
+            "--holdout."
+        )
+    return fresh[: options.holdout]
+
+
+def _unseen(candidates: Tensor, seen: Tensor) -> Tensor:
+    """The candidates [m, L] without those that share RUN_LENGTH consecutive tokens with `seen` [n, L]."""
+    shared = torch.isin(_runs(candidates), _runs(seen)).any(dim=1)
+    return candidates[~shared]
+
+
+def _runs(tokens: Tensor) -> Tensor:
+    """A 64-bit hash of every run of consecutive tokens: int64 [n, L - RUN_LENGTH + 1]."""
+    length = min(RUN_LENGTH, tokens.shape[1])
+    count = tokens.shape[1] - length + 1
+    hashes = torch.zeros(len(tokens), count, dtype=torch.int64)
+    for offset in range(length):
+        # Odd multipliers, so that the arithmetic modulo 2^64 loses nothing.
+        hashes = hashes * 0x5851F42D4C957F2D + (tokens[:, offset : offset + count].long() * 2 + 1)
+    return hashes
+
+
+class _Measurer:
+    """Prunes by a setting into a temporary folder and measures; what was measured before comes from the cache."""
+
+    def __init__(
+        self, skeleton: Skeleton, options: SweepOptions, calibration: Path, heldout: Tensor, progress: Progress
+    ) -> None:
+        self._model, self._options, self._progress = skeleton.checkpoint.id, options, progress
+        self._calibration, self._heldout = calibration, heldout
+        self._cache = Cache(options.cache_dir)
+        self._metrics = self._cache.file("metrics", skeleton.fingerprint.document(), ".json")
+        self._key = {
+            "trim": version("trimcli"),
+            "model": [skeleton.fingerprint.structure, skeleton.fingerprint.content],
+            "calibration": digest(CalibrationFile(calibration).tokens.tolist()),
+            "heldout": digest(heldout.tolist()),
+            "compute": [skeleton.device.type, str(skeleton.dtype)],
+        }
+        self.taken_over = 0
+
+    def dense(self) -> Run:
+        """The dense model."""
+        return self._remembered({}, lambda: (self._perplexity(self._model), 0.0), {})
+
+    def measure(self, setting: Setting) -> Run:
+        """One setting."""
+        options = self._options
+        key = {
+            "values": dict(setting.values),
+            "recipe": setting.recipe.document(),
+            "sparsity": options.sparsity,
+            "only": options.only,
+            "skip": options.skip,
+            "seed": options.seed,
+        }
+        return self._remembered(key, lambda: self._pruned(setting), setting.values)
+
+    def _remembered(
+        self, key: Mapping[str, Any], find: Callable[[], tuple[float, float]], values: Mapping[str, Any]
+    ) -> Run:
+        path = self._cache.file("sweep", {**self._key, **key}, ".json")
+        if self._options.resume and path.is_file():
+            found = read_json(path, SWEEP)
+            self.taken_over += 1
+        else:
+            started = time.monotonic()
+            value, sparsity = find()
+            seconds = time.monotonic() - started
+            found = {"schema": SWEEP, "perplexity": value, "sparsity": sparsity, "seconds": seconds}
+            write_json(path, found, force=True)
+        # JSON has neither infinity nor NaN, so both come back as nothing.
+        value = found["perplexity"]
+        if value is None or not math.isfinite(value):
+            value = math.nan
+        return Run(values, value, found["sparsity"], found["seconds"])
+
+    def _pruned(self, setting: Setting) -> tuple[float, float]:
+        """Perplexity and sparsity."""
+        with tempfile.TemporaryDirectory(prefix="trim-sweep-") as folder:
+            masks, model = Path(folder) / "masks.safetensors", Path(folder) / "model"
+            if setting.allocate is not None and setting.allocate.method == "alpha":
+                # One look at the matrices serves every epsilon.
+                known = setting.allocate.metrics_cache or self._metrics
+                setting = replace(setting, allocate=replace(setting.allocate, metrics_cache=known))
+            options = self._options.prune_options(setting, self._calibration, model)
+            summary = prune(self._model, masks, options, progress=self._progress)
+            if setting.recipe.changes_weights:
+                return self._perplexity(str(model)), summary.sparsity
+            return self._perplexity(self._model, masks), summary.sparsity
+
+    def _perplexity(self, model: str, masks: Path | None = None) -> float:
+        skeleton = open_model(model, self._options)
+        return perplexity(
+            skeleton,
+            self._heldout,
+            mask=open_masks(masks, skeleton) if masks else None,
+            batch_size=self._options.batch_size,
+            progress=self._progress,
+        )

@@ -1,0 +1,272 @@
+"""Where text comes from: c4, wikitext2, ptb, local files, hub data sets.
+
+A data set is named by one string:
+
+    c4, wikitext2, ptb        the standard texts, from the hub or its local cache
+    FILE.txt                  one text, unchanged (line ends of any system are read as newlines)
+    FILE.jsonl[.gz], FILE.json[.gz]
+                              one JSON object with a `text` a line, the form of C4's files
+    FILE.parquet              one document a row, in the column `text` (or `sentence`)
+    hf:NAME[:CONFIG[:SPLIT]]  any hub data set with such a column; SPLIT is `train` to calibrate and `test` to
+                              measure unless given (`hf:NAME::validation` has no CONFIG)
+
+Local files are read directly, so that nothing is fetched and no cache is written.
+"""
+
+import contextlib
+import difflib
+import errno
+import gzip
+import json
+import logging
+import tempfile
+import zlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, overload
+
+from trimcli.errors import HubError, InputError, OptionError, first_line
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+TEXT_FIELDS = ("text", "sentence")
+C4_VALIDATION_DOCUMENTS = 1100
+
+
+@dataclass(frozen=True)
+class _HubSource:
+    """Where a data set lies on the hub; `files`: the one file of each split where not all are wanted."""
+
+    name: str
+    config: str | None = None
+    revision: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    local_form: str = ""
+
+
+STANDARD = {
+    "c4": _HubSource(
+        "allenai/c4",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        local_form="a c4-train.*.json.gz (c4-validation.*.json.gz to measure), ",
+    ),
+    "wikitext2": _HubSource(
+        "Salesforce/wikitext",
+        config="wikitext-2-raw-v1",
+        local_form="its raw lines in a .txt (joined by spaces to calibrate, by two newlines to measure), ",
+    ),
+    "ptb": _HubSource(
+        "ptb-text-only/ptb_text_only",
+        revision="refs/convert/parquet",
+        files={"train": "penn_treebank/train/0000.parquet", "test": "penn_treebank/test/0000.parquet"},
+        local_form="its sentences in a .txt (joined by spaces), ",
+    ),
+}
+
+
+@contextlib.contextmanager
+def calibration_source(dataset: str) -> Iterator[str | Sequence[str]]:
+    """What to sample from, while the context lasts: one text, or documents of which one is drawn first.
+
+    Raises OptionError for an unknown name, InputError for a file that is missing or damaged, HubError when
+    the hub cannot be reached.
+    """
+    if dataset in STANDARD:
+        documents = _from_hub(STANDARD[dataset], "train")
+        yield documents if dataset == "c4" else " ".join(documents)
+    elif dataset.startswith("hf:"):
+        yield _from_named_hub(dataset, "train")
+    elif (path := _local_file(dataset)).suffix == ".txt":
+        yield _read_text(path)
+    else:
+        with tempfile.TemporaryFile() as spool:
+            yield _Spooled(_read_documents(path), spool)
+
+
+def evaluation_text(dataset: str) -> str:
+    """The one text to measure on. Raises what `calibration_source` raises."""
+    if dataset == "wikitext2":
+        return "\n\n".join(_from_hub(STANDARD[dataset], "test"))
+    if dataset == "ptb":
+        return " ".join(_from_hub(STANDARD[dataset], "test"))
+    if dataset == "c4":
+        return " ".join(_from_hub(STANDARD[dataset], "validation")[:C4_VALIDATION_DOCUMENTS])
+    if dataset.startswith("hf:"):
+        return " ".join(_from_named_hub(dataset, "test"))
+    path = _local_file(dataset)
+    return _read_text(path) if path.suffix == ".txt" else " ".join(_read_documents(path))
+
+
+def _local_file(dataset: str) -> Path:
+    path = Path(dataset).expanduser()
+    if not dataset.endswith(SUFFIXES):
+        near = difflib.get_close_matches(dataset, STANDARD, n=1)
+        hint = f"did you mean {near[0]}?" if near else "give one of these."
+        raise OptionError(
+            f"{dataset!r} is no data set that trim knows ({', '.join(STANDARD)}, hf:NAME, or a file ending "
+            f"in {', '.join(SUFFIXES)}); {hint}"
+        )
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; check the path.")
+    return path
+
+
+def _read_text(path: Path) -> str:
+    try:
+        # Line ends are translated: a copy with CRLF must give the perplexity of the original.
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"{path} cannot be read as UTF-8 text ({problem}); convert it.") from None
+
+
+def _read_documents(path: Path) -> Iterator[str]:
+    """The documents of a JSON-lines or parquet file, in order. Raises InputError naming the place."""
+    empty = True
+    for document in _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path):
+        empty = False
+        yield document
+    if empty:
+        raise InputError(f"{path} holds no document; give one JSON object or row with a `text` for each.")
+
+
+def _read_json_lines(path: Path) -> Iterator[str]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as handle:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield _json_text(line, number, path)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
+        raise InputError(f"{path} is damaged ({problem}); fetch or make it anew.") from None
+
+
+def _json_text(line: str, number: int, path: Path) -> str:
+    wanted = "one JSON object with a `text` a line is needed, as in C4's files."
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as problem:
+        raise InputError(f"line {number} of {path} is not JSON ({problem}); {wanted}") from None
+    fields = record if isinstance(record, dict) else {}
+    text = next((fields[name] for name in TEXT_FIELDS if name in fields), None)
+    if not isinstance(text, str):
+        raise InputError(f"line {number} of {path} is no JSON object with a `text`; {wanted}")
+    return text
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            column = _text_column(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(columns=[column]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise InputError(f"the column `{column}` of {path} holds {text!r} where text is needed.")
+                    yield text
+    except (pa.ArrowException, OSError) as problem:
+        raise InputError(f"{path} is no whole parquet file ({first_line(problem)}); fetch it anew.") from None
+
+
+def _text_column(names: Iterable[str], where: str) -> str:
+    found = list(names)
+    for name in TEXT_FIELDS:
+        if name in found:
+            return name
+    raise InputError(f"{where} has no column `text`, only {', '.join(found) or 'none'}; give text to read.")
+
+
+class _Spooled(Sequence[str]):
+    """Documents in a temporary file: random access without a C4 shard in memory."""
+
+    def __init__(self, documents: Iterable[str], file: IO[bytes]) -> None:
+        self._file = file
+        self._ends = array("q", [0])
+        for document in documents:
+            self._file.write(document.encode("utf-8", "surrogatepass"))
+            self._ends.append(self._file.tell())
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        start, end = self._ends[index], self._ends[index + 1]
+        self._file.seek(start)
+        return self._file.read(end - start).decode("utf-8", "surrogatepass")
+
+
+def _from_named_hub(dataset: str, default_split: str) -> Sequence[str]:
+    """hf:NAME[:CONFIG[:SPLIT]]; a split may hold colons, as in train[:1%]."""
+    name, config, split = [*dataset.removeprefix("hf:").split(":", 2), "", ""][:3]
+    if not name:
+        raise OptionError(f"{dataset!r} names no data set; the form is hf:NAME[:CONFIG[:SPLIT]].")
+    return _from_hub(_HubSource(name, config=config or None), split or default_split)
+
+
+def _from_hub(source: _HubSource, split: str) -> Sequence[str]:
+    """The documents of one split, memory-mapped, from the hub or its local cache."""
+    import datasets
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    unusable = (datasets.exceptions.DatasetsError, ValueError, RuntimeError)
+    try:
+        with _quiet(datasets):
+            found = datasets.load_dataset(
+                source.name,
+                source.config,
+                data_files={split: source.files[split]} if source.files else None,
+                revision=source.revision,
+                split=split,
+                # One file of a data set has fewer rows than its card announces.
+                verification_mode="no_checks",
+            )
+    except Exception as problem:
+        # Whichever HTTP library carries the request, its errors come through as they are.
+        _raise_if_disk_full(problem)
+        if isinstance(problem, unusable) and not isinstance(problem, LocalEntryNotFoundError):
+            raise InputError(
+                f"the data set {source.name} has no usable split {split!r} ({first_line(problem)}); check "
+                "the name, or give a local file."
+            ) from None
+        raise HubError(
+            f"the data set {source.name} could not be fetched ({first_line(problem)}); give a local file: "
+            f"{source.local_form}any .txt, .jsonl(.gz) or .parquet; or, to calibrate, samples with --tokens."
+        ) from None
+    documents: Sequence[str] = found[_text_column(found.column_names, f"the data set {source.name}")]
+    return documents
+
+
+def _raise_if_disk_full(problem: Exception) -> None:
+    for cause in (problem, problem.__cause__):
+        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+            raise cause
+
+
+@contextlib.contextmanager
+def _quiet(datasets: Any) -> Iterator[None]:
+    """No bars, retries and warnings from the hub's libraries, which know nothing of --quiet."""
+    from huggingface_hub.utils import logging as hub_logging
+
+    verbosity, hub_verbosity = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
+    bars = not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_error()
+    hub_logging.set_verbosity(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        hub_logging.set_verbosity(hub_verbosity)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,190 @@
+"""Text to token windows, sampled as the published pruning code does.
+
+Where text comes from is `trimcli.text.sources`. One text is sampled at any position; of
+documents one is drawn first, and then a position inside.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trimcli.errors import InputError, OptionError, first_line
+from trimcli.files.tensors import open_tensors
+from trimcli.text.sources import calibration_source, evaluation_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+C4_VALIDATION_WINDOWS = 256
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationText:
+    """A text to measure perplexity on.
+
+    windows: int64 [n, seqlen], consecutive; the remainder is dropped. tokens: how many the whole text has.
+    dataset: the name it was asked for by.
+    """
+
+    windows: Tensor
+    tokens: int
+    dataset: str
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model directory, the fast one where there is one.
+
+    Raises InputError when it is missing, cannot be read or would run code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    way_out = "put the model's tokenizer files there, or give the samples with --tokens."
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as problem:
+        # Each tokenizer class fails in its own way on missing or damaged files.
+        if "trust_remote_code" in str(problem):
+            raise InputError(
+                f"the tokenizer in {directory} runs code of its own; trust it with --trust-remote-code."
+            ) from None
+        raise InputError(
+            f"the tokenizer in {directory} is missing or not usable ({first_line(problem)}); {way_out}"
+        ) from None
+    # Without its files transformers builds a tokenizer that knows no word and turns every text into nothing.
+    if tokenizer.vocab_size < 2:
+        raise InputError(f"the tokenizer in {directory} is missing: no vocabulary is there; {way_out}")
+    return tokenizer
+
+
+def calibration_tokens(
+    dataset: str, tokenizer: "PreTrainedTokenizerBase", *, nsamples: int, seqlen: int, seed: int
+) -> Tensor:
+    """Calibration samples, int32 [nsamples, seqlen], the same for the same seed.
+
+    Documents and positions come from Python's `random`, asked in the order of the published code (Frantar &
+    Alistarh 2023; Sun et al. 2023), so that equal seeds give equal samples. Documents are drawn uniformly
+    until one has more than seqlen tokens; a window starts uniformly in 0..length-seqlen-1.
+
+    Raises OptionError for an unknown data set, InputError for a file that is missing, damaged or too short,
+    HubError when the hub cannot be reached.
+    """
+    if nsamples < 1 or seqlen < 1:
+        raise OptionError(f"--nsamples {nsamples} and --seqlen {seqlen} must be at least 1; raise them.")
+    rng = random.Random(seed)
+    with calibration_source(dataset) as source:
+        if not isinstance(source, str):
+            return _draw_from_documents(source, tokenizer, nsamples, seqlen, rng, dataset)
+        tokens = _tokenize(tokenizer, source)
+    if len(tokens) <= seqlen:
+        raise InputError(
+            f"{dataset} holds {len(tokens)} tokens, and samples of --seqlen {seqlen} need more; "
+            "give a longer text or a smaller --seqlen."
+        )
+    starts = [rng.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
+    return torch.stack([tokens[start : start + seqlen] for start in starts])
+
+
+def evaluation_windows(
+    dataset: str, tokenizer: "PreTrainedTokenizerBase", *, seqlen: int, max_windows: int | None = None
+) -> EvaluationText:
+    """The windows of a text to measure on: the first `max_windows`, or all.
+
+    Raises OptionError for an unknown data set, InputError for a file that is missing, damaged or shorter than
+    one window, HubError when the hub cannot be reached.
+    """
+    if seqlen < 2:
+        raise OptionError(f"--seqlen {seqlen} leaves nothing to predict; give at least 2.")
+    if max_windows is not None and max_windows < 1:
+        raise OptionError(f"--max-windows {max_windows} leaves nothing to measure; give at least 1.")
+    tokens = _tokenize(tokenizer, evaluation_text(dataset))
+    if dataset == "c4":
+        tokens = tokens[: C4_VALIDATION_WINDOWS * seqlen]
+    if len(tokens) < seqlen:
+        raise InputError(
+            f"{dataset} holds {len(tokens)} tokens, fewer than one window of --seqlen {seqlen}; "
+            "give a longer text or a smaller --seqlen."
+        )
+    count = len(tokens) // seqlen
+    windows = tokens[: count * seqlen].long().view(count, seqlen)
+    return EvaluationText(windows[:max_windows], len(tokens), dataset)
+
+
+def read_tokens(path: Path, vocab_size: int | None = None) -> Tensor:
+    """Saved samples: the integer tensor `tokens` of a safetensors file, as int32 [nsamples, seqlen].
+
+    vocab_size: refuse ids that the model has no embedding for. Raises InputError.
+    """
+    with open_tensors(path) as handle:
+        names = list(handle.keys())
+        if "tokens" not in names:
+            found = ", ".join(names[:5]) or "nothing"
+            raise InputError(f"{path} holds {found} but no tensor `tokens`; give a file of token samples.")
+        tokens: Tensor = handle.get_tensor("tokens")
+    if tokens.dtype not in INTEGER_DTYPES or tokens.dim() != 2 or not tokens.numel():
+        raise InputError(
+            f"`tokens` in {path} is {tokens.dtype} of shape {list(tokens.shape)}; an integer tensor of shape "
+            "[nsamples, seqlen] is needed."
+        )
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    limit = 2**31 if vocab_size is None else vocab_size
+    if smallest < 0 or largest >= limit:
+        wrong = smallest if smallest < 0 else largest
+        raise InputError(
+            f"`tokens` in {path} holds the id {wrong}, outside 0..{limit - 1}; give samples made with this "
+            "model's tokenizer."
+        )
+    return tokens.to(torch.int32)
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tensor:
+    """int32 [tokens]: one call, with the tokenizer's own special tokens, without its warning about length."""
+    encoded = tokenizer(text, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+    return torch.tensor(encoded["input_ids"], dtype=torch.int32)
+
+
+def _draw_from_documents(
+    documents: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    nsamples: int,
+    seqlen: int,
+    rng: random.Random,
+    dataset: str,
+) -> Tensor:
+    """int32 [nsamples, seqlen]; a document is tokenised at most once however often it is drawn."""
+    too_short: set[int] = set()
+    long_enough: dict[int, Tensor] = {}
+    longest = 0
+
+    def draw() -> Tensor:
+        nonlocal longest
+        while len(too_short) < len(documents):
+            index = rng.randint(0, len(documents) - 1)
+            if index in too_short:
+                continue
+            if index in long_enough:
+                return long_enough[index]
+            tokens = _tokenize(tokenizer, documents[index])
+            if len(tokens) > seqlen:
+                long_enough[index] = tokens
+                return tokens
+            longest = max(longest, len(tokens))
+            too_short.add(index)
+        raise InputError(
+            f"no document of {dataset} has more than --seqlen {seqlen} tokens, the longest has {longest}; "
+            "give longer documents, one text as .txt or a smaller --seqlen."
+        )
+
+    windows = torch.empty((nsamples, seqlen), dtype=torch.int32)
+    for window in windows:
+        tokens = draw()
+        start = rng.randint(0, len(tokens) - seqlen - 1)
+        window.copy_(tokens[start : start + seqlen])
+    return windows
