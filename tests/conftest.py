@@ -3,10 +3,15 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from tests.simulated_device import SimulatedDevice
 
 # The same examples in every run, so that a check of the same tree says the same; no deadline on a busy machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -36,6 +41,15 @@ def nano_qwen2() -> Path:
     from trimcli.demo import MODEL
 
     return MODEL
+
+
+@pytest.fixture
+def sim() -> "Iterator[SimulatedDevice]":
+    """An accelerator that is simulated on the CPU, `--device sim:0`: copies and waits are counted, memory is short."""
+    from tests.simulated_device import simulated
+
+    with simulated() as device:
+        yield device
 
 
 @pytest.fixture

@@ -2,66 +2,81 @@
 
 The stages as functions, each of which a command of `trim` calls:
 
-    calibrate, allocate, prune, apply_masks, evaluate
+    calibrate, allocate, prune, apply_masks, evaluate, unpack, verify
 
-with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ApplyOptions, EvaluateOptions), and
-`load_packed` and `load_exported` for what is not an ordinary
-directory. Importing this package imports no torch; the names load on first use.
+with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...), and `load_packed` and
+`load_exported` for what is not an ordinary directory. Importing this package imports no torch; the names load on
+first use.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trimcli.commands.allocate import AllocateOptions, allocate
-    from trimcli.commands.apply import ApplyOptions, apply_masks
-    from trimcli.commands.calibrate import CalibrateOptions, calibrate
-    from trimcli.commands.evaluate import EvaluateOptions, evaluate
-    from trimcli.commands.prune import PruneOptions, prune
+    from trimcli.commands.allocate import allocate
+    from trimcli.commands.apply import apply_masks
+    from trimcli.commands.calibrate import calibrate
+    from trimcli.commands.evaluate import evaluate
+    from trimcli.commands.options import (
+        AllocateOptions,
+        ApplyOptions,
+        CalibrateOptions,
+        EvaluateOptions,
+        PruneOptions,
+        VerifyOptions,
+    )
+    from trimcli.commands.prune import prune
     from trimcli.commands.unpack import load_packed, unpack
-    from trimcli.commands.verify import VerifyOptions, verify
+    from trimcli.commands.verify import verify
     from trimcli.errors import TrimError, UsageError
     from trimcli.kernels.exported import load_exported
-    from trimcli.methods.blocks.barber import BarberOptions
+    from trimcli.methods.blocks.options import BarberOptions
+    from trimcli.methods.layers.alpha import AlphaOptions
+    from trimcli.methods.layers.owl import OwlOptions
     from trimcli.methods.recipe import Recipe
-    from trimcli.methods.rows.search import RowOptions
-    from trimcli.methods.updates.obs import UpdateOptions
+    from trimcli.methods.rows.trim import TrimOptions
+    from trimcli.methods.updates.obs import ObsOptions
 
 _HOMES = {
-    "AllocateOptions": "commands.allocate",
-    "ApplyOptions": "commands.apply",
-    "BarberOptions": "methods.blocks.barber",
-    "CalibrateOptions": "commands.calibrate",
-    "EvaluateOptions": "commands.evaluate",
-    "PruneOptions": "commands.prune",
-    "Recipe": "methods.recipe",
-    "RowOptions": "methods.rows.search",
-    "TrimError": "errors",
-    "UpdateOptions": "methods.updates.obs",
-    "UsageError": "errors",
-    "VerifyOptions": "commands.verify",
-    "allocate": "commands.allocate",
-    "apply_masks": "commands.apply",
-    "calibrate": "commands.calibrate",
-    "evaluate": "commands.evaluate",
-    "load_exported": "kernels.exported",
-    "load_packed": "commands.unpack",
-    "prune": "commands.prune",
-    "unpack": "commands.unpack",
-    "verify": "commands.verify",
+    "commands.allocate": ("allocate",),
+    "commands.apply": ("apply_masks",),
+    "commands.calibrate": ("calibrate",),
+    "commands.evaluate": ("evaluate",),
+    "commands.options": (
+        "AllocateOptions",
+        "ApplyOptions",
+        "CalibrateOptions",
+        "EvaluateOptions",
+        "PruneOptions",
+        "VerifyOptions",
+    ),
+    "commands.prune": ("prune",),
+    "commands.unpack": ("load_packed", "unpack"),
+    "commands.verify": ("verify",),
+    "errors": ("TrimError", "UsageError"),
+    "kernels.exported": ("load_exported",),
+    "methods.blocks.options": ("BarberOptions",),
+    "methods.layers.alpha": ("AlphaOptions",),
+    "methods.layers.owl": ("OwlOptions",),
+    "methods.recipe": ("Recipe",),
+    "methods.rows.trim": ("TrimOptions",),
+    "methods.updates.obs": ("ObsOptions",),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AllocateOptions",
+    "AlphaOptions",
     "ApplyOptions",
     "BarberOptions",
     "CalibrateOptions",
     "EvaluateOptions",
+    "ObsOptions",
+    "OwlOptions",
     "PruneOptions",
     "Recipe",
-    "RowOptions",
     "TrimError",
-    "UpdateOptions",
+    "TrimOptions",
     "UsageError",
     "VerifyOptions",
     "allocate",
@@ -77,7 +92,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
+    home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'trimcli' has no attribute {name!r}")
     found = getattr(import_module(f"trimcli.{home}"), name)

@@ -35,6 +35,28 @@ class NoProgress:
 NO_PROGRESS = NoProgress()
 
 
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Other libraries show no bar, warn of nothing in their logs and print nothing: they know nothing of --quiet."""
+    import io
+    import logging
+    from unittest import mock
+
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    initialise, disabled = tqdm.__init__, logging.root.manager.disable
+
+    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
+        initialise(self, *args, **{**kwargs, "disable": True})
+
+    logging.disable(logging.WARNING)
+    try:
+        with mock.patch.object(tqdm, "__init__", silent), contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
 class RichProgress:
     """Bars with rate and remaining time on stderr; warnings as lines there."""
 

@@ -16,7 +16,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.peak = self.cuda = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -25,6 +25,8 @@ class PeakMemory:
             self.peak = max(self.peak, anonymous_bytes())
 
     def __enter__(self) -> "PeakMemory":
+        _note_cuda()
+        _running.append(self)
         self._thread.start()
         return self
 
@@ -34,15 +36,28 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
         self.peak = max(self.peak, anonymous_bytes())
+        _note_cuda()
+        _running.remove(self)
 
     def document(self) -> dict[str, int]:
-        """Bytes: `anonymous` of the process, `cuda` of the device where there is one."""
-        import torch
+        """Bytes: `anonymous` of the process, `cuda` of the CUDA device that held most, where any was used."""
+        return {"anonymous": self.peak, **({"cuda": self.cuda} if self.cuda else {})}
 
-        found = {"anonymous": self.peak}
-        if torch.cuda.is_available() and torch.cuda.is_initialized():
-            found["cuda"] = torch.cuda.max_memory_allocated()
-        return found
+
+_running: list[PeakMemory] = []
+
+
+def _note_cuda() -> None:
+    """Tell every run going on what the CUDA devices held at most since this was last called.
+
+    Runs follow each other in one process, and lie within each other: a prune that calibrates.
+    """
+    from torch import cuda
+
+    for device in range(cuda.device_count() if cuda.is_initialized() else 0):
+        for run in _running:
+            run.cuda = max(run.cuda, cuda.max_memory_allocated(device))
+        cuda.reset_peak_memory_stats(device)
 
 
 def anonymous_bytes() -> int:

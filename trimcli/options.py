@@ -1,34 +1,158 @@
-"""What every stage needs to know about the run, and the checks that stages share."""
+"""Options: declared once, as fields of frozen dataclasses that say how they are given on the command line.
 
+A field's type, default, flag, help, panel and check stand together; `trimcli.cli.options` makes the command line of
+them, library callers fill the same classes. Here are what every stage needs to know about the run, and the checks.
+"""
+
+import dataclasses
+import difflib
 import fnmatch
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trimcli.errors import OptionError
 
+Check = Callable[[str, Any], None]
+"""Takes an option's flag and its value; raises OptionError for a value that cannot be used."""
 
-@dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Where and how to compute.
+Numerics = Literal["exact", "reference"]
+RUN = "Run"
 
-    device: auto, cpu, cuda or cuda:N. dtype: of the computation, auto, float32, bfloat16 or float16. seed: of
-    every draw. revision: of a hub model. trust_remote_code: run the model's own code. cache_dir: the stage
-    cache and the part files of unfinished runs; None for the user's cache folder.
+
+@dataclass(frozen=True)
+class Flag:
+    """How a field is given on the command line.
+
+    name: the flag, where it is not the field's name with dashes. choices: the names to choose from, where the type
+    does not say. off: a flag that sets a field that is True by default to False. repeated: a
+    tuple given one value at a time, not separated by commas.
     """
 
-    device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 0
-    revision: str | None = None
-    trust_remote_code: bool = False
-    cache_dir: Path | None = None
+    help: str
+    name: str | None = None
+    panel: str | None = None
+    check: Check | None = None
+    choices: Callable[[], Iterable[str]] | None = None
+    off: bool = False
+    repeated: bool = False
+
+
+def option(default: Any, help: str, name: str | None = None, **more: Any) -> Any:
+    """A field of an options class: its default (`...` for none), and how it is given on the command line (see Flag)."""
+    metadata = {"flag": Flag(help, name, **more)}
+    return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One option of a class: the field's name, its type, default and flag, as `spelled` on the command line."""
+
+    field: str
+    type: Any
+    default: Any
+    flag: Flag
+
+    @property
+    def spelled(self) -> str:
+        """The flag, such as --block-size."""
+        return self.flag.name or "--" + self.field.strip("_").replace("_", "-")
+
+    @property
+    def described(self) -> list[str]:
+        """A sentence for each alternative, where they are entries of a registry."""
+        known = self.flag.choices() if self.flag.choices is not None else ()
+        if not isinstance(known, Mapping):
+            return []
+        return [f"{name}: {entry.help.rstrip('.')} ({entry.source})." for name, entry in known.items()]
+
+    @property
+    def choices(self) -> list[str] | None:
+        """What may be chosen, None where anything of the type may be."""
+        if self.flag.choices is not None:
+            return list(self.flag.choices())
+        inner = [part for part in (self.type, *get_args(self.type)) if get_origin(part) is Literal]
+        return [str(value) for value in get_args(inner[0])] if inner else None
+
+
+def declared(options: Any) -> tuple[Declared, ...]:
+    """The options that a class declares, in order."""
+    types = get_type_hints(options)
+    return tuple(
+        Declared(entry.name, types[entry.name], entry.default, entry.metadata["flag"])
+        for entry in dataclasses.fields(options)
+        if "flag" in entry.metadata
+    )
+
+
+def words(options: Any, *but: str) -> list[str]:
+    """The command line of an options object: what differs from the defaults, but for the fields named."""
+    found: list[str] = []
+    for one in declared(type(options)):
+        value = getattr(options, one.field)
+        if one.field in but or value == one.default or value is None:
+            continue
+        if isinstance(value, bool):
+            found.append(one.spelled)
+        elif isinstance(value, tuple):
+            parts = value if one.flag.repeated else [",".join(map(str, value))]
+            found += [word for part in parts for word in (one.spelled, str(part))]
+        else:
+            found += [one.spelled, str(value)]
+    return found
+
+
+def check_fields(options: Any) -> None:
+    """Raise OptionError for a field whose value is none of its choices or does not pass its check."""
+    for one in declared(type(options)):
+        value = getattr(options, one.field)
+        if value is None:
+            continue
+        for part in value if isinstance(value, tuple) else (value,):
+            if one.choices is not None and not isinstance(part, bool):
+                one_of(one.spelled, part, one.choices)
+            if one.flag.check is not None:
+                one.flag.check(one.spelled, part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is opened."""
+
+    revision: str | None = option(None, "Revision of a hub model.", panel=RUN)
+    trust_remote_code: bool = option(False, "Run code that the model brings.", panel=RUN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(ModelOptions):
+    """Where and how to compute.
+
+    cache_dir holds the stage cache and the part files of unfinished runs; None for the user's cache folder.
+    """
+
+    device: str = option("auto", "Where to compute: auto, cpu, cuda or cuda:N.", panel=RUN)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "Of the computation. auto takes the model's own where the device computes in it natively, else float32.",
+        panel=RUN,
+    )
+    seed: int = option(0, "Seed of every random draw.", panel=RUN)
+    cache_dir: Path | None = option(None, "The stage cache (default: in the user's cache folder).", panel=RUN)
+
+    def check(self) -> None:
+        """Raise OptionError for a value or a combination that cannot be used."""
+        check_fields(self)
 
     def document(self) -> dict[str, Any]:
         """The options as a manifest records them, as JSON values: what shapes the result."""
         found: dict[str, Any] = _recorded(asdict(self))
         return found
+
+    def run(self) -> dict[str, Any]:
+        """What every stage takes from the run, by name."""
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(RunOptions)}
 
 
 def _recorded(value: Any) -> Any:
@@ -40,27 +164,37 @@ def _recorded(value: Any) -> Any:
 
 def one_of(option: str, value: str, known: Iterable[str]) -> str:
     """`value` if it is one of `known`. Raises OptionError that proposes the nearest."""
-    import difflib
-
     names = list(known)
     if value in names:
         return value
-    near = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     raise OptionError(f"{option} {value!r} is none of {', '.join(names)}{hint}")
 
 
-def check_sparsity(sparsity: float) -> float:
-    """A fraction to prune in [0, 1). Raises OptionError."""
-    if not 0 <= sparsity < 1:
-        raise OptionError(f"--sparsity {sparsity} is outside [0, 1); it is the fraction to prune, such as 0.7.")
-    return sparsity
+def fraction(option: str, value: float) -> None:
+    """Raise OptionError unless the value is a fraction to prune, in [0, 1)."""
+    if not 0 <= value < 1:
+        raise OptionError(f"{option} {value} is outside [0, 1); it is the fraction to prune, such as 0.7.")
 
 
-def check_positive(option: str, value: int | None) -> None:
-    """Raise OptionError unless `value` is None or at least 1."""
-    if value is not None and value < 1:
-        raise OptionError(f"{option} {value} must be at least 1.")
+def at_least(least: int) -> Check:
+    """A check that a number is not smaller."""
+
+    def check(option: str, value: float) -> None:
+        if not (math.isfinite(value) and value >= least):
+            raise OptionError(f"{option} {value:g} must be at least {least}.")
+
+    return check
+
+
+positive = at_least(1)
+
+
+def not_negative(option: str, value: float) -> None:
+    """Raise OptionError unless the value is a finite number from 0 on."""
+    if not (math.isfinite(value) and value >= 0):
+        raise OptionError(f"{option} {value:g} is not usable; give a number that is not negative.")
 
 
 def selected(name: str, only: Iterable[str], skip: Iterable[str]) -> bool:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from trimcli.commands.apply import ApplyOptions, apply_masks
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.options import ApplyOptions
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists, TrimError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint

@@ -15,14 +15,16 @@ import trimcli.commands.export
 import trimcli.kernels.exported
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
 from trimcli.cli.export import export as command
-from trimcli.commands.apply import ApplyOptions, apply_masks
-from trimcli.commands.export import ExportOptions, export
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.export import export
+from trimcli.commands.options import ApplyOptions
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import sealed
 from trimcli.kernels.exported import ExportedCheckpoint, load_exported
 from trimcli.kernels.forms import Race, SemiStructured, SparseLinear
+from trimcli.kernels.options import ExportOptions
 
 UP, QUERY = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
 PROMPT = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]])
@@ -44,7 +46,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def sparse_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trimcli.export, "race", lambda *_: Race(2.0, 1.0))
+    monkeypatch.setattr(trimcli.commands.export, "race", lambda *_: Race(2.0, 1.0))
 
 
 def logits(model: Any) -> Tensor:
@@ -101,7 +103,7 @@ def test_what_is_not_faster_stays_dense(llama: Path, tmp_path: Path, monkeypatch
         assert dtype == torch.float32
         return Race(2.0, 1.0) if weight.shape == (40, 32) else Race(1.0, 1.0)
 
-    monkeypatch.setattr(trimcli.export, "race", race)
+    monkeypatch.setattr(trimcli.commands.export, "race", race)
     summary = export(str(llama), tmp_path / "csr", ExportOptions(to="csr"))
     assert len(raced) == 14
     forms = {name: linear.form for name, linear in summary.linears.items()}
@@ -222,6 +224,17 @@ def test_damaged_exports_are_refused(llama: Path, tmp_path: Path) -> None:
         load_exported(llama)
 
 
+@pytest.mark.usefixtures("sparse_wins")
+def test_shards_outside_an_export_are_refused(llama: Path, tmp_path: Path) -> None:
+    export(str(llama), tmp_path / "csr", ExportOptions())
+    mark = tmp_path / "csr" / MARK
+    document = json.loads(mark.read_text())
+    (tmp_path / "csr" / document["shards"][0]).rename(tmp_path / "shard.safetensors")
+    mark.write_text(json.dumps(sealed({**document, "shards": ["../shard.safetensors"]})))
+    with pytest.raises(InputError, match=r"csr/trim\.json names the shard '\.\./shard\.safetensors' outside"):
+        load_exported(tmp_path / "csr")
+
+
 class OnTheCpu(SemiStructured):
     """Packs as CUTLASS does, which torch can do and undo without a GPU, but not multiply."""
 
@@ -237,7 +250,7 @@ class OnTheCpu(SemiStructured):
 
 @pytest.fixture
 def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (trimcli.export, trimcli.exported):
+    for module in (trimcli.commands.export, trimcli.kernels.exported):
         monkeypatch.setattr(module, "SemiStructured", OnTheCpu)
 
 
@@ -326,7 +339,7 @@ def test_the_command(llama: Path, tmp_path: Path) -> None:
 
 
 def test_the_command_says_when_nothing_is_gained(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trimcli.export, "race", lambda *_: Race(1.0, 2.0))
+    monkeypatch.setattr(trimcli.commands.export, "race", lambda *_: Race(1.0, 2.0))
     found = run(llama, "--to", "csr", "-o", tmp_path / "csr")
     assert "no matrix is faster as csr on this machine: nothing is gained" in found.stdout
     assert "(not faster as csr)" in found.stdout

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from trimcli.commands.apply import ApplyOptions, apply_masks
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.options import ApplyOptions
 from trimcli.commands.unpack import load_packed, unpack
 from trimcli.errors import InputError, MismatchError, OutputExists
 from trimcli.files.atomic import MARK

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.commands.apply import ApplyOptions, apply_masks
-from trimcli.commands.verify import VerifyOptions, VerifyReport, verify
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.options import ApplyOptions, VerifyOptions
+from trimcli.commands.verify import VerifyReport, verify
 from trimcli.errors import CheckFailed, InputError, MismatchError
 from trimcli.files.atomic import MARK
 from trimcli.files.manifest import sealed

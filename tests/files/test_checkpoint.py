@@ -123,6 +123,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "config of no JSON": (lambda model: (model / "config.json").write_text("{"), r"config\.json is not a readable"),
     "a shard missing": (lambda model: damaged_index(model, {"a": "model-1.safetensors"}), r"model-1\S+ is missing"),
     "a shard outside": (lambda model: damaged_index(model, {"a": "../x.safetensors"}), "outside the model dir"),
+    "a shard outside for Windows": (
+        lambda model: damaged_index(model, {"a": "..\\x.safetensors"}),
+        "outside the model",
+    ),
+    "a directory for a shard": (lambda model: damaged_index(model, {"a": ".."}), r"index.json names the shard '\.\.'"),
+    "a shard of no name": (lambda model: damaged_index(model, {"a": 5}), "index.json names the shard 5 outside"),
     "an empty index": (lambda model: damaged_index(model, {}), "has no weight_map"),
     "quantized": (
         lambda model: (model / "config.json").write_text('{"quantization_config": {"bits": 4}}'),

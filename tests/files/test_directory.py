@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,17 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.commands.apply import ApplyOptions, apply_masks
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.options import ApplyOptions
 from trimcli.errors import InputError, OptionError, OutputExists
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.directory import PrunedLinear, commands_so_far, parse_size, plan_shards, write_model
+from trimcli.files.directory import (
+    PrunedLinear,
+    PrunedTensors,
+    commands_so_far,
+    parse_size,
+    plan_shards,
+    write_model,
+)
 from trimcli.files.manifest import COMMAND_LINE, PRUNED, manifest
 from trimcli.files.masks import MaskFile, keep_digest
 from trimcli.methods.masks import pack
@@ -207,6 +217,24 @@ def test_a_tensor_larger_than_a_shard_has_one_to_itself(base: Path) -> None:
     assert len(shards) == len(checkpoint.keys())
 
 
+@pytest.mark.parametrize("size", [1, 2_000, 5_000, 9_000, 20_000, 10**9])
+def test_shards_are_those_that_save_pretrained_makes_of_the_same_order(base: Path, tmp_path: Path, size: int) -> None:
+    """Sizes alone are looked at: no tensor is loaded."""
+    checkpoint = Checkpoint.open(base / "sharded")
+    state = {key: checkpoint.load(key) for key in checkpoint.keys()}  # noqa: SIM118 - no mapping
+    save_torch_state_dict(state, tmp_path, max_shard_size=size)
+    expected = {path.name: set(load_file(path)) for path in tmp_path.glob("*.safetensors")}
+
+    def fail(key: str) -> Tensor:
+        raise AssertionError(key)
+
+    checkpoint.load = fail  # type: ignore[method-assign]
+    shards = plan_shards(checkpoint, size)
+    assert {name: set(keys) for name, keys in shards.items()} == expected
+    for keys in shards.values():
+        assert keys == [key for key in state if key in keys]
+
+
 def bin_model(directory: Path, config: Any, shards: int) -> Path:
     """A checkpoint as old tools write it: pickled, the tied head beside the embedding."""
     model = random_model(config)
@@ -260,12 +288,41 @@ def test_an_existing_model_card_is_kept(base: Path, tmp_path: Path) -> None:
     assert again.startswith("---\nlicense: mit\n---\n# Mine\n")
 
 
+UNPACKS = """
+import locale, sys
+from pathlib import Path
+from trimcli.commands.unpack import unpack
+assert locale.getencoding().lower() not in ("utf-8", "utf8"), locale.getencoding()
+unpack(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def test_texts_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    card, tokenizer = "# Mine, für Löwen\n", '{"a": "für"}'
+    save(random_model(llama_config()), tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text(card, encoding="utf-8")
+    (tmp_path / "dense" / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    masks_for(tmp_path / "dense", tmp_path / "masks", remarks=["für"])
+    apply_masks(str(tmp_path / "dense"), tmp_path / "masks", tmp_path / "packed", ApplyOptions(format="packed"))
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", UNPACKS, str(tmp_path / "packed"), str(tmp_path / "unpacked")]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("packed", "unpacked"):
+        readme = (tmp_path / name / "README.md").read_bytes()
+        assert readme.startswith(card.encode())
+        assert readme.count(b"trim:begin") == 1
+        assert json.loads((tmp_path / name / MARK).read_bytes())["pruning"]["remarks"] == ["für"]
+        assert (tmp_path / name / "tokenizer.json").read_bytes() == tokenizer.encode()
+
+
 def write(base: Path, target: Path, weight_of: Any, **options: Any) -> None:
     checkpoint = Checkpoint.open(base / "sharded")
     key = "model.layers.0.mlp.up_proj.weight"
     linears = {key.removesuffix(".weight"): PrunedLinear(key, (40, 32), False, 0)}
     document = manifest(PRUNED, "prune", {}, None, commands=[])
-    write_model(checkpoint, target, weight_of, document, linears, **options)
+    write_model(PrunedTensors(checkpoint, weight_of, linears), target, document, **options)
 
 
 def test_changed_weights_are_written_as_given(base: Path, tmp_path: Path) -> None:

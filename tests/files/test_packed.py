@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
-from trimcli.commands.apply import ApplyOptions, apply_masks
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.options import ApplyOptions
 from trimcli.errors import InputError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.packed import PackedReader, decode, kept_values, packed_nbytes
+from trimcli.files.manifest import sealed
+from trimcli.files.packed import PackedReader, decode, kept_values, packed_specs
 from trimcli.files.tensors import TensorSpec
 from trimcli.methods.masks import pack
 
@@ -56,7 +59,9 @@ def test_bytes_of_a_packed_matrix() -> None:
     weight = torch.randn(10, 24, dtype=torch.float32).bfloat16()
     keep = torch.rand(10, 24) > 0.7
     made = pack(keep).nbytes + kept_values(weight, keep).nbytes
-    assert packed_nbytes(TensorSpec(torch.bfloat16, (10, 24)), int(keep.sum())) == made
+    specs = packed_specs(TensorSpec(torch.bfloat16, (10, 24)), int(keep.sum()))
+    assert specs == [TensorSpec.of(pack(keep)), TensorSpec.of(kept_values(weight, keep))]
+    assert sum(spec.nbytes for spec in specs) == made
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +202,33 @@ def test_a_shard_without_its_tensor_is_refused(packed: Path) -> None:
     del tensors[f"{key}.values"]
     save_file(tensors, shard, {"format": "pt"})
     with pytest.raises(InputError, match=f"lacks {key}"):
+        Checkpoint.open(packed)
+
+
+OUTSIDE = ["../x.safetensors", "/x.safetensors", "below/x.safetensors", "below\\x.safetensors", "C:x", "..", ""]
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@pytest.mark.parametrize("field", ["the shard itself", "the dense shard", "the shard of a tensor"])
+def test_shards_outside_the_directory_are_refused(packed: Path, field: str, outside: str) -> None:
+    document = json.loads((packed / MARK).read_text())
+    record = document["packed"]
+    name = next(iter(record["shards"]))
+    if field == "the dense shard":  # unpacking would write it
+        record["shards"][name] = outside
+    else:
+        entries = [entry for entry in record["tensors"].values() if entry["shard"] == name]
+        for entry in entries:
+            entry["shard"] = outside
+        if field == "the shard itself":
+            record["shards"] = {
+                outside if other == name else other: is_for for other, is_for in record["shards"].items()
+            }
+            for place in {"../x.safetensors", "below/x.safetensors", "below\\x.safetensors"} & {outside}:
+                (packed / place).parent.mkdir(exist_ok=True)
+                (packed / name).rename(packed / place)
+    (packed / MARK).write_text(json.dumps(sealed(document)))
+    with pytest.raises(InputError, match=re.escape(f"{packed / MARK} names the shard {outside!r} outside")):
         Checkpoint.open(packed)
 
 

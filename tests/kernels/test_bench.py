@@ -1,20 +1,19 @@
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 import trimcli.commands.export
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from trimcli.cli.bench import bench as command
-from trimcli.commands.apply import ApplyOptions, apply_masks
-from trimcli.commands.export import ExportOptions, export
+from tests.trim_cli import trim, trim_json
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.export import export
+from trimcli.commands.options import ApplyOptions
 from trimcli.errors import OptionError
-from trimcli.kernels.bench import BenchOptions, Measured, Rate, bench, measure, verdict
+from trimcli.kernels.bench import Measured, Rate, bench, measure, verdict
 from trimcli.kernels.forms import Race
+from trimcli.kernels.options import BenchOptions, ExportOptions
 
 QUICK: dict[str, Any] = {"tokens": 3, "batch": (1, 2), "repeat": 2}
 
@@ -28,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     apply_masks(str(base / "model"), base / "masks", base / "pruned")
     apply_masks(str(base / "model"), base / "masks", base / "packed", ApplyOptions(format="packed"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trimcli.export, "race", lambda *_: Race(2.0, 1.0))
+        patch.setattr(trimcli.commands.export, "race", lambda *_: Race(2.0, 1.0))
         export(str(base / "pruned"), base / "csr", ExportOptions())
     return base
 
@@ -83,7 +82,7 @@ def test_an_export_is_measured_dense_and_as_exported(base: Path) -> None:
 
 def test_an_export_without_a_sparse_matrix_gains_nothing(base: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trimcli.export, "race", lambda *_: Race(1.0, 2.0))
+        patch.setattr(trimcli.commands.export, "race", lambda *_: Race(1.0, 2.0))
         export(str(base / "pruned"), tmp_path / "csr", ExportOptions())
     result = bench([str(tmp_path / "csr")], BenchOptions(**QUICK))
     assert result.measured[1].sparse == 0
@@ -185,22 +184,15 @@ def test_two_of_four_on_a_gpu(tmp_path: Path) -> None:
     assert result.measured[1].memory == result.measured[3].memory < result.measured[0].memory
 
 
-def run(*arguments: Any) -> Any:
-    program = typer.Typer()
-    program.command()(command)
-    return CliRunner().invoke(program, [str(argument) for argument in arguments])
-
-
 def test_the_command(base: Path) -> None:
-    found = run(base / "pruned", base / "csr", "--tokens", 3, "--batch", "1", "--repeat", 1)
-    assert found.exit_code == 0
-    assert "prefill b1" in " ".join(found.stdout.split())
-    assert found.stdout.count("% zeros runs at these multiples of dense's speed") == 2
-    as_json = run(base / "pruned", "--tokens", 3, "--batch", "1,2", "--repeat", 1, "--json")
-    document = json.loads(as_json.stdout)
+    found = trim("bench", base / "pruned", base / "csr", "--tokens", 3, "--batch", "1", "--repeat", 1)
+    assert found.status == 0
+    assert "prefill b1" in " ".join(found.out.split())
+    assert found.out.count("% zeros runs at these multiples of dense's speed") == 2
+    document = trim_json("bench", base / "pruned", "--tokens", 3, "--batch", "1,2", "--repeat", 1)
     assert document["schema"] == "trim.bench/1"
     assert [one["form"] for one in document["measured"]] == ["dense", "csr"]
     assert len(document["measured"][0]["rates"]) == 4
-    wrong = run(base / "pruned", "--batch", "1,two")
-    assert wrong.exit_code == 2
-    assert "'two' is not usable" in wrong.stderr
+    wrong = trim("bench", base / "pruned", "--batch", "1,two")
+    assert wrong.status == 2
+    assert "'two' is not usable" in wrong.err

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimcli.errors import OptionError
 from trimcli.methods import masks
+from trimcli.methods.choice import parse_pattern
 from trimcli.methods.ranking import ranks_of, row_order
 
 sparsities = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 0.6, 0.7, 1.0]))
@@ -227,15 +228,15 @@ def test_n_of_m_refuses_rows_that_do_not_divide() -> None:
 
 
 def test_parse_pattern() -> None:
-    assert masks.parse_pattern("unstructured") is None
-    assert masks.parse_pattern("2:4") == (2, 4)
-    assert masks.parse_pattern("7:16") == (7, 16)
+    assert parse_pattern("unstructured") is None
+    assert parse_pattern("2:4") == (2, 4)
+    assert parse_pattern("7:16") == (7, 16)
 
 
 @pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "2-4", "2:4:8", "", " 2:4", "-1:4", "2:", "Unstructured"])
 def test_parse_pattern_refuses_and_says_what_is_kept(text: str) -> None:
     with pytest.raises(OptionError, match="N is how many of every M consecutive weights are kept"):
-        masks.parse_pattern(text)
+        parse_pattern(text)
 
 
 @untimed

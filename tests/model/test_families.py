@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.families import FAMILIES, VOCABULARY, save_family
 from tests.trim_cli import COMPUTE, save_tokens, trim_json, zeros
-from trimcli.evaluate.perplexity import perplexity
+from trimcli.evaluation.perplexity import perplexity
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.masks import MaskFile
 from trimcli.model.forward import Forward

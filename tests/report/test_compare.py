@@ -8,13 +8,15 @@ from rich.console import Console
 from tests.report_documents import perplexity, pruning, ratios, results, task
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.documents import write_json
-from trimcli.report.compare import Table, compare, figure, method_of, render, titles
+from trimcli.report.compare import Table, compare, method_of
+from trimcli.report.sheets import figure
+from trimcli.report.terminal import comparison
 
 
 def text_of(table: Table, width: int = 120) -> str:
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(render(table))
+        console.print(comparison(table))
     return captured.get()
 
 
@@ -45,7 +47,7 @@ def test_figures_measured_another_way_have_a_column_of_their_own(tmp_path: Path,
     same_name = "dataset" not in other
     assert bool(table.notes) == same_name
     named = ["wiki.txt [1]", "wiki.txt [2]"] if same_name else ["wiki.txt", "c4"]
-    assert list(titles(table.columns).values()) == named
+    assert list(table.titles.values()) == named
     assert compare([first, results(tmp_path / "c.json", tasks={})]).columns == table.columns[:1]
 
 
@@ -86,7 +88,7 @@ def test_main_columns_and_the_mean(tmp_path: Path) -> None:
     del tasks["words"]["acc"], tasks["words"]["acc_stderr"]
     tasks["words"]["perplexity_stderr"] = 900.0
     table = compare([results(tmp_path / "a.json", tasks=tasks, mean_acc_seven=0.61)])
-    names = titles(table.columns)
+    names = table.titles
     assert list(names.values()) == ["wiki.txt", "quiz", "words perplexity", "mean", "quiz acc_norm"]
     assert [column.main for column in table.columns] == [True, True, True, True, False]
     shown = text_of(table)
@@ -110,6 +112,8 @@ def test_labels_are_told_apart_and_shown_as_they_are(tmp_path: Path) -> None:
     other_stem = [results(tmp_path / f"{name}.json", label="run") for name in ("a", "b")]
     assert [row.label for row in compare(other_stem).rows] == ["run (a)", "run (b)"]
     assert "[red]run[/red]" in text_of(compare(same_stem[:1]))
+    spelled = results(tmp_path / "emoji.json", label="2:4: :M: :smile:", pruning=pruning(sparsity_type="2:4"))
+    assert "2:4: :M: :smile:  Wanda 2:4 " in text_of(compare([spelled]))
 
 
 def test_values_that_are_not_finite_are_said_to_be(tmp_path: Path) -> None:
@@ -130,6 +134,20 @@ def test_methods_are_named() -> None:
     everything["allocation"] = {"method": "alpha"}
     assert method_of(everything) == "Magnitude + AlphaPruning + TRIM + Barber"
     assert method_of({**pruning(), "allocation": {"method": "owl", "lambda": 0.08}}) == "Wanda + OWL"
+    assert method_of({**pruning(), "allocation": {"method": "mine"}}) == "Wanda + mine"
+
+
+def test_methods_are_named_where_the_manifest_names_rows_and_update() -> None:
+    for recipe, name in (
+        ({"method": "wanda", "rows": "even", "update": None}, "Wanda"),
+        ({"method": "wanda", "rows": "trim", "update": "none"}, "Wanda + TRIM"),
+        ({"method": "wanda", "rows": "variant", "update": None}, "Wanda variant"),
+        ({"method": "wanda", "rows": "free", "update": "cg"}, "Wanda + free rows + cg update"),
+        ({"method": "sparsegpt", "rows": "even", "update": "obs"}, "SparseGPT"),
+        ({"method": "mine", "rows": "trim", "update": "obs"}, "mine + TRIM + obs update"),
+    ):
+        assert method_of({"options": {"recipe": recipe}}) == name
+    assert method_of(pruning(recipe={"update": {"damping": 0.01}})) == "Wanda"
 
 
 def test_what_is_no_results_file_is_refused(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ from tests.report_documents import (
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import write_json
-from trimcli.report import build_report
-from trimcli.report.gather import QUANTILES, Place, gather, kinds_of, place_of
+from trimcli.report.build import build_report
+from trimcli.report.gather import QUANTILES, gather
+from trimcli.report.rows import by_kind, short_names
+from trimcli.report.terminal import summary
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
@@ -194,8 +196,8 @@ def test_every_kind_of_file_makes_a_report_alone(tmp_path: Path, make: Callable[
     assert "Measured with trim " in report.text
     console = Console(width=100)
     with console.capture() as captured:
-        console.print(report.summary())
-    assert captured.get().strip() or not report.table.columns
+        console.print(summary(report.gathered))
+    assert captured.get().strip() or not report.gathered.table.columns
 
 
 def test_nothing_that_files_say_becomes_code(tmp_path: Path) -> None:
@@ -236,18 +238,19 @@ def test_the_terminal_shows_the_other_files_too(tmp_path: Path) -> None:
     report = build_report(one_of_each(tmp_path), "md", None)
     console = Console(width=120)
     with console.capture() as captured:
-        console.print(report.summary())
+        console.print(summary(report.gathered))
     shown = captured.get()
-    assert re.search(r"ratios +layer ratios +50\.00% +40\.00% to 60\.00%", shown)
-    assert re.search(r"masks +masks +1\d\.\d\d%", shown)
+    assert re.search(r"ratios, owl +layer ratios +4 +50\.00% +40\.00% to 60\.00%", shown)
+    assert re.search(r"masks +masks +4 +1\d\.\d\d%", shown)
     assert re.search(r"calibration +calibration", shown)
 
 
-def test_names_tell_layers_and_kinds() -> None:
-    assert place_of("model.layers.12.mlp.experts.3.up_proj") == Place(12, "mlp.experts.up_proj")
-    assert place_of("head") == Place(0, "head")
-    gpt2 = ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj", "transformer.h.0.mlp.c_proj"]
-    assert list(kinds_of(gpt2).values()) == ["c_attn", "attn.c_proj", "mlp.c_proj"]
+def test_experts_share_a_panel_and_names_are_as_short_as_they_can() -> None:
+    values = {"m.1.mlp.experts.0.up": 1.0, "m.1.mlp.experts.1.up": 3.0, "m.0.mlp.experts.0.up": 5.0, "m.0.proj": 7.0}
+    assert by_kind(values) == {"mlp.experts.*.up": {0: 5.0, 1: 2.0}, "proj": {0: 7.0}}
+    pairs = {"m.0.experts.0.up": (1.0, 2.0), "m.0.experts.1.up": (3.0, 6.0)}
+    assert by_kind(pairs) == {"experts.*.up": {0: [2.0, 4.0]}}
+    assert short_names(["attn.c_attn", "attn.c_proj", "mlp.c_proj"]) == ["c_attn", "attn.c_proj", "mlp.c_proj"]
 
 
 def test_what_cannot_be_reported_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from trimcli.cli.sweep import sweep as command
 from trimcli.commands.evaluate import open_masks
 from trimcli.commands.prune import prune
 from trimcli.errors import InputError, OptionError
-from trimcli.evaluate.perplexity import perplexity
+from trimcli.evaluation.perplexity import perplexity
 from trimcli.sweep.grid import SweepOptions, settings_of
 from trimcli.sweep.run import SweepPlan, held_out, sweep
 
@@ -192,7 +192,7 @@ def test_an_earlier_sweep_is_taken_over(base: Path, tmp_path: Path, monkeypatch:
         measured.append(args[2].recipe.method)
         return prune(*args, **named)
 
-    monkeypatch.setattr(trimcli.sweep, "prune", counted)
+    monkeypatch.setattr(trimcli.sweep.run, "prune", counted)
     more = options_for(base, tmp_path, alloc=("uniform",), trim=(False,), method=("wanda", "magnitude"))
     second = sweep(str(base / "model"), more)
     assert measured == ["magnitude"]
@@ -207,7 +207,7 @@ def test_an_earlier_sweep_is_taken_over(base: Path, tmp_path: Path, monkeypatch:
 
 def test_what_is_no_number_comes_last(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([5.0, math.inf, 7.0])
-    monkeypatch.setattr(trimcli.sweep, "perplexity", lambda *_, **__: next(values))
+    monkeypatch.setattr(trimcli.sweep.run, "perplexity", lambda *_, **__: next(values))
     options = options_for(base, tmp_path, alloc=("uniform",), trim=(False,), method=("wanda", "magnitude"))
     for _ in range(2):  # the second from the cache
         result = sweep(str(base / "model"), options)

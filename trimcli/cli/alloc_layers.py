@@ -1,55 +1,18 @@
 """`trim alloc-layers`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from trimcli.cli.options import Model, output
+from trimcli.cli.output import Say, bar, rows_table, show, spread
 
-from trimcli.cli import common
-from trimcli.cli.common import boundary
+if TYPE_CHECKING:
+    from trimcli.commands.options import AllocateOptions
+    from trimcli.files.ratios import LayerSparsity
 
 
-@boundary
 def alloc_layers(
-    model: common.Model,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The layer ratios file (JSON) to write.")],
-    method: Annotated[str, typer.Option(help="uniform, owl (Yin et al. 2024) or alpha (Lu et al. 2024).")] = "uniform",
-    sparsity: Annotated[float | None, typer.Option(help="Target: the fraction of weights to prune, in [0, 1).")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="OWL: a file of `trim calibrate`.")] = None,
-    lambda_: Annotated[
-        float,
-        typer.Option("--lambda", help="OWL: how far a layer may lie from the target (of N when mixed N:M)."),
-    ] = 0.08,
-    hyper_m: Annotated[float, typer.Option(help="OWL: a score is an outlier above this many times the mean.")] = 5.0,
-    group: Annotated[
-        int | None,
-        typer.Option(help="OWL: mixed N:M patterns with groups of this many inputs; N is what is kept."),
-    ] = None,
-    ww_metric: Annotated[
-        str, typer.Option(help="Alpha: alpha_peak, alpha_mid, or one of weightwatcher's ten.")
-    ] = "alpha_peak",
-    epsilon: Annotated[float, typer.Option(help="Alpha: the spread of the layers' shares.")] = 0.3,
-    mapping_type: Annotated[
-        str,
-        typer.Option(help="Alpha: block gives a decoder layer's linears their mean, layer leaves them apart."),
-    ] = "block",
-    metrics_cache: Annotated[
-        Path | None, typer.Option(help="Alpha: a JSON file of metrics, read and extended.")
-    ] = None,
-    import_file: Annotated[
-        Path | None,
-        typer.Option("--import", help="A published tool's .npy: OWL's keep ratios or Alpha's metrics."),
-    ] = None,
-    numerics: common.Numerics = "exact",
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
-    force: common.Force = False,
-    cache_dir: common.CacheDir = None,
-    trust_remote_code: common.TrustRemoteCode = False,
-    revision: common.Revision = None,
+    model: Model, output: Annotated[Path, output("layer ratios file (JSON)")], options: "AllocateOptions", say: Say
 ) -> None:
     """Distribute a sparsity over the layers: uniform, by OWL's outliers, or by AlphaPruning's spectra.
 
@@ -57,33 +20,22 @@ def alloc_layers(
 
     Example: trim alloc-layers Qwen/Qwen2.5-3B -o owl70.json --method owl --sparsity 0.7 --calibration calib.safetensors
     """
-    progress = common.start(quiet, as_json)
-    from trimcli.commands.allocate import AllocateOptions, allocate
+    from trimcli.commands.allocate import allocate
 
-    options = AllocateOptions(
-        device=device,
-        dtype=dtype,
-        seed=seed,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        cache_dir=cache_dir,
-        method=method,
-        sparsity=sparsity,
-        calibration=calibration,
-        lambda_=lambda_,
-        hyper_m=hyper_m,
-        group=group,
-        ww_metric=ww_metric,
-        epsilon=epsilon,
-        mapping_type=mapping_type,
-        metrics_cache=metrics_cache,
-        numerics=numerics,  # type: ignore[arg-type]
-        import_file=import_file,
-    )
-    found = allocate(model, output, options, progress=progress, force=force)
-    if as_json:
-        common.emit_json({"ratios": output, "method": found.method, "target": found.target, "sparsity": found.sparsity})
-    elif not quiet:
-        from trimcli.cli.tables import print_allocation
+    found = allocate(model, output, options, progress=say.progress, force=say.force)
+    document = {"ratios": output, "method": found.method, "target": found.target, "sparsity": found.sparsity}
+    say.result(lambda: document, lambda: _print(found, output))
 
-        print_allocation(found, output)
+
+def _print(found: "LayerSparsity", output: Path) -> None:
+    """By decoder layer, with the metric behind it."""
+    from trimcli.files.names import grouped, layer_of
+
+    rows = []
+    for layer, names in grouped(found.sparsity, layer_of).items():
+        values = [found.sparsity[name] for name in names]
+        metric = [value for name in names if (value := found.metric.get(name)) is not None]
+        mean = f"{sum(metric) / len(metric):.4g}" if metric else ""
+        rows.append((layer, mean, spread(values), bar(sum(values) / len(values))))
+    columns = (("layer", "left"), ("metric", "right"), ("sparsity", "right"), ("", "left"))
+    show(rows_table(columns, rows, f"{found.method}, target {found.target:.4g}"), f"written to {output}")

@@ -1,6 +1,8 @@
-"""The `trim` program: every command by name. Nothing heavy is imported until a command runs."""
+"""The `trim` program: every command by name. A command is made, and what it needs imported, when it is asked for."""
 
-from typing import Annotated, Any
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperGroup
@@ -8,34 +10,104 @@ from typer.core import TyperGroup
 from trimcli.cli.alloc_layers import alloc_layers
 from trimcli.cli.apply_masks import apply_masks, unpack
 from trimcli.cli.bench import bench
+from trimcli.cli.boundary import usage
 from trimcli.cli.cache import cache
 from trimcli.cli.calibrate import calibrate
 from trimcli.cli.demo import demo
 from trimcli.cli.evaluate import evaluate
 from trimcli.cli.export import export
+from trimcli.cli.options import expanded
 from trimcli.cli.plan import plan
 from trimcli.cli.prune import prune
 from trimcli.cli.report import compare, report
 from trimcli.cli.sweep import sweep
 from trimcli.cli.verify import verify
+from trimcli.errors import TrimError
+
+
+class Listed(NamedTuple):
+    """A command: its topic, its function, and what its options are made of ("module:attribute")."""
+
+    topic: str
+    function: Callable[..., None]
+    takes: str | None = None
+
+
+STAGES, MEASURE, MORE = "Stages, each with a file", "Measure and check", "More"
+OPTIONS = "trimcli.commands.options"
+COMMANDS = {
+    "calibrate": Listed(STAGES, calibrate, f"{OPTIONS}:CalibrateOptions"),
+    "alloc-layers": Listed(STAGES, alloc_layers, "trimcli.cli.groups:ALLOCATE"),
+    "prune": Listed(STAGES, prune, "trimcli.cli.groups:PRUNE"),
+    "apply-masks": Listed(STAGES, apply_masks, f"{OPTIONS}:ApplyOptions"),
+    "eval": Listed(STAGES, evaluate, f"{OPTIONS}:EvaluateOptions"),
+    "plan": Listed(MEASURE, plan, "trimcli.cli.groups:PRUNE"),
+    "verify": Listed(MEASURE, verify, f"{OPTIONS}:VerifyOptions"),
+    "report": Listed(MEASURE, report),
+    "compare": Listed(MEASURE, compare),
+    "sweep": Listed(MORE, sweep, "trimcli.cli.groups:SWEEP"),
+    "export": Listed(MORE, export, "trimcli.kernels.options:ExportOptions"),
+    "bench": Listed(MORE, bench, "trimcli.kernels.options:BenchOptions"),
+    "unpack": Listed(MORE, unpack),
+    "cache": Listed(MORE, cache),
+    "demo": Listed(MORE, demo),
+}
 
 
 class Program(TyperGroup):
-    """The program's own help, in plain text by topic: drawing it with `rich` would take longer than reading it."""
+    """Commands made on demand, help by topic in plain text (quicker than drawing it), errors in one sentence."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{**settings, "rich_markup_mode": None})
 
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Every command, in the order of the work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name, None where there is none."""
+        if cmd_name in COMMANDS and cmd_name not in self.commands:
+            listed = COMMANDS[cmd_name]
+            alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+            alone.command(cmd_name)(expanded(listed.function, listed.takes))
+            self.commands[cmd_name] = typer.main.get_command(alone)
+        return self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As typer does, which proposes names of those commands that are there."""
+        for name in () if args and args[0] in COMMANDS else COMMANDS:
+            self.get_command(ctx, name)
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The commands under their topics, in the order of the work."""
+        """The commands under their topics, each with its docstring's first sentence."""
         topics: dict[str, list[tuple[str, str]]] = {}
-        for name in self.list_commands(ctx):
-            command = self.commands[name]
-            topic = getattr(command, "rich_help_panel", None)
-            topics.setdefault(str(topic), []).append((name, (command.help or "").split("\n\n")[0].replace("\n", " ")))
+        for name, listed in COMMANDS.items():
+            first = (listed.function.__doc__ or "").split("\n\n")[0]
+            topics.setdefault(listed.topic, []).append((name, " ".join(first.split())))
         for topic, rows in topics.items():
             with formatter.section(topic):
                 formatter.write_dl(rows)
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run, and leave with an exit status; what typer finds wrong is told in one sentence."""
+        if not settings.get("standalone_mode", True):
+            return super().main(*args, **settings)
+        try:
+            sys.exit(super().main(*args, **{**settings, "standalone_mode": False}) or 0)
+        except typer.Abort:
+            sys.exit(130)
+        except TrimError as problem:  # while a command is made: a package with methods that cannot be loaded
+            print(f"trim: {problem}", file=sys.stderr)
+            sys.exit(problem.exit_status)
+        except typer.TyperException as problem:
+            context = getattr(problem, "ctx", None)
+            command = context.command_path if context else "trim"
+            asked_for_nothing = type(problem).__name__ == "NoArgsIsHelpError"
+            print(
+                problem.format_message() if asked_for_nothing else f"trim: {usage(problem, command)}", file=sys.stderr
+            )
+            sys.exit(problem.exit_code)
 
 
 app = typer.Typer(
@@ -49,8 +121,6 @@ app = typer.Typer(
     "trim prune MODEL -o masks.safetensors --sparsity 0.7 --alloc owl --use-trim --save-model DIR.",
 )
 
-STAGES, MEASURE, MORE = "Stages, each with a file", "Measure and check", "More"
-
 
 def _version(wanted: bool) -> None:
     if wanted:
@@ -63,27 +133,11 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.", metavar=""),
     ] = False,
 ) -> None:
     """The options before a command."""
-
-
-app.command("calibrate", rich_help_panel=STAGES)(calibrate)
-app.command("alloc-layers", rich_help_panel=STAGES)(alloc_layers)
-app.command("prune", rich_help_panel=STAGES)(prune)
-app.command("apply-masks", rich_help_panel=STAGES)(apply_masks)
-app.command("eval", rich_help_panel=STAGES)(evaluate)
-app.command("plan", rich_help_panel=MEASURE)(plan)
-app.command("verify", rich_help_panel=MEASURE)(verify)
-app.command("report", rich_help_panel=MEASURE)(report)
-app.command("compare", rich_help_panel=MEASURE)(compare)
-app.command("sweep", rich_help_panel=MORE)(sweep)
-app.command("export", rich_help_panel=MORE)(export)
-app.command("bench", rich_help_panel=MORE)(bench)
-app.command("unpack", rich_help_panel=MORE)(unpack)
-app.command("cache", rich_help_panel=MORE)(cache)
-app.command("demo", rich_help_panel=MORE)(demo)
 
 
 def main() -> None:

@@ -1,62 +1,25 @@
 """`trim plan`."""
 
-from trimcli.cli import common
-from trimcli.cli import prune_options as shared
-from trimcli.cli.common import boundary
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimcli.cli.options import Model
+from trimcli.cli.output import Say, rows_table, show, size, spread
+
+if TYPE_CHECKING:
+    from trimcli.commands.options import PruneOptions
+    from trimcli.pipeline.plan import Plan
+
+SHOWN = 8
 
 
-@boundary
 def plan(
-    model: common.Model,
-    save_model: shared.SaveModel = None,
-    method: shared.Method = "wanda",
-    calibration: shared.Calibration = None,
-    ratios: shared.Ratios = None,
-    sparsity: shared.Sparsity = None,
-    sparsity_type: shared.SparsityType = "unstructured",
-    only: shared.Only = None,
-    skip: shared.Skip = None,
-    numerics: common.Numerics = "exact",
-    no_propagate: shared.NoPropagate = False,
-    use_variant: shared.UseVariant = False,
-    use_trim: shared.UseTrim = False,
-    qmetric: shared.Qmetric = "cosim_flat",
-    qmetric_dimwise: shared.QmetricDimwise = "cosim",
-    iterations: shared.Iterations = 10,
-    forbid_neg_lr: shared.ForbidNegLr = False,
-    input_recalc: shared.InputRecalc = False,
-    mask_score: shared.MaskScore = "obs",
-    mask_update: shared.MaskUpdate = None,
-    damping: shared.Damping = 0.01,
-    block_size: shared.BlockSize = 128,
-    gram_dtype: shared.GramDtype = "float32",
-    prune_barber: shared.PruneBarber = False,
-    prune_granularity: shared.PruneGranularity = "output1",
-    threshold: shared.Threshold = 0.01,
-    prune_metric: shared.PruneMetric = "WD",
-    retain_reconstruction: shared.RetainReconstruction = False,
-    dataset: shared.Dataset = None,
-    nsamples: shared.Nsamples = None,
-    seqlen: shared.Seqlen = None,
-    tokens: shared.Tokens = None,
-    alloc: shared.Alloc = None,
-    lambda_: shared.Lambda = 0.08,
-    hyper_m: shared.HyperM = 5.0,
-    group: shared.Group = None,
-    ww_metric: shared.WwMetric = "alpha_peak",
-    epsilon: shared.Epsilon = 0.3,
-    mapping_type: shared.MappingType = "block",
-    metrics_cache: shared.MetricsCache = None,
-    batch_size: shared.BatchSize = None,
-    device: common.Device = "auto",
-    dtype: common.Dtype = "auto",
-    seed: common.Seed = 0,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
-    force: common.Force = False,
-    cache_dir: common.CacheDir = None,
-    trust_remote_code: common.TrustRemoteCode = False,
-    revision: common.Revision = None,
+    model: Model,
+    options: "PruneOptions",
+    say: Say,
+    output: Annotated[Path | None, typer.Option("--output", "-o", hidden=True)] = None,
 ) -> None:
     """Say what a prune would do, before any pass: matrices, targets, exact counts, memory, disk, forward passes.
 
@@ -64,18 +27,45 @@ def plan(
 
     Example: trim plan Qwen/Qwen2.5-72B --sparsity 0.7 --use-trim
     """
-    progress = common.start(quiet, as_json)
-    options = shared.build(locals())
     from trimcli.commands.plan import foresee
 
-    found = foresee(model, options, progress=progress)
-    if as_json:
-        common.emit_json(found.document())
-        return
-    from trimcli.cli.tables import plan_head, plan_table
+    found = foresee(model, options, progress=say.progress)
+    say.result(found.document, lambda: _print(found))
 
-    common.show(plan_table(found), plan_head(found))
-    for name, shape in list(found.dense.items())[:8]:
-        common.show(f"left dense: {name} {list(shape)}")
-    if len(found.dense) > 8:
-        common.show(f"left dense: {len(found.dense) - 8} more")
+
+def _print(found: "Plan") -> None:
+    from trimcli.files.names import inside_layer
+
+    groups: dict[tuple[str, tuple[int, int]], list[int]] = {}
+    for place, linear in enumerate(found.linears):
+        groups.setdefault((inside_layer(linear.name), linear.shape), []).append(place)
+    rows = []
+    for (name, shape), places in groups.items():
+        members = [found.linears[place] for place in places]
+        target = spread([one.target.sparsity for one in members])
+        patterns = sorted({":".join(map(str, one.target.pattern)) for one in members if one.target.pattern})
+        target = f"{', '.join(patterns)} ({target})" if patterns else target
+        zeros = f"{sum(one.zeros for one in members):,}"
+        rows.append((name, str(len(members)), f"{shape[0]} x {shape[1]}", target, zeros))
+    right = [(header, "right") for header in ("matrices", "shape", "target", "zeros")]
+    show(rows_table([("linear", "left"), *right], rows), head(found))
+    for left, dense in list(found.dense.items())[:SHOWN]:
+        show(f"left dense: {left} {list(dense)}")
+    if len(found.dense) > SHOWN:
+        show(f"left dense: {len(found.dense) - SHOWN} more")
+
+
+def head(plan: "Plan") -> str:
+    """The plan in two lines."""
+    memory = size(plan.host_bytes)
+    if plan.device_bytes:
+        memory = f"{size(plan.device_bytes)} on {plan.device}, {memory} on the host"
+    passes = f"{plan.forward_passes:.3g} forward passes" if plan.forward_passes else "no forward pass"
+    disk = size(plan.mask_bytes) + " of masks"
+    if plan.model_bytes:
+        disk += f", {size(plan.model_bytes)} of model"
+    return (
+        f"{len(plan.linears)} matrices, {plan.weights:,} weights, {plan.zeros:,} to zero "
+        f"({plan.zeros / plan.weights:.2%}), {len(plan.dense)} matrices left dense\n"
+        f"{passes} in {plan.compute_dtype} on {plan.device}, about {memory} of memory, {disk}"
+    )

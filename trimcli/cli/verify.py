@@ -6,22 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimcli.cli import common
-from trimcli.cli.common import boundary
+from trimcli.cli.output import Say, bar, rows_table, show
 
 if TYPE_CHECKING:
+    from trimcli.commands.options import VerifyOptions
     from trimcli.commands.verify import VerifyReport
 
 
-@boundary
 def verify(
     path: Annotated[Path, typer.Argument(metavar="DIR|MASKS", help="A pruned or packed directory, or a masks file.")],
-    masks: Annotated[
-        Path | None, typer.Option(help="Hold the directory against these masks: zero wherever they are.")
-    ] = None,
-    quiet: common.Quiet = False,
-    as_json: common.Json = False,
-    trust_remote_code: common.TrustRemoteCode = False,
+    options: "VerifyOptions",
+    say: Say,
 ) -> None:
     """Read saved files back, tensor by tensor: sparsity per linear and layer, N:M groups, counts against the manifest.
 
@@ -29,21 +24,14 @@ def verify(
 
     Example: trim verify Qwen2.5-3B-70
     """
-    progress = common.start(quiet, as_json)
-    from trimcli.commands.verify import VerifyOptions
     from trimcli.commands.verify import verify as run
 
-    report = run(path, VerifyOptions(masks=masks, trust_remote_code=trust_remote_code), progress=progress)
-    if as_json:
-        common.emit_json(report.document())
-    elif not quiet:
-        _print(report)
-    report.check()
+    found = run(path, options, progress=say.progress)
+    say.result(found.document, lambda: _print(found))
+    found.check()
 
 
 def _print(report: "VerifyReport") -> None:
-    from trimcli.cli.tables import bar, rows_table
-
     # The path that all names share stands in the heading, so that a row fits a terminal's line.
     parts = zip(*(linear.name.split(".")[:-1] for linear in report.linears), strict=False)
     shared = "".join(f"{part[0]}." for part in takewhile(lambda part: len(set(part)) == 1, parts))
@@ -63,9 +51,9 @@ def _print(report: "VerifyReport") -> None:
             )
         )
     columns = [(name, "right") for name in ("shape", "zeros", "sparsity", "asked for", "rows: min/med/max")]
-    common.show(rows_table(((f"{shared}*" if shared else "linear", "left"), *columns), rows))
+    show(rows_table(((f"{shared}*" if shared else "linear", "left"), *columns), rows))
     layers = [(name, f"{sparsity:.4f}", bar(sparsity)) for name, sparsity in report.layers.items()]
-    common.show(rows_table((("layer", "left"), ("sparsity", "right"), ("", "left")), layers))
+    show(rows_table((("layer", "left"), ("sparsity", "right"), ("", "left")), layers))
     counts = report.row_histogram
     most = max(counts) or 1
     width = 1 / len(counts)
@@ -74,12 +62,12 @@ def _print(report: "VerifyReport") -> None:
         for index, count in enumerate(counts)
         if count
     ]
-    common.show(rows_table((("row sparsity", "left"), ("rows", "right"), ("", "left")), histogram))
+    show(rows_table((("row sparsity", "left"), ("rows", "right"), ("", "left")), histogram))
     if report.schema is None:
         verdict = "nothing to check against: trim did not write this directory"
     else:
         verdict = "does not hold" if report.failures else "holds"
-    common.show(
+    show(
         f"{report.path}: sparsity {report.sparsity:.4%} ({report.zeros:,} zeros in {len(report.linears)} linears); "
         f"{verdict}"
     )

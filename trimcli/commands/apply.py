@@ -1,40 +1,27 @@
 """apply-masks: a model and its masks give a pruned model directory, dense or packed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from trimcli.commands.options import ApplyOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import MismatchError
 from trimcli.files.atomic import refuse_existing
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.directory import PrunedLinear, commands_so_far, masked, parse_size, write_model
+from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, masked, parse_size, write_model
 from trimcli.files.manifest import PACKED, PRUNED, check_model, manifest
 from trimcli.files.masks import MaskFile
-from trimcli.files.packing import write_packed
+from trimcli.files.packing import PackedTensors
+from trimcli.model.matrix import Matrix, finite
 from trimcli.model.skeleton import Skeleton
-from trimcli.options import one_of
+from trimcli.options import check_fields
 
-Format = Literal["dense", "packed"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ApplyOptions:
-    """How masks are applied.
-
-    format: an ordinary directory ("dense") or a packed one. max_shard_size: "5GB", to shard anew; None keeps
-    the model's shards. other_weights: accept other weights of the same structure (a fine-tuned model).
-    """
-
-    format: Format = "dense"
-    max_shard_size: str | None = None
-    other_weights: bool = False
-    revision: str | None = None
-    trust_remote_code: bool = False
+WeightOf = Callable[[str], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,7 @@ class AppliedMasks:
     """
 
     output: str
-    format: Format
+    format: str
     dense_bytes: int
     nbytes: int
     linears: int
@@ -71,7 +58,7 @@ def apply_masks(
     OptionError (a format or size that is none), HubError.
     """
     options = options or ApplyOptions()
-    one_of("--format", options.format, get_args(Format))
+    check_fields(options)
     max_shard_size = parse_size(options.max_shard_size) if options.max_shard_size else None
     refuse_existing(output, force=force)
     found = MaskFile.open(masks)
@@ -81,8 +68,9 @@ def apply_masks(
     structure_only = options.other_weights or changed
     check_model(found.manifest, skeleton.fingerprint, masks, structure_only=structure_only)
     linears = pruned_linears(found, skeleton)
-    weights = MaskedWeights(skeleton, found, already_zero=changed)
+    weights = masked_weights(checkpoint, (skeleton.linears[name] for name in found.names), found.keep)
     if changed and linears:
+        weights = _unchanged(weights, checkpoint, masks)
         weights(next(iter(linears.values())).key)  # fails before anything is written
     document = manifest(
         PACKED if options.format == "packed" else PRUNED,
@@ -93,19 +81,11 @@ def apply_masks(
         pruning={key: value for key, value in found.manifest.items() if key != "linears"},
         commands=commands_so_far(found.manifest),
     )
-    write: Callable[..., Any] = write_model
     if options.format == "packed":
-        write = partial(write_packed, keep_of=found.keep)
-    written = write(
-        checkpoint,
-        output,
-        weight_of=weights,
-        document=document,
-        linears=linears,
-        force=force,
-        max_shard_size=max_shard_size,
-        progress=progress,
-    )
+        tensors: PrunedTensors = PackedTensors(checkpoint, weights, linears, found.keep)
+    else:
+        tensors = PrunedTensors(checkpoint, weights, linears)
+    written = write_model(tensors, output, document, force=force, max_shard_size=max_shard_size, progress=progress)
     return AppliedMasks(
         output=str(output),
         format=options.format,
@@ -127,35 +107,52 @@ def pruned_linears(found: MaskFile, skeleton: Skeleton) -> dict[str, PrunedLinea
                 f"{found.path} has a mask of shape {list(found.shape(name))} for {name}, which "
                 f"{skeleton.checkpoint.id} does not have; give the model it was made for."
             )
-        entry = found.entry(name)
-        pattern = tuple(entry["pattern"]) if entry.get("pattern") else None
-        linears[name] = PrunedLinear(
-            linear.key, linear.shape, linear.transposed, entry["zeros"], entry.get("target"), pattern
-        )
+        linears[name] = pruned_linear(linear, found.entry(name))
     return linears
 
 
-class MaskedWeights:
-    """Checkpoint key -> the tensor with its mask applied, or None where there is no mask.
+def pruned_linear(linear: Matrix, entry: Mapping[str, Any]) -> PrunedLinear:
+    """A matrix as a directory records it. entry: what the manifest of its masks says of it under `linears`."""
+    assert linear.key is not None
+    pattern = tuple(entry["pattern"]) if entry.get("pattern") else None
+    return PrunedLinear(linear.key, linear.shape, linear.transposed, entry["zeros"], entry.get("target"), pattern)
 
-    already_zero: the tensor must be zero outside its mask; MismatchError otherwise.
+
+def masked_weights(
+    checkpoint: Checkpoint,
+    linears: Iterable[Matrix],
+    keep_of: Callable[[str], Tensor],
+    new_of: Callable[[str], Tensor | None] = lambda _: None,
+) -> WeightOf:
+    """What replaces a checkpoint's tensors: key -> the tensor pruned, None where it is no matrix of `linears`.
+
+    keep_of(name): bool [D_out, D_in]; what goes becomes +0.0. new_of(name): the pruned weights [D_out, D_in] where the
+    kept ones changed too. What is returned raises InputError on NaN or infinity.
     """
+    by_key = {linear.key: linear for linear in linears}
 
-    def __init__(self, skeleton: Skeleton, found: MaskFile, *, already_zero: bool = False) -> None:
-        self._skeleton, self._found, self._already_zero = skeleton, found, already_zero
-        self._names = {skeleton.linears[name].key: name for name in found.names}
-
-    def __call__(self, key: str) -> Tensor | None:
-        """The masked tensor as stored, pruned weights +0.0. Raises InputError on NaN or infinity."""
-        name = self._names.get(key)
-        if name is None:
+    def weight_of(key: str) -> Tensor | None:
+        if key not in by_key:
             return None
-        linear = self._skeleton.linears[name]
-        weight = linear.read(self._skeleton.checkpoint)
-        keep = self._found.keep(name)
-        if self._already_zero and bool(((weight != 0) & ~keep).any()):
+        linear, stored = by_key[key], finite(checkpoint.load(key), key, checkpoint)
+        weight = new_of(linear.name)
+        if weight is None:
+            weight = masked(linear.within(stored), keep_of(linear.name))
+        return linear.replaced(stored, weight)
+
+    return weight_of
+
+
+def _unchanged(weight_of: WeightOf, checkpoint: Checkpoint, path: Path) -> WeightOf:
+    """`weight_of`, raising MismatchError unless what it prunes is zero already. path: of the masks."""
+
+    def checked(key: str) -> Tensor | None:
+        weight = weight_of(key)
+        if weight is not None and not torch.equal(weight, checkpoint.load(key)):
             raise MismatchError(
-                f"{self._found.path} comes from a prune that changed the kept weights too, which the masks "
-                f"alone do not carry to {self._skeleton.checkpoint.id}; use what prune --save-model wrote."
+                f"{path} comes from a prune that changed the kept weights too, which the masks alone do not carry to "
+                f"{checkpoint.id}; use what prune --save-model wrote."
             )
-        return linear.replaced(self._skeleton.checkpoint.load(key), masked(weight, keep))
+        return weight
+
+    return checked

@@ -3,51 +3,24 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from trimcli.commands.options import CalibrateOptions
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import OptionError
 from trimcli.files.atomic import refuse_existing
 from trimcli.files.cache import Cache
-from trimcli.files.calibration import NAMES
 from trimcli.files.manifest import CALIBRATION, manifest
-from trimcli.files.parts import Part
+from trimcli.files.parts import Part, Parts
 from trimcli.files.tensors import TensorSpec, dtype_name, write_artifact
 from trimcli.memory import PeakMemory
+from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
-from trimcli.options import RunOptions, check_positive, one_of
 from trimcli.pipeline.collector import Collector
+from trimcli.pipeline.plan import chosen_linears
 from trimcli.pipeline.walk import Walk, default_seqlen
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
-
-
-@dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(RunOptions):
-    """What to calibrate on.
-
-    dataset: c4, wikitext2, ptb, a file or hf:NAME. nsamples: samples. seqlen: tokens a sample; None for the
-    smaller of 2048 and the model's positions. stats: of norms, inputs; empty keeps the tokens alone.
-    batch_size: samples a batch, None chooses. tokens: a safetensors file with exactly the samples to use.
-    """
-
-    dataset: str = "c4"
-    nsamples: int = 256
-    seqlen: int | None = None
-    stats: tuple[str, ...] = ("norms", "inputs")
-    batch_size: int | None = None
-    tokens: Path | None = None
-
-    def check(self) -> None:
-        """Raise OptionError for a value that cannot be used."""
-        for name in self.stats:
-            one_of("--stats", name, NAMES)
-        check_positive("--nsamples", self.nsamples)
-        check_positive("--batch-size", self.batch_size)
-        if self.seqlen is not None and self.seqlen < 2:
-            raise OptionError(f"--seqlen {self.seqlen} must be at least 2.")
 
 
 @dataclass(frozen=True)
@@ -112,7 +85,9 @@ def _gather(
     force: bool,
     progress: Progress,
 ) -> dict[str, str]:
-    needs = frozenset(NAMES[name][0] for name in options.stats)
+    kept = {option: one for option, one in stored_statistics().items() if option in options.stats}
+    needs = frozenset(one.name for one in kept.values())
+    wanted = [linear.name for linear in chosen_linears(skeleton, options.only, options.skip, progress)]
     key = {
         "stage": "calibrate",
         "model": skeleton.fingerprint.document(),
@@ -120,6 +95,7 @@ def _gather(
         "stats": options.stats,
         "dtype": str(skeleton.dtype),
         "device": skeleton.device.type,
+        "linears": wanted,
     }
     shares: dict[str, str] = {}
     homes: dict[str, Part] = {}
@@ -127,7 +103,7 @@ def _gather(
     with Cache(options.cache_dir).parts(key) as parts:
         if needs:
             done = parts.finished()
-            walk = Walk(skeleton, tokens, batch_size=options.batch_size, progress=progress)
+            walk = Walk(skeleton, tokens, batch_size=options.batch_size, wanted=set(wanted), progress=progress)
             with progress.task("calibrating layers", len(skeleton.layers)) as step:
                 for layer in walk.layers():
                     if layer.index < done:
@@ -165,13 +141,12 @@ def _gather(
     return shares
 
 
-def _write_part(parts: Any, index: int, collector: Collector) -> None:
+def _write_part(parts: Parts, index: int, collector: Collector) -> None:
     stats = collector.by_linear()
-    tensors = {}
-    for group in collector.groups:
-        for _, kind in NAMES.values():
-            value = getattr(stats[group.name], kind)
-            if value is not None:
-                tensors[f"{group.name}.{kind}"] = value
+    tensors = {
+        f"{group.name}.{kind}": tensor
+        for group in collector.groups
+        for kind, tensor in stats[group.name].tensors.items()
+    }
     shares = {linear.name: group.name for group in collector.groups for linear in group.linears}
     parts.write(index, tensors, {"shares": shares})

@@ -1,13 +1,13 @@
 """The eval stage: perplexity layer by layer, zero-shot tasks through lm-eval, and the sparsity that was there."""
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trimcli.commands.options import EvaluateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, MismatchError, OptionError
-from trimcli.evaluate.perplexity import apply_masks_to_layer, perplexity
+from trimcli.evaluation.perplexity import apply_masks_to_layer, perplexity
 from trimcli.files.atomic import MARK, refuse_existing
 from trimcli.files.documents import read_json, write_json
 from trimcli.files.manifest import RESULTS, check_model, manifest
@@ -15,48 +15,8 @@ from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
 from trimcli.model.skeleton import Skeleton, open_model
-from trimcli.options import RunOptions, check_positive
 from trimcli.pipeline.walk import default_seqlen, max_positions
 from trimcli.text.tokens import evaluation_windows, load_tokenizer
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions):
-    """What to measure; only what is asked for is measured.
-
-    masks: a masks file to apply without writing a model. ppl: of wikitext2, c4, ptb, files. seqlen: tokens a
-    window; None for the smaller of 2048 and the model's positions. max_windows: the first so many. tasks and
-    what follows: lm-eval's.
-    """
-
-    masks: Path | None = None
-    ppl: tuple[str, ...] = ()
-    seqlen: int | None = None
-    max_windows: int | None = None
-    batch_size: int | None = None
-    tasks: tuple[str, ...] = ()
-    include_path: Path | None = None
-    num_fewshot: int | None = None
-    limit: float | None = None
-    log_samples: Path | None = None
-
-    def check(self) -> None:
-        """Raise OptionError for values that cannot be used."""
-        if not self.ppl and not self.tasks:
-            raise OptionError(
-                "nothing to measure was asked for; give --ppl wikitext2 (or a FILE) or --tasks boolq,rte."
-            )
-        if not self.tasks:
-            for option, value in (
-                ("--include-path", self.include_path),
-                ("--num-fewshot", self.num_fewshot),
-                ("--limit", self.limit),
-                ("--log-samples", self.log_samples),
-            ):
-                if value is not None:
-                    raise OptionError(f"{option} {value} does nothing without --tasks; give --tasks or leave it out.")
-        check_positive("--max-windows", self.max_windows)
-        check_positive("--batch-size", self.batch_size)
 
 
 def evaluate(
@@ -169,7 +129,7 @@ def _tasks(
     *,
     force: bool,
 ) -> dict[str, Any]:
-    from trimcli.evaluate.zeroshot import ZeroShotOptions, evaluate_tasks
+    from trimcli.evaluation.zeroshot import ZeroShotOptions, evaluate_tasks
 
     whole = load_whole(skeleton, mask)
     asked = ZeroShotOptions(
@@ -179,6 +139,7 @@ def _tasks(
         limit=options.limit,
         batch_size=options.batch_size or 8,
         log_samples=options.log_samples,
+        seed=options.fewshot_seed,
         force=force,
     )
     return evaluate_tasks(whole, tokenizer, asked, progress)

@@ -7,42 +7,32 @@ backend keeps it apart, `K.meta`, always of [D_out, D_in]; every other tensor as
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError
-from trimcli.files.atomic import MARK, atomic_directory, refuse_existing
+from trimcli.files.atomic import atomic_directory, refuse_existing
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.directory import README, commands_so_far, plan_shards
-from trimcli.files.documents import finite_or_none, read_json, write_json
+from trimcli.files.directory import add_small_files, commands_so_far, nbytes_of, numbered, plan_shards
+from trimcli.files.documents import finite_or_none, read_mark
 from trimcli.files.manifest import manifest, sealed
 from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
 from trimcli.kernels.exported import EXPORT, device_for
-from trimcli.kernels.forms import Form, SemiStructured, is_two_of_four, parts_of, race, to_csr
+from trimcli.kernels.forms import SemiStructured, is_two_of_four, parts_of, pruned_names, race, to_csr, was_pruned
+from trimcli.kernels.options import ExportOptions, Form
 from trimcli.model.device import compute_dtype
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
-from trimcli.options import RunOptions, one_of
 
 NOT_PRUNED, NOT_PATTERN = "not pruned", "not 2:4"
 # Matrices that a refusal names.
 NAMED = 3
-# Trained weights are exactly zero now and then; more than this share of them was pruned.
-FEW = 0.01
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions(RunOptions):
-    """to: `csr` (for the CPU) or `semi-structured` (2:4, for a CUDA device, packed in the run's dtype)."""
-
-    to: Form = "csr"
 
 
 @dataclass(frozen=True)
@@ -100,7 +90,7 @@ def export(
     semi-structured: every pruned matrix. One matrix in memory at a time. Raises OptionError (no such device),
     InputError (nothing is pruned; matrices that are not 2:4, which are named), OutputExists.
     """
-    one_of("--to", options.to, get_args(Form))
+    options.check()
     refuse_existing(output, force=force)
     device = device_for(options.to, options.device)
     checkpoint = Checkpoint.open(model, revision=options.revision)
@@ -124,29 +114,10 @@ def export(
         compute_dtype=dtype_name(dtype),
         threads=torch.get_num_threads(),
         semi_structured=packer.document() if packer else None,
-        commands=commands_so_far(*_sources(checkpoint)),
+        commands=commands_so_far(read_mark(checkpoint.directory)),
     )
     nbytes = _write(skeleton, output, document, linears, packer, force=force, progress=progress)
-    dense_bytes = sum(checkpoint.spec(key).nbytes for keys in plan_shards(checkpoint).values() for key in keys)
-    return ExportSummary(output, options.to, linears, dense_bytes, nbytes)
-
-
-def _sources(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    mark = checkpoint.directory / MARK
-    return [read_json(mark)] if mark.is_file() else []
-
-
-def pruned_names(checkpoint: Checkpoint) -> set[str] | None:
-    """The linears that a directory's `trim.json` says were pruned; None where it says nothing."""
-    for document in _sources(checkpoint):
-        if isinstance(document.get("linears"), Mapping):
-            return set(document["linears"])
-    return None
-
-
-def was_pruned(name: str, zeros: float, recorded: set[str] | None) -> bool:
-    """Whether a linear was pruned: as recorded, else by its fraction of zeros. recorded: of `pruned_names`."""
-    return zeros > FEW if recorded is None else name in recorded
+    return ExportSummary(output, options.to, linears, nbytes_of(checkpoint, plan_shards(checkpoint)), nbytes)
 
 
 def _decide(
@@ -173,7 +144,7 @@ def _decide(
 
 
 def _specs(sparse: Tensor) -> dict[str, TensorSpec]:
-    return {name: TensorSpec(part.dtype, tuple(part.shape)) for name, part in parts_of(sparse).items()}
+    return {kind: TensorSpec.of(part) for kind, part in parts_of(sparse).items()}
 
 
 def _refuse(
@@ -210,39 +181,33 @@ def _write(
     checkpoint = skeleton.checkpoint
     shards = list(plan_shards(checkpoint).values())
     names = {linear.key: name for name, linear in linears.items() if linear.form != "dense"}
-    homes = {f"{key}.{kind}": key for key, name in names.items() for kind in linears[name].specs}
+    homes = {f"{key}.{kind}": (key, kind) for key, name in names.items() for kind in linears[name].specs}
     metadata = {"format": "pt", "manifest": json.dumps(finite_or_none(document), ensure_ascii=False)}
     latest: dict[str, dict[str, Tensor]] = {}
 
     def tensor(part: str) -> Tensor:
         if part not in homes:
             return checkpoint.load(part)
-        key = homes[part]
+        key, kind = homes[part]
         if key not in latest:
             # The parts of a matrix lie apart where their dtypes differ: made again rather than kept.
             latest.clear()
-            weight = skeleton.linears[names[key]].read(skeleton.checkpoint)
+            weight = skeleton.linears[names[key]].read(checkpoint)
             latest[key] = parts_of(to_csr(weight) if packer is None else packer.pack(weight))
-        return latest[key][part.removeprefix(f"{key}.")]
+        return latest[key][kind]
 
     total = sum(len(keys) for keys in shards)
     with atomic_directory(target, force=force) as directory, progress.task("writing", total) as step:
-        for path in checkpoint.small_files():
-            if path.name != README:
-                shutil.copyfile(path, directory / path.name)
-        files = []
-        for number, keys in enumerate(shards, start=1):
+        files = numbered("export", len(shards))
+        for file, keys in zip(files, shards, strict=True):
             specs = {key: checkpoint.spec(key) for key in keys if key not in names}
-            for key in keys:
-                if key in names:
-                    specs.update({f"{key}.{kind}": spec for kind, spec in linears[names[key]].specs.items()})
-            files.append(f"export-{number:05d}-of-{len(shards):05d}.safetensors")
-            write_tensors(directory / files[-1], specs, tensor, metadata)
+            specs.update({part: linears[names[key]].specs[kind] for part, (key, kind) in homes.items() if key in keys})
+            write_tensors(directory / file, specs, tensor, metadata)
             step(len(keys))
         entries = {name: linear.document() for name, linear in linears.items()}
-        write_json(directory / MARK, sealed({**document, "shards": files, "linears": entries}))
-        (directory / README).write_text(_readme(document, linears))
-        return sum((directory / name).stat().st_size for name in files)
+        complete = sealed({**document, "shards": files, "linears": entries})
+        add_small_files(directory, checkpoint, _readme(document, linears), complete)
+        return sum((directory / file).stat().st_size for file in files)
 
 
 def _readme(document: Mapping[str, Any], linears: Mapping[str, ExportedLinear]) -> str:
@@ -250,5 +215,5 @@ def _readme(document: Mapping[str, Any], linears: Mapping[str, ExportedLinear]) 
     return (
         f"# Export of `{document['model']['id']}`\n\n{sparse} of {len(linears)} matrices are stored as "
         f"`{document['to']}`, for torch's sparse kernels. transformers alone does not load this directory:\n\n"
-        "```python\nfrom trimcli.exported import load_exported\n\nmodel = load_exported(DIRECTORY)\n```\n"
+        "```python\nfrom trimcli import load_exported\n\nmodel = load_exported(DIRECTORY)\n```\n"
     )

@@ -1,11 +1,11 @@
 """`plan` without a run: targets from the options and whatever files they name, nothing computed and nothing written."""
 
-from trimcli.commands.calibrate import CalibrateOptions
-from trimcli.commands.prune import PruneOptions
+from trimcli.commands.options import CalibrateOptions, PruneOptions
+from trimcli.commands.resolve import targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.ratios import LayerSparsity
-from trimcli.methods.recipe import Target, uniform_target
+from trimcli.methods.choice import Target
 from trimcli.model.skeleton import open_model
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan
 from trimcli.pipeline.walk import default_seqlen
@@ -20,16 +20,11 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
     options.check()
     skeleton = open_model(model, options, weights=None)
     linears = chosen_linears(skeleton, options.only, options.skip, progress)
-    if options.ratios:
-        ratios = LayerSparsity.load(options.ratios)
-        ratios.check(skeleton.shapes, skeleton.fingerprint)
-        pattern = ratios.pattern or {}
-        options.recipe.check(pattern=bool(pattern))
-        targets = {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}
-    elif options.allocate and options.allocate.sparsity is not None:
+    if options.allocate and options.allocate.sparsity is not None:
         targets = dict.fromkeys((one.name for one in linears), Target(options.allocate.sparsity))
     else:
-        targets = dict.fromkeys((one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type))
+        ratios = LayerSparsity.load(options.ratios) if options.ratios else None
+        targets = targets_of(skeleton, linears, options, ratios)
     drawn = options.calibrate or CalibrateOptions()
     nsamples, seqlen = drawn.nsamples, drawn.seqlen or default_seqlen(skeleton.config)
     if drawn.tokens:

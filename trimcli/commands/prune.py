@@ -1,24 +1,22 @@
 """The prune stage: the pipeline that composes statistics, scores, rows, masks and updates, written once."""
 
-import contextlib
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from trimcli.commands.allocate import METHODS, AllocateOptions
-from trimcli.commands.calibrate import CalibrateOptions
-from trimcli.commands.resolve import cached_calibration, cached_ratios, with_stats
+from trimcli.commands.apply import masked_weights, pruned_linear
+from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
+from trimcli.commands.resolve import cached_calibration, cached_ratios, targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
-from trimcli.files.atomic import refuse_existing
+from trimcli.files.atomic import all_or_none, refuse_existing
 from trimcli.files.cache import Cache
 from trimcli.files.calibration import CalibrationFile
-from trimcli.files.directory import PrunedLinear, commands_so_far, masked, write_model
+from trimcli.files.directory import PrunedTensors, commands_so_far, write_model
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import MASKS, PRUNED, manifest
 from trimcli.files.masks import write_masks
@@ -28,91 +26,13 @@ from trimcli.files.rowstats import stats_paths, write_row_stats
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
 from trimcli.methods import masks
-from trimcli.methods.recipe import Recipe, Target, uniform_target
-from trimcli.methods.scores import Statistic
+from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
-from trimcli.options import RunOptions, check_positive, one_of
 from trimcli.pipeline.passes import Passes
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.pipeline.walk import default_seqlen
 
 Announce = Callable[[Plan], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneOptions(RunOptions):
-    """What to prune, and how.
-
-    recipe: the method. sparsity, sparsity_type, ratios: the target, one of them. calibration: a calibration
-    file; without one `calibrate` says how to make it, through the stage cache. allocate: layer allocation in one go.
-    only, skip: globs over full module names. save_model: write the pruned directory too. stats_out: what TRIM
-    found, as JSON and safetensors. gram_dtype: accumulation of SparseGPT's Gram. resume: go on where an
-    interrupted run of the same command stopped.
-    """
-
-    recipe: Recipe = field(default_factory=Recipe)
-    sparsity: float | None = None
-    sparsity_type: str = "unstructured"
-    ratios: Path | None = None
-    calibration: Path | None = None
-    calibrate: CalibrateOptions | None = None
-    allocate: AllocateOptions | None = None
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    save_model: Path | None = None
-    stats_out: Path | None = None
-    gram_dtype: str = "float32"
-    batch_size: int | None = None
-    resume: bool = True
-
-    def check(self) -> None:
-        """Raise OptionError for values and combinations that cannot be used, before anything is read."""
-        pattern = masks.parse_pattern(self.sparsity_type)
-        self.recipe.check(pattern=pattern is not None)
-        check_positive("--batch-size", self.batch_size)
-        refused = [
-            (
-                self.ratios and self.sparsity is not None,
-                "--ratios with --sparsity: the ratios file holds the target",
-            ),
-            (
-                self.ratios and pattern,
-                f"--ratios with --sparsity-type {self.sparsity_type}: each says what goes",
-            ),
-            (self.ratios and self.allocate, "--ratios with --alloc: the ratios file is an allocation"),
-            (
-                pattern and self.allocate,
-                f"--alloc with --sparsity-type {self.sparsity_type}: each says what goes",
-            ),
-            (
-                self.calibration and self.calibrate,
-                "--calibration with --dataset, --tokens, --nsamples or --seqlen",
-            ),
-            (
-                self.stats_out and not self.recipe.rows,
-                "--stats-out without --use-trim: it holds what TRIM found",
-            ),
-            (
-                self.recipe.changes_weights and not self.save_model,
-                f"--method {self.recipe.method} without --save-model: it changes the kept weights, so masks alone do "
-                "not carry its result; give --save-model DIR",
-            ),
-        ]
-        for wrong, what in refused:
-            if wrong:
-                raise OptionError(f"these options do not go together: {what}.")
-        if self.allocate:
-            self._check_allocation(self.allocate)
-        elif not self.ratios:
-            uniform_target(self.sparsity, self.sparsity_type)
-        one_of("--gram-dtype", self.gram_dtype, ("float32", "float64"))
-
-    def _check_allocation(self, allocate: AllocateOptions) -> None:
-        one_of("--alloc", allocate.method, METHODS)
-        if allocate.method == "owl" and allocate.calibration is None and allocate.import_file is None:
-            # The run itself makes it.
-            allocate = replace(allocate, calibration=Path("calibration"))
-        allocate.check()
 
 
 @dataclass(frozen=True)
@@ -196,61 +116,33 @@ class _Run:
         if options.calibration:
             self.calibration = CalibrationFile(options.calibration)
             self.calibration.check(skeleton.fingerprint)
-        self.allocation: LayerSparsity | None = None
-        self.targets = self._targets()
+        if options.allocate:
+            self.ratios = cached_ratios(skeleton, self._allocation(options.allocate), options.cache_dir, progress)
+        self.allocation = LayerSparsity.load(self.ratios) if self.ratios else None
+        self.targets = targets_of(skeleton, self.linears, options, self.allocation)
         if self.calibration is None and (self.recipe.needs or self.recipe.barber):
-            self.calibration = self._calibrated()
+            self.calibration = CalibrationFile(self._calibrated())
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
-        self.passes = Passes(
-            skeleton,
-            self.recipe,
-            self.targets,
-            self.calibration,
-            progress,
-            gram_dtype=options.gram_dtype,
-            batch_size=options.batch_size,
-        )
+        self.passes = Passes(skeleton, self.recipe, self.targets, self.calibration, progress, options.batch_size)
 
     # --- what is asked for -------------------------------------------------------------------------------
 
-    def _targets(self) -> dict[str, Target]:
-        if self.options.allocate:
-            allocate = self.options.allocate
-            if allocate.method == "owl" and allocate.calibration is None and allocate.import_file is None:
-                # The dense model's norms; a file with them serves the propagating prune as well.
-                path = self.options.calibration or self._calibration_path("norms")
-                allocate = replace(allocate, calibration=path)
-            self.ratios = cached_ratios(self.skeleton, allocate, self.options.cache_dir, self.progress)
-        if self.ratios is None:
-            target = uniform_target(self.options.sparsity, self.options.sparsity_type)
-            return {linear.name: target for linear in self.linears}
-        ratios = self.allocation = LayerSparsity.load(self.ratios)
-        ratios.check(self.skeleton.shapes, self.skeleton.fingerprint)
-        pattern = ratios.pattern or {}
-        targets = {
-            name: Target(ratios.sparsity[name], pattern.get(name)) for name in (linear.name for linear in self.linears)
-        }
-        if pattern:
-            self.recipe.check(pattern=True)
-        return targets
+    def _allocation(self, allocate: AllocateOptions) -> AllocateOptions:
+        """The allocation with the calibration that it reads: the one given, or one made for it and for the prune."""
+        if not allocate.allocating.needs or allocate.import_file or allocate.calibration:
+            return allocate
+        return replace(allocate, calibration=self.options.calibration or self._calibrated())
 
-    def _calibration_path(self, *stats: str) -> Path:
-        options = self.options.calibrate or CalibrateOptions(
-            **{name: getattr(self.options, name) for name in RunOptions.__dataclass_fields__}
-        )
-        if not walks(self.recipe):
-            stats = tuple(dict.fromkeys((*stats, *self._stats())))
-        return cached_calibration(self.skeleton, with_stats(options, *stats), self.progress)
-
-    def _stats(self) -> tuple[str, ...]:
-        named = (("norms", Statistic.SQNORM), ("inputs", Statistic.INPUTS))
-        return tuple(name for name, statistic in named if statistic in self.recipe.needs)
-
-    def _calibrated(self) -> CalibrationFile:
+    def _calibrated(self) -> Path:
+        """The calibration file in the stage cache, with the statistics that anything will read from a file."""
         allocate = self.options.allocate
-        owl = allocate is not None and allocate.method == "owl" and not allocate.import_file
-        return CalibrationFile(self._calibration_path(*(("norms",) if owl else ())))
+        needs = frozenset[str]() if walks(self.recipe) else self.recipe.needs
+        if allocate is not None and not allocate.import_file:
+            needs |= allocate.allocating.needs
+        stats = tuple(option for option, one in stored_statistics().items() if one.name in needs)
+        options = self.options.calibrate or CalibrateOptions(**self.options.run())
+        return cached_calibration(self.skeleton, replace(options, stats=stats), self.progress)
 
     def plan(self) -> Plan:
         """The plan, which also refuses patterns that do not fit."""
@@ -278,7 +170,6 @@ class _Run:
             "calibration": self.calibration.digest() if self.calibration else None,
             "dtype": str(self.skeleton.dtype),
             "device": self.skeleton.device.type,
-            "gram": self.options.gram_dtype,
         }
 
     # --- the results -------------------------------------------------------------------------------------
@@ -317,17 +208,13 @@ class _Run:
 
         shapes = {linear.name: linear.shape for linear in self.linears}
         facts = {name: fact for part in self._parts(rows) for name, fact in part.facts["rows"].items()}
-        improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows else None
-        with contextlib.ExitStack() as undo:
-            # All outputs or none: the part files stay, so that the same command writes them when it is repeated.
+        improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows != "even" else None
+        with all_or_none():  # where it fails, the same command writes them from the part files, which stay
             complete = write_masks(output, document, shapes, keep, force=force)
-            undo.callback(output.unlink)
             if options.save_model:
                 self._write_model(options.save_model, complete, homes, keep, force=force)
-                undo.callback(shutil.rmtree, options.save_model)
             if options.stats_out:
                 write_row_stats(options.stats_out, complete, facts, rows, len(self.skeleton.layers), force=force)
-            undo.pop_all()
         return self._summary(output, complete, remarks, improved)
 
     def _parts(self, parts: Parts) -> list[Part]:
@@ -347,26 +234,13 @@ class _Run:
         *,
         force: bool,
     ) -> None:
-        by_key = {linear.key: linear for linear in self.linears}
+        def new(name: str) -> Tensor | None:
+            key = f"{name}.weight"
+            return homes[name].load(key) if key in homes[name].names else None
 
-        def weight_of(key: str) -> Tensor | None:
-            linear = by_key.get(key)
-            if linear is None:
-                return None
-            part = homes[linear.name]
-            dense = self.skeleton.checkpoint.load(key)
-            if f"{linear.name}.weight" in part.names:
-                return linear.replaced(dense, part.load(f"{linear.name}.weight"))
-            return linear.replaced(dense, masked(linear.within(dense), keep(linear.name)))
-
-        linears = {}
-        for linear in self.linears:
-            entry = document["linears"][linear.name]
-            pattern = self.targets[linear.name].pattern
-            assert linear.key is not None
-            linears[linear.name] = PrunedLinear(
-                linear.key, linear.shape, linear.transposed, entry["zeros"], entry["target"], pattern
-            )
+        checkpoint = self.skeleton.checkpoint
+        linears = {linear.name: pruned_linear(linear, document["linears"][linear.name]) for linear in self.linears}
+        tensors = PrunedTensors(checkpoint, masked_weights(checkpoint, self.linears, keep, new), linears)
         described = manifest(
             PRUNED,
             "prune",
@@ -375,8 +249,7 @@ class _Run:
             pruning={key: value for key, value in document.items() if key != "linears"},
             commands=commands_so_far(document),
         )
-        checkpoint = self.skeleton.checkpoint
-        write_model(checkpoint, target, weight_of, described, linears, force=force, progress=self.progress)
+        write_model(tensors, target, described, force=force, progress=self.progress)
 
     def _summary(
         self, output: Path, document: Mapping[str, Any], remarks: tuple[str, ...], improved: int | None

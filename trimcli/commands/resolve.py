@@ -1,14 +1,19 @@
-"""The stages before pruning, when no files of theirs are given: run once, then taken from the stage cache."""
+"""Options into what pruning works on: targets, and the files of earlier stages, made once where none are given."""
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trimcli.commands.allocate import AllocateOptions, allocate
-from trimcli.commands.calibrate import CalibrateOptions, calibrate
+from trimcli.commands.allocate import allocate
+from trimcli.commands.calibrate import calibrate
+from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.console import Progress
 from trimcli.files.atomic import file_digest
 from trimcli.files.cache import Cache
+from trimcli.files.ratios import LayerSparsity
+from trimcli.methods.choice import Target, uniform_target
+from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 
 
@@ -44,9 +49,19 @@ def cached_ratios(skeleton: Skeleton, options: AllocateOptions, cache_dir: Path 
     return path
 
 
-def with_stats(options: CalibrateOptions, *stats: str) -> CalibrateOptions:
-    """The same calibration with other statistics."""
-    return replace(options, stats=stats)
+def targets_of(
+    skeleton: Skeleton, linears: Sequence[Matrix], options: PruneOptions, ratios: LayerSparsity | None
+) -> dict[str, Target]:
+    """Full module name -> what the linear is to lose: of the ratios file where there is one, else the one target.
+
+    Raises MismatchError for ratios of another model, OptionError for what does not go with the recipe.
+    """
+    if ratios is None:
+        return dict.fromkeys((one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type))
+    ratios.check(skeleton.shapes, skeleton.fingerprint)
+    pattern = ratios.pattern or {}
+    options.recipe.check(pattern=bool(pattern))
+    return {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}
 
 
 def _key(skeleton: Skeleton, options: dict[str, Any]) -> dict[str, Any]:

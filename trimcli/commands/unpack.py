@@ -1,6 +1,5 @@
 """Packed directories back to ordinary ones: on disk, or straight into a transformers model."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError
 from trimcli.files.atomic import MARK, refuse_existing
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.directory import PrunedLinear, WrittenModel, commands_so_far, write_model
+from trimcli.files.directory import PrunedLinear, PrunedTensors, WrittenModel, commands_so_far, write_model
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import PACKED, PRUNED, ModelFingerprint, manifest
 from trimcli.model.empty import build_empty
@@ -25,8 +24,7 @@ def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progres
     Memory of one tensor. Raises InputError (not a packed directory, truncated or altered), OutputExists.
     """
     refuse_existing(output, force=force)
-    found = _packed_document(packed)
-    checkpoint = Checkpoint.open(packed)
+    checkpoint, found = _open_packed(packed)
     document = manifest(
         PRUNED,
         "unpack",
@@ -37,8 +35,8 @@ def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progres
         commands=commands_so_far(found),
     )
     linears = {name: PrunedLinear.from_entry(entry) for name, entry in found["linears"].items()}
-    as_is = dict.fromkeys(checkpoint.keys()).get
-    return write_model(checkpoint, output, as_is, document, linears, force=force, progress=progress)
+    tensors = PrunedTensors(checkpoint, lambda _: None, linears)
+    return write_model(tensors, output, document, force=force, progress=progress)
 
 
 def load_packed(
@@ -57,14 +55,13 @@ def load_packed(
     from transformers import GenerationConfig
 
     path = Path(directory)
-    _packed_document(path)
-    checkpoint = Checkpoint.open(path)
+    checkpoint, _ = _open_packed(path)
     empty = build_empty(checkpoint, torch.float32, trust_remote_code=trust_remote_code)
     # The class itself, since the Auto classes insist on a path; the config anew, since building changes it.
     model: PreTrainedModel = type(empty).from_pretrained(
         None,
         config=type(empty.config).from_pretrained(path),
-        state_dict={key: checkpoint.load(key) for keys in checkpoint.shards().values() for key in keys},
+        state_dict={key: checkpoint.load(key) for key in checkpoint.keys()},  # noqa: SIM118 - no mapping
         dtype=dtype or "auto",
         **options,
     )
@@ -73,8 +70,9 @@ def load_packed(
     return model.to(device)  # type: ignore[arg-type]
 
 
-def _packed_document(directory: Path) -> Mapping[str, Any]:
-    mark = directory / MARK
-    if not mark.is_file():
+def _open_packed(directory: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The checkpoint and its `trim.json`."""
+    if not (directory / MARK).is_file():
         raise InputError(f"{directory} is not a packed directory: it has no {MARK}; check the path.")
-    return read_json(mark, PACKED)
+    document = read_json(directory / MARK, PACKED)
+    return Checkpoint.open(directory), document

@@ -5,8 +5,8 @@ are, follow its N:M pattern in every group, and under exact numerics lie within 
 masks file likewise. A directory trim did not write claims nothing: its sparsity is reported.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from trimcli.commands.options import VerifyOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import CheckFailed, InputError, MismatchError
 from trimcli.files.atomic import MARK
@@ -21,19 +22,12 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import MASKS, PACKED, PRUNED, ModelFingerprint, check_model, is_intact
 from trimcli.files.masks import MaskFile, keep_digest
+from trimcli.files.names import grouped, layer_of
 from trimcli.files.tensors import open_tensors, read_manifest
 from trimcli.methods import masks
 from trimcli.model.skeleton import Skeleton
 
 BINS = 20
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """masks: a file whose zeros a directory must have. trust_remote_code: where trim did not write it."""
-
-    masks: Path | None = None
-    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +40,6 @@ class LinearReport:
     """
 
     name: str
-    layer: str
     shape: tuple[int, int]
     zeros: int
     target: float | None
@@ -58,9 +51,26 @@ class LinearReport:
     rows: tuple[int, ...]
 
     @property
+    def layer(self) -> str:
+        """The decoder layer it is in."""
+        return layer_of(self.name)
+
+    @property
     def sparsity(self) -> float:
         """Fraction of the weights that is zero."""
-        return self.zeros / (self.shape[0] * self.shape[1])
+        return _sparsity([self])
+
+    def document(self) -> dict[str, Any]:
+        """The JSON form."""
+        return {
+            "shape": list(self.shape),
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "target": self.target,
+            "pattern": list(self.pattern) if self.pattern else None,
+            "rows": {"min": self.row_min, "median": self.row_median, "max": self.row_max},
+            "kept_zeros": self.kept_zeros,
+        }
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,13 @@ class VerifyReport:
     @property
     def sparsity(self) -> float:
         """Fraction of all matrices' weights that is zero."""
-        return _fraction(self.linears)
+        return _sparsity(self.linears)
 
     @property
     def layers(self) -> dict[str, float]:
         """Sparsity of each decoder layer."""
-        members: dict[str, list[LinearReport]] = {}
-        for linear in self.linears:
-            members.setdefault(linear.layer, []).append(linear)
-        return {layer: _fraction(linears) for layer, linears in members.items()}
+        members = grouped(self.linears, lambda linear: linear.layer)
+        return {layer: _sparsity(linears) for layer, linears in members.items()}
 
     @property
     def row_histogram(self) -> list[int]:
@@ -108,18 +116,7 @@ class VerifyReport:
             "holds": None if self.schema is None else not self.failures,
             "sparsity": self.sparsity,
             "layers": self.layers,
-            "linears": {
-                linear.name: {
-                    "shape": list(linear.shape),
-                    "zeros": linear.zeros,
-                    "sparsity": linear.sparsity,
-                    "target": linear.target,
-                    "pattern": list(linear.pattern) if linear.pattern else None,
-                    "rows": {"min": linear.row_min, "median": linear.row_median, "max": linear.row_max},
-                    "kept_zeros": linear.kept_zeros,
-                }
-                for linear in self.linears
-            },
+            "linears": {linear.name: linear.document() for linear in self.linears},
             "row_histogram": self.row_histogram,
             "failures": self.failures,
         }
@@ -165,72 +162,82 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
         missing = [name for name in found.names if name not in document["linears"]]
         failures += [f"{name} has a mask but was not pruned" for name in missing]
     checkpoint = Checkpoint.open(path)
-    exact = _is_exact(document)
-    linears = []
-    with progress.task("verifying", len(document["linears"])) as advance:
-        for name, entry in document["linears"].items():
-            advance()
-            try:
-                keep = _read_back(checkpoint, entry)
-            except InputError as problem:
-                failures.append(str(problem).rstrip("."))
-                continue
-            wrong = list(_disagreements(keep, entry, exact=exact))
-            wrong += _against(found, name, keep) if found else []
-            failures += [f"{name}: {sentence}" for sentence in wrong]
-            kept_zeros = keep.numel() - int(keep.count_nonzero()) - entry["pruned"]
-            linears.append(_linear_report(name, keep, entry, kept_zeros))
-    return VerifyReport(str(path), schema, linears, failures)
+    stored = {key for keys in checkpoint.shards().values() for key in keys}
 
+    def read(name: str) -> Tensor:
+        entry = document["linears"][name]
+        if entry["key"] not in stored:
+            raise InputError(f"{path} holds no tensor {entry['key']}")
+        weight = checkpoint.load(entry["key"])
+        return (weight.T if entry["transposed"] else weight) != 0
 
-def _read_back(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> Tensor:
-    """Which weights of a pruned matrix are not zero as saved. Raises InputError (no such tensor, altered)."""
-    key = entry["key"]
-    if all(key not in keys for keys in checkpoint.shards().values()):
-        raise InputError(f"{checkpoint.directory} holds no tensor {key}")
-    stored = checkpoint.load(key)
-    return (stored.T if entry["transposed"] else stored) != 0
+    report = VerifyReport(str(path), schema, [], failures)
+    return _read_back(report, document["linears"], read, progress, found=found, exact=_is_exact(document))
 
 
 def _verify_plain(path: Path, options: VerifyOptions, progress: Progress) -> VerifyReport:
     skeleton = Skeleton(Checkpoint.open(path), trust_remote_code=options.trust_remote_code)
     found = MaskFile.open(options.masks) if options.masks else None
-    failures: list[str] = []
     if found is not None:
         check_model(found.manifest, skeleton.fingerprint, found.path, structure_only=True)
-    linears = []
-    with progress.task("verifying", len(skeleton.linears)) as advance:
-        for name, linear in skeleton.linears.items():
-            keep = linear.read(skeleton.checkpoint) != 0
-            kept_zeros = None
-            if found is not None and name in found.names:
-                failures += [f"{name}: {sentence}" for sentence in _against(found, name, keep)]
-                kept_zeros = int((found.keep(name) & ~keep).count_nonzero())
-            linears.append(_linear_report(name, keep, {}, kept_zeros))
-            advance()
-    return VerifyReport(str(path), found.manifest["schema"] if found else None, linears, failures)
+
+    def read(name: str) -> Tensor:
+        return skeleton.linears[name].read(skeleton.checkpoint) != 0
+
+    report = VerifyReport(str(path), MASKS if found else None, [])
+    return _read_back(report, {name: {} for name in skeleton.linears}, read, progress, found=found)
 
 
 def _verify_masks(path: Path, progress: Progress) -> VerifyReport:
     document = read_manifest(path, MASKS)
-    failures = [] if is_intact(document) else ["its manifest is not what trim wrote: it was edited"]
-    exact = _is_exact(document)
-    linears = []
     handle = open_tensors(path)
     stored = set(handle.keys())
-    with progress.task("verifying", len(document["linears"])) as advance:
-        for name, entry in document["linears"].items():
+
+    def read(name: str) -> Tensor:
+        shape = document["linears"][name]["shape"]
+        packed = handle.get_tensor(f"{name}.keep") if f"{name}.keep" in stored else None
+        if packed is None or list(packed.shape) != [shape[0], -(-shape[1] // 8)]:
+            raise InputError(f"{name}: the file holds no mask of shape {shape}")
+        return masks.unpack(packed, shape[1])
+
+    edited = [] if is_intact(document) else ["its manifest is not what trim wrote: it was edited"]
+    report = VerifyReport(str(path), MASKS, [], edited)
+    return _read_back(report, document["linears"], read, progress, exact=_is_exact(document))
+
+
+def _read_back(
+    report: VerifyReport,
+    claims: Mapping[str, Mapping[str, Any]],
+    read: Callable[[str], Tensor],
+    progress: Progress,
+    *,
+    found: MaskFile | None = None,
+    exact: bool = False,
+) -> VerifyReport:
+    """`report` with every matrix, and what does not hold of it.
+
+    claims: linear -> what its file says of it; nothing, of a directory that trim did not write. read(name): which
+    weights are not zero as saved, bool [D_out, D_in]; raises InputError where they cannot be read.
+    """
+    with progress.task("verifying", len(claims)) as advance:
+        for name, claim in claims.items():
             advance()
-            keep = None
-            if f"{name}.keep" in stored:
-                with suppress(ValueError):
-                    keep = masks.unpack(handle.get_tensor(f"{name}.keep"), entry["shape"][1])
-            if keep is None or list(keep.shape) != entry["shape"]:
-                failures.append(f"{name}: the file holds no mask of shape {entry['shape']}")
+            try:
+                keep = read(name)
+            except InputError as problem:
+                if not claim:
+                    raise
+                report.failures.append(str(problem).rstrip("."))
                 continue
-            failures += [f"{name}: {sentence}" for sentence in _disagreements(keep, entry, exact=exact)]
-            linears.append(_linear_report(name, keep, entry, None))
-    return VerifyReport(str(path), MASKS, linears, failures)
+            wrong = list(_disagreements(keep, claim, exact=exact)) if claim else []
+            mask = found.keep(name) if found and name in found.names else None
+            if mask is not None:
+                wrong += _against(mask, keep)
+            elif found and claim:
+                wrong.append("the masks have none for it")
+            report.failures.extend(f"{name}: {sentence}" for sentence in wrong)
+            report.linears.append(_linear_report(name, keep, claim, mask))
+    return report
 
 
 def _disagreements(keep: Tensor, entry: Mapping[str, Any], *, exact: bool) -> Iterator[str]:
@@ -270,49 +277,41 @@ def _broken_groups(keep: Tensor, kept: int, group: int) -> Iterator[str]:
         yield f"{len(over):,} of {groups:,} groups break {kept}:{group}, {first}"
 
 
-def _against(found: MaskFile, name: str, keep: Tensor) -> list[str]:
-    """What of a saved matrix does not follow the masks file."""
-    if name not in found.names:
-        return [f"{found.path} has no mask for it"]
-    if list(found.shape(name)) != list(keep.shape):
-        return [f"the mask in {found.path} has the shape {list(found.shape(name))}"]
-    revived = int((keep & ~found.keep(name)).count_nonzero())
-    return [f"{revived:,} weights are not zero where the masks take them"] if revived else []
+def _against(mask: Tensor, keep: Tensor) -> Iterator[str]:
+    """What of a saved matrix does not follow its mask."""
+    if mask.shape != keep.shape:
+        yield f"its mask has the shape {list(mask.shape)}"
+    elif revived := int((keep & ~mask).count_nonzero()):
+        yield f"{revived:,} weights are not zero where the masks take them"
 
 
-def _linear_report(name: str, keep: Tensor, entry: Mapping[str, Any], kept_zeros: int | None) -> LinearReport:
+def _linear_report(name: str, keep: Tensor, entry: Mapping[str, Any], mask: Tensor | None) -> LinearReport:
     d_out, d_in = keep.shape
     zeros = d_in - np.count_nonzero(keep.numpy(), axis=1)
-    rows = zeros / d_in
-    counts = np.bincount(np.minimum(zeros * BINS // d_in, BINS - 1), minlength=BINS)
+    total, rows = int(zeros.sum()), zeros / d_in
+    kept_zeros = total - entry["pruned"] if "pruned" in entry else None
+    if kept_zeros is None and mask is not None and mask.shape == keep.shape:
+        kept_zeros = int((mask & ~keep).count_nonzero())
     return LinearReport(
         name=name,
-        layer=_layer(name),
         shape=(d_out, d_in),
-        zeros=int(zeros.sum()),
+        zeros=total,
         target=entry.get("target"),
         pattern=tuple(entry["pattern"]) if entry.get("pattern") else None,
         row_min=float(rows.min()),
         row_median=float(np.median(rows)),
         row_max=float(rows.max()),
         kept_zeros=kept_zeros,
-        rows=tuple(counts.tolist()),
+        rows=tuple(np.bincount(np.minimum(zeros * BINS // d_in, BINS - 1), minlength=BINS).tolist()),
     )
-
-
-def _layer(name: str) -> str:
-    """The decoder layer of a linear: its name up to the first number."""
-    parts = name.split(".")
-    place = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: place + 1])
 
 
 def _is_exact(document: Mapping[str, Any]) -> bool:
     """Whether the prune behind a manifest promised exact counts."""
-    pruning = document.get("pruning") or document
-    return bool(pruning.get("numerics") == "exact")
+    return (document.get("pruning") or document).get("numerics") == "exact"
 
 
-def _fraction(linears: list[LinearReport]) -> float:
-    weights = sum(linear.shape[0] * linear.shape[1] for linear in linears)
-    return sum(linear.zeros for linear in linears) / weights if weights else 0.0
+def _sparsity(linears: Iterable[LinearReport]) -> float:
+    """Fraction of all their weights that is zero."""
+    counts = [(linear.zeros, math.prod(linear.shape)) for linear in linears]
+    return sum(zeros for zeros, _ in counts) / max(sum(weights for _, weights in counts), 1)

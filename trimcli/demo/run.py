@@ -1,21 +1,30 @@
 """`trim demo`: every stage on the embedded model, offline: methods side by side, then the files of the best one."""
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimcli.commands.allocate import AllocateOptions, allocate
-from trimcli.commands.apply import ApplyOptions, apply_masks
-from trimcli.commands.calibrate import CalibrateOptions, calibrate
-from trimcli.commands.evaluate import EvaluateOptions, evaluate
-from trimcli.commands.prune import PruneOptions, prune
+from trimcli.commands.allocate import allocate
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.calibrate import calibrate
+from trimcli.commands.evaluate import evaluate
+from trimcli.commands.options import (
+    AllocateOptions,
+    ApplyOptions,
+    CalibrateOptions,
+    EvaluateOptions,
+    PruneOptions,
+    prune_words,
+)
+from trimcli.commands.prune import prune
 from trimcli.commands.verify import verify
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.demo import MODEL, write_texts
 from trimcli.methods.recipe import Recipe
-from trimcli.methods.rows.search import RowOptions
+from trimcli.options import words
 
 SAMPLES, SEQLEN, WINDOWS = 64, 128, 240
 
@@ -77,43 +86,41 @@ def demo(
     model = str(MODEL)
     run: dict[str, Any] = {"device": device, "seed": seed, "cache_dir": directory / "cache"}
     calibration = directory / "calibration.safetensors"
-    say(
-        f"trim calibrate MODEL -o {calibration.name} --dataset {texts.calibration.name} "
-        f"--nsamples {SAMPLES} --seqlen {SEQLEN}"
-    )
+
+    def tell(command: str, output: Path, *words: str) -> None:
+        line = shlex.join(["trim", command, "MODEL", "-o", str(output), *words])
+        say(line.replace(f"{directory}/", "").replace(" --cache-dir cache", ""))
+
     drawn = CalibrateOptions(dataset=str(texts.calibration), nsamples=SAMPLES, seqlen=SEQLEN, **run)
+    tell("calibrate", calibration, *words(drawn))
     calibrate(model, calibration, drawn, progress=progress)
 
     def measured(label: str, masks: Path | None, seconds: float) -> DemoRow:
         options = EvaluateOptions(masks=masks, ppl=(str(texts.measurement),), seqlen=SEQLEN, max_windows=WINDOWS, **run)
-        output = directory / f"results-{label.replace(' + ', '-').lower()}.json"
+        output = directory / f"results-{_file(label)}.json"
         found = evaluate(model, options, output, progress=progress)
         return DemoRow(label, found["perplexity"][0]["value"], found["sparsity"]["total"], seconds)
 
     ratios: dict[str | None, Path] = {}
     for method in ("owl", "alpha"):
         ratios[method] = directory / f"ratios-{method}.json"
-        needs = f" --calibration {calibration.name}" if method == "owl" else ""
-        say(f"trim alloc-layers MODEL -o {ratios[method].name} --method {method} --sparsity {sparsity}{needs}")
-        options = AllocateOptions(
-            method=method, sparsity=sparsity, calibration=calibration if method == "owl" else None, **run
-        )
+        read = calibration if method == "owl" else None
+        options = AllocateOptions(method=method, sparsity=sparsity, calibration=read, **run)
+        tell("alloc-layers", ratios[method], *words(options))
         allocate(model, ratios[method], options, progress=progress)
     rows = [measured("dense", None, 0.0)]
     masks = {}
     for variant in VARIANTS:
-        masks[variant.label] = directory / f"masks-{variant.label.replace(' + ', '-').lower()}.safetensors"
-        target = f"--ratios {ratios[variant.allocation].name}" if variant.allocation else f"--sparsity {sparsity}"
-        trim = " --use-trim" if variant.trim else ""
-        needs = "" if variant.method == "magnitude" else f" --calibration {calibration.name}"
-        say(f"trim prune MODEL -o {masks[variant.label].name} --method {variant.method} {target}{needs}{trim}")
+        masks[variant.label] = directory / f"masks-{_file(variant.label)}.safetensors"
+        recipe = Recipe(method=variant.method, rows="trim" if variant.trim else "even")
         choice = PruneOptions(
-            recipe=Recipe(method=variant.method, rows=RowOptions() if variant.trim else None),  # type: ignore[arg-type]
+            recipe=recipe,
             ratios=ratios.get(variant.allocation),
             sparsity=None if variant.allocation else sparsity,
-            calibration=calibration if needs else None,
+            calibration=calibration if recipe.needs else None,
             **run,
         )
+        tell("prune", masks[variant.label], *prune_words(choice))
         summary = prune(model, masks[variant.label], choice, progress=progress)
         rows.append(measured(variant.label, masks[variant.label], summary.seconds))
     best = min(rows[1:], key=lambda row: row.perplexity)
@@ -126,3 +133,7 @@ def demo(
     verify(pruned, progress=progress).check()
     seconds = time.monotonic() - started
     return DemoResult(tuple(rows), best.label, dense_form.nbytes, packed_form.nbytes, directory, seconds)
+
+
+def _file(label: str) -> str:
+    return label.replace(" + ", "-").lower()

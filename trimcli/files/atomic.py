@@ -1,16 +1,17 @@
 """Outputs that appear whole: written beside their target and renamed in place once complete and synced.
 
-A file that exists is whole.
+A file that exists is whole. The outputs of one command appear together or not at all: `all_or_none`.
 """
 
 import contextlib
+import contextvars
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from trimcli.errors import InputError, OutputExists
+from trimcli.errors import InputError, OptionError, OutputExists
 
 MARK = "trim.json"
 
@@ -40,16 +41,62 @@ def refuse_existing(target: Path, *, force: bool) -> None:
         raise OutputExists(f"{target} exists already; give --force to replace it or name another output.")
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{os.getpid()}.part")
+class _Output:
+    """An output that is staged beside its target: `.NAME.PID.part`, and `.NAME.PID.old` while it replaces another."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.staged, self.old = (target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("part", "old"))
+        self._replaces: bool | None = None
+
+    def stand(self, *, alone: bool) -> None:
+        """Rename what is staged in place, keeping what stood there as `old`."""
+        if alone and not self.staged.is_dir():
+            # In one step, so that there is a whole file at every moment.
+            self.staged.replace(self.target)
+            return
+        _remove(self.old)
+        self._replaces = os.path.lexists(self.target)
+        if self._replaces:
+            self.target.rename(self.old)
+        self.staged.rename(self.target)
+
+    def withdraw(self) -> None:
+        """Remove what is staged and undo `stand`, however far it came."""
+        if self._replaces and os.path.lexists(self.old):
+            _remove(self.target)
+            self.old.rename(self.target)
+        elif self._replaces is False and not os.path.lexists(self.staged):
+            _remove(self.target)
+        _remove(self.staged)
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+# The staged outputs of the innermost `all_or_none`; None outside of one, and while an output is being written, since
+# what is written then is a part of it.
+_TOGETHER: contextvars.ContextVar[list[_Output] | None] = contextvars.ContextVar("together", default=None)
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """Within this, outputs of `atomic_file` and `atomic_directory` stay staged, and take their places when it ends.
+
+    What they replace stands until all of them are complete and synced. On any error, be it the last rename's, what
+    stood before stands again and nothing staged is left. One within another joins it. Raises OptionError for an
+    output inside another.
+    """
+    if _TOGETHER.get() is not None:
+        yield
+        return
+    outputs: list[_Output] = []
+    token = _TOGETHER.set(outputs)
     try:
-        os.fsync(descriptor)
+        yield
+    except BaseException:
+        _withdraw(outputs)
+        raise
     finally:
-        os.close(descriptor)
+        _TOGETHER.reset(token)
+    _put_in_place(outputs)
 
 
 @contextlib.contextmanager
@@ -58,37 +105,80 @@ def atomic_file(target: Path, *, force: bool = False) -> Iterator[Path]:
     refuse_existing(target, force=force)
     if target.is_dir():
         raise OutputExists(f"{target} is a directory where a file is to be written; name another output.")
-    temporary = _temporary(target)
-    try:
+    with _staged(target) as temporary:
         yield temporary
-        _sync(temporary)
-        temporary.replace(target)
-        _sync(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary directory beside `target`; on success rename it in place, on any error remove it."""
+    """Yield a temporary directory beside `target`; on success sync and rename it, on any error remove it."""
     refuse_existing(target, force=force)
     if target.is_file():
         raise OutputExists(f"{target} is a file where a directory is to be written; name another output.")
-    temporary = _temporary(target)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with _staged(target) as temporary:
+        temporary.mkdir()
         yield temporary
-        for path in temporary.rglob("*"):
+
+
+@contextlib.contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    output, together, place = _Output(target), _TOGETHER.get(), target.resolve()
+    for other in (other.target for other in together or ()):
+        if place.is_relative_to(other.resolve()) or other.resolve().is_relative_to(place):
+            raise OptionError(f"of the outputs {other} and {target} one would replace the other; name another place.")
+    token = _TOGETHER.set(None)
+    try:
+        _remove(output.staged)
+        yield output.staged
+        for path in [*output.staged.rglob("*"), output.staged]:
             _sync(path)
-        _sync(temporary)
-        old = None
-        if target.exists():
-            old = target.with_name(f".{target.name}.{os.getpid()}.old")
-            target.rename(old)
-        temporary.rename(target)
-        _sync(target.parent)
-        if old:
-            shutil.rmtree(old)
+    except BaseException:
+        output.withdraw()
+        raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _TOGETHER.reset(token)
+    if together is None:
+        _put_in_place([output])
+    else:
+        together.append(output)
+
+
+def _put_in_place(outputs: list[_Output]) -> None:
+    try:
+        for output in outputs:
+            output.stand(alone=len(outputs) == 1)
+        for directory in {output.target.parent for output in outputs}:
+            _sync(directory)
+    except BaseException:
+        _withdraw(outputs)
+        raise
+    for output in outputs:
+        _remove(output.old)
+
+
+def _withdraw(outputs: list[_Output]) -> None:
+    with contextlib.ExitStack() as stack:  # the last first, and each whatever becomes of the others
+        for output in outputs:
+            stack.callback(output.withdraw)
+
+
+def _sync(path: Path) -> None:
+    if not path.is_dir():
+        with path.open("rb+") as handle:  # Windows syncs only what may be written
+            os.fsync(handle.fileno())
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no directory
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from trimcli.files.parts import Parts
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing the cache holds: its kind (calibration, ratios, parts), path, bytes and manifest summary."""
+    """One thing the cache holds: its kind (calibration, ratios, parts), path and bytes."""
 
     kind: str
     path: Path
@@ -37,7 +37,7 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{digest(key)}{suffix}"
 
-    def parts(self, key: Any) -> "Parts":
+    def parts(self, key: Any) -> Parts:
         """The part files of the unfinished run that depends on `key`."""
         return Parts(self.directory / "parts" / digest(key))
 

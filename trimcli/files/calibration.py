@@ -9,10 +9,7 @@ from trimcli.errors import InputError
 from trimcli.files.atomic import file_digest
 from trimcli.files.manifest import CALIBRATION, ModelFingerprint, check_model
 from trimcli.files.tensors import open_tensors, read_manifest
-from trimcli.methods.scores import LinearStats, Statistic
-
-# How --stats names them and how the tensors are called.
-NAMES = {"norms": (Statistic.SQNORM, "sqnorm"), "inputs": (Statistic.INPUTS, "inputs")}
+from trimcli.methods.stats import LinearStats, stored_statistics
 
 
 class CalibrationFile:
@@ -31,17 +28,16 @@ class CalibrationFile:
     @property
     def tokens(self) -> Tensor:
         """The calibration samples, int32 [nsamples, seqlen]."""
-        found: Tensor = self._handle.get_tensor("tokens")
-        return found
+        return self._handle.get_tensor("tokens")
 
     def check(self, model: ModelFingerprint) -> None:
         """Raise MismatchError unless the file was made from this model's weights."""
         check_model(self.manifest, model, self.path)
 
-    def require(self, needs: frozenset[Statistic]) -> None:
-        """Raise InputError unless the file holds the statistics of `needs`."""
-        for option, (statistic, _) in NAMES.items():
-            if statistic in needs and option not in self.manifest["stats"]:
+    def require(self, needs: frozenset[str]) -> None:
+        """Raise InputError unless the file holds the statistics of these names, as far as files can."""
+        for option, statistic in stored_statistics().items():
+            if statistic.name in needs and option not in self.manifest["stats"]:
                 raise InputError(
                     f"{self.path} holds no {option} (it was made with --stats {','.join(self.manifest['stats'])}); "
                     f"calibrate again with --stats including {option}."
@@ -57,7 +53,7 @@ class CalibrationFile:
             key = f"{stored}.{kind}"
             return self._handle.get_tensor(key) if key in self._names else None
 
-        return LinearStats(sqnorm=get("sqnorm"), inputs=get("inputs"))
+        return LinearStats(**{one.name: get(one.name) for one in stored_statistics().values()})
 
     def digest(self) -> str:
         """SHA-256 of the file."""

@@ -1,10 +1,11 @@
 """The model card section of a pruned directory: what was pruned, how, and the commands that did it."""
 
-import re
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from trimcli.files.manifest import PACKED
+from trimcli.files.names import grouped, kind_of
 
 BEGIN, END = "<!-- trim:begin -->", "<!-- trim:end -->"
 HOW_IT_RAN = {"device", "dtype", "batch_size", "resume", "save_model", "stats_out", "trust_remote_code"}
@@ -56,8 +57,8 @@ def _settings(pruning: Mapping[str, Any]) -> list[str]:
     """What shaped the result, by option: off, absent and empty ones say nothing."""
     options = dict(pruning.get("options") or {})
     options = {**(options.pop("recipe", None) or {}), **options}
-    if options.get("method") != "sparsegpt":
-        options.pop("update", None)
+    if isinstance(options.get("update"), Mapping) and options.get("method") != "sparsegpt":
+        del options["update"]  # early manifests give the update's options whether or not there was one
     shown = {key: value for key, value in options.items() if key not in HOW_IT_RAN and _is_set(value)}
     return [f"- {key.replace('_', ' ')}: {_spelled(value)}" for key, value in shown.items()]
 
@@ -77,18 +78,9 @@ def _spelled(value: Any) -> str:
 
 def _table(linears: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Sparsity by kind of matrix: its name inside the decoder layer, experts counted together."""
-    kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for name, entry in linears.items():
-        kinds.setdefault(_kind(name), []).append(entry)
     rows = ["| matrices | number | weights | zero | sparsity |", "|---|---:|---:|---:|---:|"]
-    for kind, members in kinds.items():
-        weights = sum(member["shape"][0] * member["shape"][1] for member in members)
-        zeros = sum(member["zeros"] for member in members)
-        rows.append(f"| `{kind}` | {len(members)} | {weights:,} | {zeros:,} | {zeros / weights:.2%} |")
+    for kind, names in grouped(linears, kind_of).items():
+        weights = sum(math.prod(linears[name]["shape"]) for name in names)
+        zeros = sum(linears[name]["zeros"] for name in names)
+        rows.append(f"| `{kind}` | {len(names)} | {weights:,} | {zeros:,} | {zeros / weights:.2%} |")
     return rows
-
-
-def _kind(name: str) -> str:
-    """`model.layers.3.mlp.up_proj` -> `mlp.up_proj`."""
-    inside = re.sub(r"^.*?\.\d+\.", "", name, count=1)
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", inside)

@@ -4,42 +4,24 @@ Reads the config and single tensors, memory-mapped, from sharded or single safet
 `pytorch_model*.bin` (restricted unpickling, mapped where torch can) or from a packed directory; local or from the hub.
 """
 
-import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimcli.errors import HubError, InputError
 from trimcli.files.atomic import MARK
-from trimcli.files.documents import read_json
+from trimcli.files.documents import read_json, read_mark
 from trimcli.files.manifest import PACKED
-from trimcli.files.tensors import TensorSpec, natural, open_tensors, spec_of
-
-if TYPE_CHECKING:
-    from trimcli.files.packed import PackedReader
+from trimcli.files.packed import PackedReader
+from trimcli.files.shards import BinShards, SafeShards, Shards, shard_names
+from trimcli.files.tensors import TensorSpec
 
 SAFE_INDEX, SAFE_SINGLE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"}
-
-
-class Shards(Protocol):
-    """Where tensors come from: one of the storage forms below."""
-
-    files: dict[str, list[str]]
-
-    def keys(self) -> list[str]:
-        """Names of all tensors, in natural order."""
-
-    def spec(self, key: str) -> TensorSpec:
-        """Dtype and shape, without reading the tensor."""
-
-    def load(self, key: str) -> Tensor:
-        """The tensor, in its stored dtype."""
 
 
 class Checkpoint:
@@ -53,23 +35,22 @@ class Checkpoint:
         self.directory = directory
         self.id = id
         if weights is None:
-            weights = any(
-                (directory / name).is_file() for name in (SAFE_INDEX, SAFE_SINGLE, BIN_INDEX, BIN_SINGLE, MARK)
-            )
+            files = (SAFE_INDEX, SAFE_SINGLE, BIN_INDEX, BIN_SINGLE, MARK)
+            weights = any((directory / name).is_file() for name in files)
         if not (directory / "config.json").is_file():
             raise InputError(f"{directory} has no config.json, so it is not a model directory; check the path.")
         self.config_document: dict[str, Any] = read_json(directory / "config.json")
         if self.config_document.get("quantization_config"):
             raise InputError(f"{directory} holds quantized weights; give the model's original checkpoint.")
-        self._shards: Shards | PackedReader | None = _open_shards(directory) if weights else None
+        self._shards: Shards | None = _open_shards(directory) if weights else None
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, weights: bool | None = True) -> "Checkpoint":
         """Open a local directory or a hub id.
 
         weights: whether tensors are needed; without, a directory with only a config.json will do, and of a hub model
-        only that is fetched. None: whatever is there. Raises
-        InputError (no such directory, not a model directory, truncated or missing shards) and HubError.
+        only that is fetched. None: whatever is there. Raises InputError (no such directory, not a model directory,
+        truncated or missing shards) and HubError.
         """
         local = Path(model).expanduser()
         if local.is_dir():
@@ -84,7 +65,7 @@ class Checkpoint:
         return self._shards is not None
 
     @property
-    def _tensors(self) -> "Shards | PackedReader":
+    def _tensors(self) -> Shards:
         if self._shards is None:
             raise InputError(f"{self.directory} was opened without its weights; give a directory that has them.")
         return self._shards
@@ -169,18 +150,15 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
         ) from None
 
 
-def _open_shards(directory: Path) -> "Shards | PackedReader":
-    mark = directory / MARK
-    if mark.is_file() and read_json(mark).get("schema") == PACKED:
-        from trimcli.files.packed import PackedReader
-
+def _open_shards(directory: Path) -> Shards:
+    if read_mark(directory).get("schema") == PACKED:
         return PackedReader(directory)
     for index, single, form in ((SAFE_INDEX, SAFE_SINGLE, SafeShards), (BIN_INDEX, BIN_SINGLE, BinShards)):
         # Where both lie there, transformers reads the single file.
         if (directory / single).is_file():
             files = [single]
         elif (directory / index).is_file():
-            files = sorted(set(_weight_map(directory / index).values()))
+            files = _indexed(directory / index)
         else:
             continue
         for name in files:
@@ -190,68 +168,9 @@ def _open_shards(directory: Path) -> "Shards | PackedReader":
     raise InputError(f"{directory} has a config.json but no weights ({SAFE_SINGLE} or {BIN_SINGLE}); fetch them.")
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _indexed(index: Path) -> list[str]:
+    """The shards that an index names."""
     found = read_json(index).get("weight_map")
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found.values()) or not found:
+    if not isinstance(found, Mapping) or not found:
         raise InputError(f"{index} has no weight_map; fetch the model anew.")
-    for name in found.values():
-        if Path(name).name != name:
-            raise InputError(f"{index} names the shard {name!r} outside the model directory; fetch the model anew.")
-    return dict(found)
-
-
-class SafeShards:
-    """Tensors in safetensors shards."""
-
-    def __init__(self, directory: Path, files: list[str]) -> None:
-        self._handles = {name: open_tensors(directory / name) for name in files}
-        self.files = {name: list(handle.keys()) for name, handle in self._handles.items()}
-        self._home = {key: name for name, keys in self.files.items() for key in keys}
-        self._directory = directory
-
-    def keys(self) -> list[str]:
-        """Names of all tensors, in natural order."""
-        return sorted(self._home, key=natural)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Dtype and shape, from the header alone. Raises InputError for a dtype that cannot be pruned."""
-        home = self._home[key]
-        return spec_of(self._handles[home], key, self._directory / home)
-
-    def load(self, key: str) -> Tensor:
-        """The tensor, mapped."""
-        found: Tensor = self._handles[self._home[key]].get_tensor(key)
-        return found
-
-
-class BinShards:
-    """Tensors in `pytorch_model*.bin`, unpickled by the restricted reader and mapped."""
-
-    def __init__(self, directory: Path, files: list[str]) -> None:
-        self._shards: dict[str, dict[str, Tensor]] = {}
-        for name in files:
-            path = directory / name
-            try:
-                # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-                found = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-            except Exception as problem:  # torch raises anything from RuntimeError to UnpicklingError here
-                reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
-                raise InputError(
-                    f"{path} cannot be read as a plain weights file ({reason}); give a safetensors one."
-                ) from None
-            self._shards[name] = {key: value for key, value in found.items() if isinstance(value, Tensor)}
-        self.files = {name: list(tensors) for name, tensors in self._shards.items()}
-        self._home = {key: name for name, keys in self.files.items() for key in keys}
-
-    def keys(self) -> list[str]:
-        """Names of all tensors, in natural order."""
-        return sorted(self._home, key=natural)
-
-    def spec(self, key: str) -> TensorSpec:
-        """Dtype and shape."""
-        tensor = self._shards[self._home[key]][key]
-        return TensorSpec(tensor.dtype, tuple(tensor.shape))
-
-    def load(self, key: str) -> Tensor:
-        """The tensor, mapped."""
-        return self._shards[self._home[key]][key]
+    return sorted(set(shard_names(found.values(), index)))

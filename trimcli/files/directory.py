@@ -6,11 +6,10 @@ and what was written: `zeros`, the exact number of zero weights, and `keep_sha25
 bits of `weight != 0` (a weight that was zero already counts as pruned there).
 """
 
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from trimcli.files.atomic import MARK, atomic_directory
 from trimcli.files.card import with_card
 from trimcli.files.checkpoint import BIN_SINGLE, SAFE_INDEX, SAFE_SINGLE, Checkpoint
 from trimcli.files.documents import write_json
-from trimcli.files.manifest import COMMAND_LINE, sealed
+from trimcli.files.manifest import COMMAND_LINE, with_linears
 from trimcli.files.masks import keep_digest
 from trimcli.files.tensors import TensorSpec, bit_view, natural, write_tensors
 from trimcli.methods import masks
@@ -51,28 +50,15 @@ class PrunedLinear:
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "PrunedLinear":
         """The matrix as an entry of `linears` in `trim.json` describes it."""
-        return cls(
-            key=entry["key"],
-            shape=tuple(entry["shape"]),
-            transposed=entry["transposed"],
-            pruned=entry["pruned"],
-            target=entry["target"],
-            pattern=tuple(entry["pattern"]) if entry["pattern"] else None,
-        )
+        fields = {field: entry[field] for field in cls.__dataclass_fields__}
+        pattern = tuple(entry["pattern"]) if entry["pattern"] else None
+        return cls(**{**fields, "shape": tuple(entry["shape"]), "pattern": pattern})
 
     def entry(self, weight: Tensor) -> dict[str, Any]:
         """The record of the matrix as written; `weight` is the stored tensor."""
         keep = (weight.T if self.transposed else weight) != 0
-        return {
-            "key": self.key,
-            "shape": list(self.shape),
-            "transposed": self.transposed,
-            "target": self.target,
-            "pattern": list(self.pattern) if self.pattern else None,
-            "pruned": self.pruned,
-            "zeros": keep.numel() - int(keep.count_nonzero()),
-            "keep_sha256": keep_digest(masks.pack(keep)),
-        }
+        zeros = keep.numel() - int(keep.count_nonzero())
+        return {**asdict(self), "zeros": zeros, "keep_sha256": keep_digest(masks.pack(keep))}
 
 
 @dataclass(frozen=True)
@@ -103,11 +89,7 @@ def masked(weight: Tensor, keep: Tensor) -> Tensor:
 
 def commands_so_far(*sources: Mapping[str, Any]) -> list[str]:
     """The command lines behind the manifests `sources`, each once, in order, and the one that is running."""
-    lines = [
-        line
-        for source in sources
-        for line in (source["commands"] if "commands" in source else [source["command_line"]])
-    ]
+    lines = [line for source in sources for line in source.get("commands", [source.get("command_line")])]
     return list(dict.fromkeys(line for line in [*lines, COMMAND_LINE.get()] if line))
 
 
@@ -118,23 +100,30 @@ def plan_shards(checkpoint: Checkpoint, max_shard_size: int | None = None) -> di
     with `max_shard_size`, in bytes, new ones that no shard of more than one tensor exceeds. Of tensors that a
     `.bin` file ties to one memory the first is kept, unless the config says that they are not tied.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     shards = checkpoint.shards()
     twins = _twins(checkpoint) if any(name.endswith(".bin") for name in shards) else set()
-    kept = {name: [key for key in keys if key not in twins] for name, keys in shards.items()}
+    kept = {_safe_name(name): [key for key in keys if key not in twins] for name, keys in shards.items()}
     if max_shard_size is None:
-        return {_safe_name(name): keys for name, keys in kept.items()}
-    bins: list[list[str]] = []
-    room = 0
-    for key in sorted((key for keys in kept.values() for key in keys), key=natural):
-        nbytes = checkpoint.spec(key).nbytes
-        if not bins or nbytes > room:
-            bins.append([])
-            room = max_shard_size
-        bins[-1].append(key)
-        room -= nbytes
-    if len(bins) == 1:
-        return {SAFE_SINGLE: bins[0]}
-    return {f"model-{place:05d}-of-{len(bins):05d}.safetensors": keys for place, keys in enumerate(bins, start=1)}
+        return kept
+    specs = {key: checkpoint.spec(key) for key in sorted((key for keys in kept.values() for key in keys), key=natural)}
+    return split_state_dict_into_shards_factory(
+        specs,
+        get_storage_size=lambda spec: spec.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    ).filename_to_tensors
+
+
+def numbered(stem: str, count: int) -> list[str]:
+    """Names for `count` shards, by which nothing takes them for a model's unless `stem` is `model`."""
+    return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def nbytes_of(checkpoint: Checkpoint, shards: Mapping[str, list[str]]) -> int:
+    """Bytes of the checkpoint's tensors in `shards`, of `plan_shards`."""
+    return sum(checkpoint.spec(key).nbytes for keys in shards.values() for key in keys)
 
 
 def _safe_name(name: str) -> str:
@@ -156,12 +145,50 @@ def _twins(checkpoint: Checkpoint) -> set[str]:
     return found
 
 
+class PrunedTensors:
+    """What the shards of a pruned directory hold: here the checkpoint's tensors, pruned; a subclass may store others.
+
+    weight_of(key): what replaces a checkpoint tensor, of the same dtype and shape as stored, or None to carry it over.
+    linears: full module name -> matrix.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, weight_of: Callable[[str], Tensor | None], linears: Mapping[str, PrunedLinear]
+    ) -> None:
+        self.checkpoint, self.linears, self._weight_of = checkpoint, linears, weight_of
+        self.names = {linear.key: name for name, linear in linears.items()}
+        self.entries: dict[str, dict[str, Any]] = {}
+
+    def plan(self, shards: Mapping[str, list[str]]) -> dict[str, dict[str, TensorSpec]]:
+        """File name -> the tensors that it is to hold. shards: of the dense model, of `plan_shards`."""
+        return {name: {key: self.checkpoint.spec(key) for key in keys} for name, keys in shards.items()}
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor of `plan`."""
+        return self.pruned(name)
+
+    def pruned(self, key: str) -> Tensor:
+        """A checkpoint tensor, pruned; of a matrix, `entries` holds from then on what `trim.json` records."""
+        replaced = self._weight_of(key)
+        value = self.checkpoint.load(key) if replaced is None else replaced
+        if key in self.names:
+            name = self.names[key]
+            self.entries[name] = self.linears[name].entry(value)
+        return value
+
+    def finish(self, directory: Path, shards: Mapping[str, list[str]]) -> dict[str, Any]:
+        """Write what belongs to the files of `plan`; returns what `trim.json` says of them."""
+        if list(shards) != [SAFE_SINGLE]:
+            weight_map = {key: shard for shard, keys in shards.items() for key in keys}
+            size = {"total_size": nbytes_of(self.checkpoint, shards)}
+            write_json(directory / SAFE_INDEX, {"metadata": size, "weight_map": dict(sorted(weight_map.items()))})
+        return {}
+
+
 def write_model(
-    checkpoint: Checkpoint,
+    tensors: PrunedTensors,
     target: Path,
-    weight_of: Callable[[str], Tensor | None],
     document: Mapping[str, Any],
-    linears: Mapping[str, PrunedLinear],
     *,
     force: bool = False,
     max_shard_size: int | None = None,
@@ -169,64 +196,34 @@ def write_model(
 ) -> WrittenModel:
     """Write a pruned model directory, one tensor in memory at a time; the directory appears when complete.
 
-    weight_of(key): what replaces a checkpoint tensor, of the same dtype and shape as stored, or None to carry
-    the tensor over. document: the manifest (`trim.pruned/1`), with `commands` of `commands_so_far`; `linears`
-    and `sparsity` are added to it. linears: full module name -> matrix. max_shard_size: bytes. Raises
-    OutputExists, InputError (no such parent directory).
+    document: the manifest (`trim.pruned/1`, `trim.packed/1`), with `commands` of `commands_so_far`; what is known of
+    `linears` and the total `sparsity` are added to it. max_shard_size: bytes of a dense shard, None for the shards that
+    the checkpoint has. Raises OutputExists, InputError (no such parent directory).
     """
+    checkpoint = tensors.checkpoint
     shards = plan_shards(checkpoint, max_shard_size)
-    names = {linear.key: name for name, linear in linears.items()}
-    entries: dict[str, dict[str, Any]] = {}
-
-    total = sum(len(keys) for keys in shards.values())
+    files = tensors.plan(shards)
+    total = sum(len(specs) for specs in files.values())
     with atomic_directory(target, force=force) as directory, progress.task("writing", total) as advance:
 
-        def tensor(key: str) -> Tensor:
-            replaced = weight_of(key)
-            value = checkpoint.load(key) if replaced is None else replaced
-            if key in names:
-                entries[names[key]] = linears[names[key]].entry(value)
+        def tensor(name: str) -> Tensor:
             advance()
-            return value
+            return tensors.stored(name)
 
-        for shard, keys in shards.items():
-            specs = {key: checkpoint.spec(key) for key in keys}
-            write_tensors(directory / shard, specs, tensor, METADATA)
-        if list(shards) != [SAFE_SINGLE]:
-            _write_index(directory / SAFE_INDEX, shards, checkpoint)
-        return finish(directory, checkpoint, shards, document, {name: entries[name] for name in linears})
-
-
-def _write_index(path: Path, shards: Mapping[str, list[str]], checkpoint: Checkpoint) -> None:
-    size = sum(checkpoint.spec(key).nbytes for keys in shards.values() for key in keys)
-    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    path.write_text(json.dumps(index, indent=2) + "\n")
+        for file, specs in files.items():
+            write_tensors(directory / file, specs, tensor, METADATA)
+        nbytes = sum((directory / file).stat().st_size for file in files)
+        entries = {name: tensors.entries[name] for name in tensors.linears}
+        complete = with_linears({**document, **tensors.finish(directory, shards)}, entries)
+        card = checkpoint.directory / README
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else None
+        add_small_files(directory, checkpoint, with_card(text, complete), complete)
+    return WrittenModel(complete, dense_bytes=nbytes_of(checkpoint, shards), nbytes=nbytes)
 
 
-def finish(
-    directory: Path,
-    checkpoint: Checkpoint,
-    shards: Mapping[str, list[str]],
-    document: Mapping[str, Any],
-    entries: Mapping[str, Mapping[str, Any]],
-) -> WrittenModel:
-    """Add to a directory with its shards what lies beside them: config, tokenizer, model card, `trim.json`.
-
-    shards: the dense shards' tensors. entries: `linears` of `trim.json`.
-    """
+def add_small_files(directory: Path, checkpoint: Checkpoint, readme: str, document: Mapping[str, Any]) -> None:
+    """Add the checkpoint's small files, a `README.md` in place of its own, and `document` as `trim.json`."""
     for path in checkpoint.small_files():
-        if path.name != README:
-            shutil.copyfile(path, directory / path.name)
-    weights = sum(entry["shape"][0] * entry["shape"][1] for entry in entries.values())
-    zeros = sum(entry["zeros"] for entry in entries.values())
-    complete = sealed({**document, "linears": entries, "sparsity": zeros / weights if weights else 0.0})
-    existing = checkpoint.directory / README
-    text = existing.read_text(errors="replace") if existing.is_file() else None
-    (directory / README).write_text(with_card(text, complete))
-    write_json(directory / MARK, complete)
-    return WrittenModel(
-        document=complete,
-        dense_bytes=sum(checkpoint.spec(key).nbytes for keys in shards.values() for key in keys),
-        nbytes=sum(path.stat().st_size for path in directory.glob("*.safetensors")),
-    )
+        shutil.copyfile(path, directory / path.name)
+    (directory / README).write_text(readme, encoding="utf-8", newline="\n")
+    write_json(directory / MARK, document)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trimcli.errors import InputError, MismatchError
-from trimcli.files.atomic import atomic_file
+from trimcli.files.atomic import MARK, atomic_file
 
 
 def finite_or_none(value: Any) -> Any:
@@ -31,13 +31,14 @@ def check_schema(found: Mapping[str, Any], expected: str, path: Path) -> None:
 def write_json(target: Path, document: Mapping[str, Any], *, force: bool = False) -> None:
     """Write one JSON document atomically; NaN and infinity become null."""
     with atomic_file(target, force=force) as temporary:
-        temporary.write_text(json.dumps(finite_or_none(document), indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(finite_or_none(document), indent=1, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_json(path: Path, schema: str | None = None) -> dict[str, Any]:
     """Read one JSON object; with `schema`, check it. Raises InputError or MismatchError naming `path`."""
     try:
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; check the path.") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as problem:
@@ -47,6 +48,12 @@ def read_json(path: Path, schema: str | None = None) -> dict[str, Any]:
     if schema is not None:
         check_schema(document, schema, path)
     return document
+
+
+def read_mark(directory: Path) -> dict[str, Any]:
+    """The `trim.json` of a model directory, empty where there is none. Raises InputError."""
+    mark = directory / MARK
+    return read_json(mark) if mark.is_file() else {}
 
 
 def canonical_json(document: Any) -> str:

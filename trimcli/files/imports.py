@@ -14,8 +14,7 @@ def read_keep_ratios(path: Path, layers: int) -> Tensor:
 
     Raises InputError (unreadable, not in 0..1) and MismatchError (made for another number of layers).
     """
-    ratios = _read(path)
-    _check_count(path, ratios, layers, "decoder layers")
+    ratios = _read(path, layers, "decoder layers")
     if float(ratios.min()) < 0 or float(ratios.max()) > 1:
         raise InputError(
             f"{path} holds values from {ratios.min():.4g} to {ratios.max():.4g}, so no keep ratios; "
@@ -29,20 +28,10 @@ def read_metrics(path: Path, linears: int) -> Tensor:
 
     Raises InputError (unreadable) and MismatchError (made for another number of linears).
     """
-    metrics = _read(path)
-    _check_count(path, metrics, linears, "linears")
-    return metrics
+    return _read(path, linears, "linears")
 
 
-def _check_count(path: Path, values: Tensor, expected: int, what: str) -> None:
-    if len(values) != expected:
-        raise MismatchError(
-            f"{path} holds {len(values)} values where the model has {expected} {what}; "
-            "give the file made for this model."
-        )
-
-
-def _read(path: Path) -> Tensor:
+def _read(path: Path, expected: int, what: str) -> Tensor:
     try:
         found = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -54,4 +43,9 @@ def _read(path: Path) -> Tensor:
     values = torch.from_numpy(found.astype(np.float64).reshape(-1))
     if not len(values) or not bool(values.isfinite().all()):
         raise InputError(f"{path} is empty or holds NaN or infinite values; give another.")
+    if len(values) != expected:
+        raise MismatchError(
+            f"{path} holds {len(values)} values where the model has {expected} {what}; "
+            "give the file made for this model."
+        )
     return values

@@ -2,37 +2,26 @@
 
 import contextvars
 import hashlib
-import json
+import math
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from trimcli.errors import MismatchError
 from trimcli.files.atomic import file_digest
-from trimcli.files.documents import finite_or_none
+from trimcli.files.documents import canonical_json, finite_or_none
 
 CALIBRATION = "trim.calibration/1"
-
-
 LAYER_SPARSITY = "trim.layer-sparsity/1"
-
-
 MASKS = "trim.masks/1"
-
-
 PACKED = "trim.packed/1"
-
-
 PRUNED = "trim.pruned/1"
-
-
 RESULTS = "trim.results/1"
-
-
 ROWS = "trim.rows/1"
-
+SEAL = "manifest_sha256"
 
 # The command line of the run, for provenance; None where the library was called. The command line sets it.
 COMMAND_LINE: contextvars.ContextVar[str | None] = contextvars.ContextVar("command_line", default=None)
@@ -52,7 +41,7 @@ class ModelFingerprint:
 
     def document(self) -> dict[str, Any]:
         """The JSON form that manifests carry."""
-        return {"id": self.id, "structure": self.structure, "content": self.content}
+        return asdict(self)
 
 
 def manifest(
@@ -67,8 +56,6 @@ def manifest(
 
     sources: role ("calibration", "ratios", "masks") -> file it was made from. fields: what the schema adds.
     """
-    from importlib.metadata import version
-
     return {
         "schema": schema,
         "trim": version("trimcli"),
@@ -104,20 +91,19 @@ def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path, *
         )
 
 
-FIELD = "manifest_sha256"
-
-
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of `document` that ends in `manifest_sha256`: SHA-256 of the rest, as canonical JSON."""
-    body = {key: value for key, value in finite_or_none(document).items() if key != FIELD}
-    return {**body, FIELD: _digest(body)}
+    body = {key: value for key, value in finite_or_none(document).items() if key != SEAL}
+    return {**body, SEAL: hashlib.sha256(canonical_json(body).encode()).hexdigest()}
+
+
+def with_linears(document: Mapping[str, Any], linears: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """`document` sealed with `linears`, each of which has `shape` and `zeros`, and their total `sparsity`."""
+    weights = sum(math.prod(entry["shape"]) for entry in linears.values())
+    zeros = sum(entry["zeros"] for entry in linears.values())
+    return sealed({**document, "linears": linears, "sparsity": zeros / weights if weights else 0.0})
 
 
 def is_intact(document: Mapping[str, Any]) -> bool:
     """Whether `document` still is what `sealed` returned; without the digest it is not."""
-    return document.get(FIELD) == _digest({key: value for key, value in document.items() if key != FIELD})
-
-
-def _digest(body: Mapping[str, Any]) -> str:
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return document.get(SEAL) == sealed(document)[SEAL]

@@ -5,8 +5,7 @@ first, 1 = kept; and in the manifest, under `linears`, `{shape, zeros, sparsity,
 says of it (`target`, `pattern`), in the model's order.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,20 @@ import torch
 from torch import Tensor
 
 from trimcli.errors import InputError
-from trimcli.files.manifest import MASKS, is_intact, sealed
-from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, write_artifact
+from trimcli.files.manifest import MASKS, is_intact, with_linears
+from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, spec_of, tensor_digest, write_artifact
 from trimcli.methods import masks
 
 
 def keep_digest(packed: Tensor) -> str:
     """SHA-256 of packed keep bits (`masks.pack` of bool [D_out, D_in]), hexadecimal."""
-    return hashlib.sha256(packed.contiguous().numpy().data).hexdigest()
+    return tensor_digest(packed)
+
+
+def keep_spec(shape: tuple[int, int]) -> TensorSpec:
+    """The packed keep bits of a matrix of this shape."""
+    rows, columns = shape
+    return TensorSpec(torch.uint8, (rows, -(-columns // 8)))
 
 
 class MaskFile:
@@ -47,9 +52,8 @@ class MaskFile:
         handle = open_tensors(path)
         there = set(handle.keys())
         for name, entry in manifest["linears"].items():
-            d_out, d_in = entry["shape"]
             key = f"{name}.keep"
-            if key not in there or handle.get_slice(key).get_shape() != [d_out, -(-d_in // 8)]:
+            if key not in there or spec_of(handle, key, path) != keep_spec(entry["shape"]):
                 raise InputError(f"{path} lacks the mask of {name} that its manifest lists; make it anew.")
         return cls(path, manifest, handle)
 
@@ -86,33 +90,23 @@ def write_masks(
 ) -> dict[str, Any]:
     """Write a masks file atomically, one mask in memory at a time; returns the manifest as written.
 
-    document: the manifest of `artifacts.manifest`, whose `linears` may hold what is known of a linear
-    (`target`, `pattern`); shape, zero count and digest are added, and the total `sparsity`. shapes: linear ->
-    (D_out, D_in), in the model's order. keep_of(name): bool [D_out, D_in]; called twice a linear, since the
-    manifest comes first in the file. Raises OutputExists, InputError (no such parent directory).
+    document: what `manifest` makes, whose `linears` may hold what is known of a linear (`target`, `pattern`); shape,
+    zero count and digest are added, and the total `sparsity`. shapes: linear -> (D_out, D_in), in the model's order.
+    keep_of(name): bool [D_out, D_in]; called twice a linear, since the manifest comes first in the file. Raises
+    OutputExists, InputError (no such parent directory).
     """
-    widths = {name: (d_out, -(-d_in // 8)) for name, (d_out, d_in) in shapes.items()}
-    specs = {f"{name}.keep": TensorSpec(torch.uint8, width) for name, width in widths.items()}
-    linears = dict(_entries(document.get("linears", {}), shapes, keep_of))
-    weights = sum(d_out * d_in for d_out, d_in in shapes.values())
-    zeros = sum(entry["zeros"] for entry in linears.values())
-    complete = sealed({**document, "linears": linears, "sparsity": zeros / weights if weights else 0.0})
+    linears = {}
+    for name, shape in shapes.items():
+        keep = keep_of(name)
+        zeros = keep.numel() - int(keep.count_nonzero())
+        found = {"shape": list(shape), "zeros": zeros, "sparsity": zeros / keep.numel()}
+        known = document.get("linears", {}).get(name, {})
+        linears[name] = {**known, **found, "keep_sha256": keep_digest(masks.pack(keep))}
+    complete = with_linears(document, linears)
+    specs = {f"{name}.keep": keep_spec(shape) for name, shape in shapes.items()}
 
     def packed(key: str) -> Tensor:
         return masks.pack(keep_of(key.removesuffix(".keep")))
 
     write_artifact(path, complete, specs, packed, force=force)
     return complete
-
-
-def _entries(
-    known: Mapping[str, Mapping[str, Any]],
-    shapes: Mapping[str, tuple[int, int]],
-    keep_of: Callable[[str], Tensor],
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, shape in shapes.items():
-        keep = keep_of(name)
-        zeros = keep.numel() - int(keep.count_nonzero())
-        digest = keep_digest(masks.pack(keep))
-        found = {"shape": list(shape), "zeros": zeros, "sparsity": zeros / keep.numel(), "keep_sha256": digest}
-        yield name, {**known.get(name, {}), **found}

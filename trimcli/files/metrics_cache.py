@@ -12,7 +12,7 @@ SCHEMA = "trim.metrics/1"
 
 
 class MetricsCache:
-    """The metrics known of one model. With no path, it lasts as long as the object.
+    """The metrics known of one model: `values`, metric -> linear -> value. With no path, they last as long as this.
 
     Raises MismatchError when the file holds metrics of another model, InputError when it is damaged or its
     directory is missing.
@@ -21,7 +21,7 @@ class MetricsCache:
     def __init__(self, path: Path | None, model: ModelFingerprint) -> None:
         self._path = path
         self._model = model
-        self._values: dict[str, dict[str, float]] = {}
+        self.values: dict[str, dict[str, float]] = {}
         self._grown = False
         if path is None:
             return
@@ -29,22 +29,22 @@ class MetricsCache:
         if path.exists():
             document = read_json(path, SCHEMA)
             check_model(document, model, path)
-            self._values = _checked(document.get("metrics"), path)
+            self.values = _checked(document.get("metrics"), path)
 
     def get(self, metric: str, name: str) -> float | None:
         """The metric of the linear `name`, None where it is not known."""
-        return self._values.get(metric, {}).get(name)
+        return self.values.get(metric, {}).get(name)
 
     def put(self, metric: str, name: str, value: float) -> None:
         """Remember a metric of the linear `name`."""
-        self._values.setdefault(metric, {})[name] = value
+        self.values.setdefault(metric, {})[name] = value
         self._grown = True
 
     def save(self) -> None:
         """Write the file if there is one and something was learnt."""
         if self._path is None or not self._grown:
             return
-        document = manifest(SCHEMA, "alloc-layers", {}, self._model, metrics=self._values)
+        document = manifest(SCHEMA, "alloc-layers", {}, self._model, metrics=self.values)
         write_json(self._path, document, force=True)
         self._grown = False
 

@@ -9,8 +9,8 @@ dtype, shape, `kept` (number of stored values, null where stored as is) and the 
 checked whenever it is read.
 """
 
-import hashlib
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from trimcli.errors import InputError
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import PACKED, is_intact
-from trimcli.files.tensors import TensorSpec, bit_view, natural, open_tensors
+from trimcli.files.masks import keep_spec
+from trimcli.files.shards import SafeShards, Shards, shard_names
+from trimcli.files.tensors import TensorSpec, bit_view, tensor_digest
 from trimcli.methods import masks
 
 # Weights picked or placed at a time: their indices take no more than 8 MiB.
@@ -69,43 +71,40 @@ def _kept_places(keep: Tensor) -> Iterator[tuple[slice, np.ndarray[Any, Any]]]:
         yield block, np.flatnonzero(flags[block])
 
 
-def packed_nbytes(spec: TensorSpec, kept: int) -> int:
-    """Bytes that a matrix of `spec` takes when `kept` of its weights are stored packed."""
+def packed_specs(spec: TensorSpec, kept: int) -> list[TensorSpec]:
+    """What a matrix of `spec` is stored as when `kept` of its weights stay: keep bits and values."""
     rows, columns = spec.shape
-    return rows * -(-columns // 8) + kept * spec.dtype.itemsize
+    return [keep_spec((rows, columns)), TensorSpec(spec.dtype, (kept,))]
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's bytes, hexadecimal."""
-    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+def stored_parts(key: str, entry: Mapping[str, Any]) -> list[str]:
+    """Names of the stored tensors that make up a tensor. entry: what `trim.json` says of it."""
+    return [key] if entry["kept"] is None else [f"{key}.keep", f"{key}.values"]
 
 
-class PackedReader:
+class PackedReader(Shards):
     """A packed directory read as if it were dense.
 
-    document: its `trim.json`. files: shard of the dense model -> the tensors in it.
+    document: its `trim.json`. files: shard of the dense model -> the tensors in it. Raises InputError (a shard
+    missing, truncated, outside the directory or lacking a tensor; `trim.json` edited).
     """
 
     def __init__(self, directory: Path) -> None:
-        """Raises InputError (a shard missing, truncated or lacking a tensor; `trim.json` edited)."""
-        self.document = read_json(directory / MARK, PACKED)
+        mark = directory / MARK
+        self.document = read_json(mark, PACKED)
         if not is_intact(self.document):
-            raise InputError(f"{directory / MARK} was changed after trim wrote it; pack the model anew.")
+            raise InputError(f"{mark} was changed after trim wrote it; pack the model anew.")
         self._directory = directory
-        record = self.document["packed"]
-        self._tensors: dict[str, dict[str, Any]] = record["tensors"]
-        self._handles = {name: open_tensors(directory / name) for name in record["shards"]}
-        stored = {name: set(handle.keys()) for name, handle in self._handles.items()}
-        self.files: dict[str, list[str]] = {dense: [] for dense in record["shards"].values()}
+        self._tensors: dict[str, dict[str, Any]] = self.document["packed"]["tensors"]
+        dense: dict[str, str] = self.document["packed"]["shards"]
+        shard_names([*dense, *dense.values(), *(entry["shard"] for entry in self._tensors.values())], mark)
+        self._stored = SafeShards(directory, dense)
+        self.files = {name: [] for name in dense.values()}
         for key, entry in self._tensors.items():
-            parts = [key] if entry["kept"] is None else [f"{key}.keep", f"{key}.values"]
-            if not stored[entry["shard"]].issuperset(parts):
-                raise InputError(f"{directory / entry['shard']} lacks {key}; fetch or pack the model anew.")
-            self.files[record["shards"][entry["shard"]]].append(key)
-
-    def keys(self) -> list[str]:
-        """Names of all tensors, in natural order."""
-        return sorted(self._tensors, key=natural)
+            shard = entry["shard"]
+            if any(self._stored.home.get(part) != shard for part in stored_parts(key, entry)):
+                raise InputError(f"{directory / shard} lacks {key}; fetch or pack the model anew.")
+            self.files[dense[shard]].append(key)
 
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor once decoded."""
@@ -114,20 +113,11 @@ class PackedReader:
 
     def load(self, key: str) -> Tensor:
         """A tensor, decoded. Raises InputError if it is not what was written."""
-        try:
-            tensor = self._decoded(key)
-        except ValueError:
-            tensor = None
         entry = self._tensors[key]
-        if tensor is None or list(tensor.shape) != entry["shape"] or tensor_digest(tensor) != entry["sha256"]:
-            where = self._directory / entry["shard"]
-            raise InputError(f"{key} in {where} is not what was packed; fetch or pack the model anew.")
-        return tensor
-
-    def _decoded(self, key: str) -> Tensor:
-        entry = self._tensors[key]
-        handle = self._handles[entry["shard"]]
-        if entry["kept"] is None:
-            found: Tensor = handle.get_tensor(key)
-            return found
-        return decode(handle.get_tensor(f"{key}.keep"), handle.get_tensor(f"{key}.values"), entry["shape"][1])
+        parts = [self._stored.load(part) for part in stored_parts(key, entry)]
+        with contextlib.suppress(ValueError):
+            tensor = parts[0] if entry["kept"] is None else decode(parts[0], parts[1], entry["shape"][1])
+            if list(tensor.shape) == entry["shape"] and tensor_digest(tensor) == entry["sha256"]:
+                return tensor
+        where = self._directory / entry["shard"]
+        raise InputError(f"{key} in {where} is not what was packed; fetch or pack the model anew.")

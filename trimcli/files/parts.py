@@ -3,15 +3,14 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from trimcli.errors import InputError, TrimError
 from trimcli.files.atomic import atomic_file
 from trimcli.files.documents import finite_or_none
 from trimcli.files.tensors import TensorSpec, open_tensors, spec_of, write_tensors
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class Parts:
@@ -59,9 +58,9 @@ class Parts:
         for path in self.directory.glob("*"):
             path.unlink()
 
-    def write(self, index: int, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> None:
+    def write(self, index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Leave layer `index`'s tensors and JSON facts."""
-        specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         with atomic_file(self._path(index), force=True) as temporary:
             write_tensors(temporary, specs, tensors.__getitem__, {"facts": json.dumps(finite_or_none(facts))})
 
@@ -86,7 +85,6 @@ class Part:
         """Dtype and shape of a tensor."""
         return spec_of(self._handle, name, self._path)
 
-    def load(self, name: str) -> "Tensor":
+    def load(self, name: str) -> Tensor:
         """A tensor, mapped."""
-        found: Tensor = self._handle.get_tensor(name)
-        return found
+        return self._handle.get_tensor(name)

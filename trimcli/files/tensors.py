@@ -3,6 +3,7 @@
 Writing a file needs memory for its largest tensor, not for the file.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -50,6 +51,11 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """What a tensor is."""
+        return cls(tensor.dtype, tuple(tensor.shape))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor's data."""
@@ -87,26 +93,35 @@ def write_tensors(
         handle.write(encoded)
         for name in names:
             value = tensor(name)
-            spec = specs[name]
-            if value.dtype != spec.dtype or tuple(value.shape) != spec.shape:
-                raise AssertionError(f"{name} is {value.dtype} {tuple(value.shape)}, promised {spec}")
+            if TensorSpec.of(value) != specs[name]:
+                raise AssertionError(f"{name} is {TensorSpec.of(value)}, promised {specs[name]}")
             if value.numel():
-                handle.write(memoryview(_bytes(value)))
+                handle.write(_bytes(value))
 
 
-def _bytes(tensor: Tensor) -> Any:
-    """The tensor's memory as a flat numpy uint8 array, no copy where it lies contiguous on the CPU."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, hexadecimal."""
+    return hashlib.sha256(_bytes(tensor)).hexdigest()
 
 
-def read_manifest(path: Path, schema: str) -> dict[str, Any]:
-    """The manifest in a safetensors artifact. Raises InputError (missing, damaged) or MismatchError (schema)."""
+def _bytes(tensor: Tensor) -> memoryview:
+    """The tensor's memory, no copy where it lies contiguous on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_manifest(path: Path, schema: str | None = None) -> dict[str, Any]:
+    """The manifest in a safetensors artifact; with `schema`, check it.
+
+    Raises InputError (missing, damaged) or MismatchError (no manifest, another schema).
+    """
     with open_tensors(path) as handle:
         text = (handle.metadata() or {}).get("manifest")
     if text is None:
-        raise MismatchError(f"{path} carries no trim manifest where {schema!r} is needed; give the right file.")
+        needed = "" if schema is None else f" where {schema!r} is needed"
+        raise MismatchError(f"{path} carries no trim manifest{needed}; give the right file.")
     found: dict[str, Any] = json.loads(text)
-    check_schema(found, schema, path)
+    if schema is not None:
+        check_schema(found, schema, path)
     return found
 
 

@@ -6,7 +6,7 @@ A sentence says what the figures say; nothing here knows beforehand which form i
 import inspect
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,40 +15,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimcli.commands.export import pruned_names, was_pruned
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
-from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.documents import read_json
+from trimcli.files.documents import read_mark
 from trimcli.files.manifest import manifest
 from trimcli.kernels.exported import EXPORT, ExportedCheckpoint, exported_skeleton
-from trimcli.kernels.forms import SemiStructured, computed, is_two_of_four, replace_linear, stored_bytes, to_csr
+from trimcli.kernels.forms import (
+    SemiStructured,
+    computed,
+    is_two_of_four,
+    pruned_names,
+    replace_linear,
+    stored_bytes,
+    to_csr,
+    was_pruned,
+)
+from trimcli.kernels.options import BenchOptions
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import empty
 from trimcli.model.skeleton import Skeleton
-from trimcli.options import RunOptions, check_positive
 from trimcli.pipeline.walk import max_positions
 
 BENCH = "trim.bench/1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions(RunOptions):
-    """tokens: of the prompt, and decoded after it. batch: sequences at a time, each in turn. repeat: rounds."""
-
-    tokens: int = 64
-    batch: tuple[int, ...] = (1, 8)
-    repeat: int = 5
-
-    def check(self) -> None:
-        """Raise OptionError for values that cannot be used."""
-        check_positive("--tokens", self.tokens)
-        check_positive("--repeat", self.repeat)
-        if not self.batch:
-            raise OptionError("--batch names no batch size; give at least one, such as 1,8.")
-        for size in self.batch:
-            check_positive("--batch", size)
 
 
 @dataclass(frozen=True)
@@ -103,13 +92,17 @@ def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = 
     verdicts: list[str] = []
     machines: dict[str, str] = {}
     for model in models:
-        subject = _subject(model, options)
-        machines[model] = machine(subject.device)
-        forms = list(subject.forms(progress))
-        measured += forms
-        verdicts += [verdict(forms[0], form, machines[model]) for form in forms[1:]]
-        if len(forms) == 1:
-            verdicts.append(f"{model} was measured dense alone: {subject.why_dense()}.")
+        checkpoint = _open(model, options)
+        device = checkpoint.device if isinstance(checkpoint, ExportedCheckpoint) else compute_device(options.device)
+        machines[model] = machine(device)
+        dense, *others = _forms(model, checkpoint, device, options, progress)
+        measured += [dense, *others]
+        verdicts += [verdict(dense, form, machines[model]) for form in others]
+        if not others:
+            why = "none of its matrices is pruned"
+            if device.type == "cuda":
+                why = "on a CUDA device, only 2:4 matrices computed in 16 bits have sparse kernels"
+            verdicts.append(f"{model} was measured dense alone: {why}.")
     document = manifest(
         BENCH,
         "bench",
@@ -157,120 +150,67 @@ def verdict(dense: Measured, sparse: Measured, where: str) -> str:
     return f"{found} does not pay here{': nothing is faster beyond the noise' if even else ''}."
 
 
-class _Subject:
-    """A model directory or hub id: dense, then what its zeros allow, made in memory."""
-
-    def __init__(self, model: str, options: BenchOptions, checkpoint: Checkpoint, device: torch.device) -> None:
-        self.model, self.options, self.checkpoint, self.device = model, options, checkpoint, device
-        self._zeros = 0.0
-
-    def dtype(self) -> torch.dtype:
-        """The computation's."""
-        return compute_dtype(self.options.dtype, self.checkpoint, self.device)
-
-    def forms(self, progress: Progress) -> Iterator[Measured]:
-        """Measure dense first."""
-        skeleton = Skeleton(
-            self.checkpoint,
-            dtype=self.dtype(),
-            device=self.device,
-            trust_remote_code=self.options.trust_remote_code,
-        )
-        _refuse_length(skeleton, self.options)
-        skeleton.load_everything()
-        weights = sum(linear.numel for linear in skeleton.linears.values())
-        kept = sum(int(linear.weight.count_nonzero()) for linear in skeleton.linears.values())
-        self._zeros = 1 - kept / weights if weights else 0.0
-        yield self._measured(skeleton, "dense", 0, self._disk(), progress)
-        yield from self._sparse(skeleton, progress)
-
-    def _sparse(self, skeleton: Skeleton, progress: Progress) -> Iterator[Measured]:
-        """The sparse form, made of the loaded dense model matrix by matrix."""
-        form, make = self._maker(skeleton.dtype)
-        count = 0
-        pruned = pruned_names(self.checkpoint)
-        for name, linear in skeleton.linears.items():
-            weight = linear.weight
-            zeros = linear.numel - int(weight.count_nonzero())
-            found = make(weight) if was_pruned(name, zeros / linear.numel, pruned) else None
-            if found is not None:
-                replace_linear(skeleton, linear, found)
-                count += 1
-        if count:
-            yield self._measured(skeleton, form, count, None, progress)
-
-    def _maker(self, dtype: torch.dtype) -> tuple[str, Callable[[Tensor], Tensor | None]]:
-        """The form for this device, and what makes a matrix of it: None where it is to stay dense."""
-        if self.device.type == "cpu":
-            return "csr", lambda weight: computed(to_csr(weight))
-        if dtype == torch.float32:
-            return "semi-structured", lambda weight: None
-        packer = SemiStructured(self.device, dtype)
-
-        def pack(weight: Tensor) -> Tensor | None:
-            d_out, d_in = weight.shape
-            return packer.pack(weight) if packer.fits((d_out, d_in)) and is_two_of_four(weight) else None
-
-        return "semi-structured", pack
-
-    def why_dense(self) -> str:
-        """Why there was no sparse form."""
-        if self.device.type == "cpu":
-            return "none of its matrices is pruned"
-        return "on a CUDA device, only 2:4 matrices computed in 16 bits have sparse kernels"
-
-    def _disk(self) -> int | None:
-        """Bytes of the weight files; a packed directory's are called otherwise than the shards they stand for."""
-        directory = self.checkpoint.directory
-        files = [directory / name for name in self.checkpoint.shards()]
-        if not all(path.is_file() for path in files):
-            files = list(directory.glob("*.safetensors"))
-        return sum(path.stat().st_size for path in files)
-
-    def _measured(
-        self,
-        skeleton: Skeleton,
-        form: str,
-        sparse: int,
-        disk: int | None,
-        progress: Progress,
-        *,
-        exported: bool = False,
-    ) -> Measured:
-        model = skeleton.model
-        memory = sum(stored_bytes(tensor) for tensor in chain(model.parameters(), model.buffers()))
-        rates = tuple(measure(model, self.options, self.device, f"{Path(self.model).name} {form}", progress))
-        return Measured(self.model, form, exported, sparse, len(skeleton.linears), self._zeros, disk, memory, rates)
+def _open(model: str, options: BenchOptions) -> Checkpoint:
+    if read_mark(Path(model)).get("schema") == EXPORT:
+        return ExportedCheckpoint(Path(model), options.device)
+    return Checkpoint.open(model, revision=options.revision)
 
 
-class _ExportSubject(_Subject):
-    """An export: dense, decoded from it, then as it is."""
+def _forms(
+    model: str, checkpoint: Checkpoint, device: torch.device, options: BenchOptions, progress: Progress
+) -> Iterator[Measured]:
+    """Measure dense, decoded from an export, and then the export as it is, or what the zeros allow in memory."""
+    exported = checkpoint if isinstance(checkpoint, ExportedCheckpoint) else None
+    dtype = exported.compute_dtype(options.dtype) if exported else compute_dtype(options.dtype, checkpoint, device)
+    trust = options.trust_remote_code
+    skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust)
+    _refuse_length(skeleton, options)
+    skeleton.load_everything()
+    weights = sum(linear.numel for linear in skeleton.linears.values())
+    kept = sum(int(linear.weight.count_nonzero()) for linear in skeleton.linears.values())
 
-    checkpoint: ExportedCheckpoint
+    def measured(form: str, sparse: int, disk: int | None) -> Measured:
+        tensors = chain(skeleton.model.parameters(), skeleton.model.buffers())
+        memory = sum(stored_bytes(tensor) for tensor in tensors)
+        rates = tuple(measure(skeleton.model, options, device, f"{Path(model).name} {form}", progress))
+        as_exported = exported is not None and form != "dense"
+        linears, zeros = len(skeleton.linears), 1 - kept / max(weights, 1)
+        return Measured(model, form, as_exported, sparse, linears, zeros, disk, memory, rates)
 
-    def dtype(self) -> torch.dtype:
-        """The computation's."""
-        return self.checkpoint.compute_dtype(self.options.dtype)
-
-    def _disk(self) -> int | None:
-        return None
-
-    def _sparse(self, skeleton: Skeleton, progress: Progress) -> Iterator[Measured]:
+    yield measured("dense", 0, None if exported else _bytes_on_disk(checkpoint))
+    if exported:
         empty(skeleton.model)
-        checkpoint = self.checkpoint
-        again = exported_skeleton(checkpoint, self.options.dtype, trust_remote_code=self.options.trust_remote_code)
-        again.load_everything()
-        disk = sum((checkpoint.directory / name).stat().st_size for name in checkpoint.shards())
-        yield self._measured(again, checkpoint.to, len(checkpoint.sparse), disk, progress, exported=True)
+        skeleton = exported_skeleton(exported, options.dtype, trust_remote_code=trust)
+        skeleton.load_everything()
+        yield measured(exported.to, len(exported.sparse), _bytes_on_disk(exported))
+    elif sparse := _make_sparse(skeleton):
+        yield measured("csr" if device.type == "cpu" else "semi-structured", sparse, None)
 
 
-def _subject(model: str, options: BenchOptions) -> _Subject:
-    mark = Path(model) / MARK
-    if mark.is_file() and read_json(mark).get("schema") == EXPORT:
-        exported = ExportedCheckpoint(Path(model), options.device)
-        return _ExportSubject(model, options, exported, exported.device)
-    device = compute_device(options.device)
-    return _Subject(model, options, Checkpoint.open(model, revision=options.revision), device)
+def _make_sparse(skeleton: Skeleton) -> int:
+    """Replace the pruned matrices of a loaded model, one by one, by the form for its device; returns how many."""
+    device, dtype = skeleton.device, skeleton.dtype
+    if device.type != "cpu" and dtype == torch.float32:
+        return 0
+    packer = None if device.type == "cpu" else SemiStructured(device, dtype)
+    count = 0
+    recorded = pruned_names(skeleton.checkpoint)
+    for name, linear in skeleton.linears.items():
+        weight = linear.weight
+        zeros = 1 - int(weight.count_nonzero()) / linear.numel
+        fits = packer is None or (packer.fits(linear.shape) and is_two_of_four(weight))
+        if fits and was_pruned(name, zeros, recorded):
+            replace_linear(skeleton, linear, packer.pack(weight) if packer else computed(to_csr(weight)))
+            count += 1
+    return count
+
+
+def _bytes_on_disk(checkpoint: Checkpoint) -> int:
+    """Bytes of the weight files; a packed directory's are called otherwise than the shards they stand for."""
+    files = [checkpoint.directory / name for name in checkpoint.shards()]
+    if not all(path.is_file() for path in files):
+        files = list(checkpoint.directory.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in files)
 
 
 def _refuse_length(skeleton: Skeleton, options: BenchOptions) -> None:

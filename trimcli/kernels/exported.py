@@ -11,8 +11,10 @@ from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import is_intact
-from trimcli.files.tensors import TensorSpec, natural, open_tensors, spec_of
-from trimcli.kernels.forms import PARTS, Form, SemiStructured, computed, csr_from_parts, replace_linear
+from trimcli.files.shards import SafeShards, shard_names
+from trimcli.files.tensors import TensorSpec, natural
+from trimcli.kernels.forms import PARTS, SemiStructured, computed, csr_from_parts, replace_linear
+from trimcli.kernels.options import Form
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.matrix import finite
 from trimcli.model.skeleton import Skeleton
@@ -41,24 +43,22 @@ class ExportedCheckpoint(Checkpoint):
 
     def __init__(self, directory: Path, device: str = "auto") -> None:
         super().__init__(directory, str(directory), weights=False)
-        self.document = read_json(directory / MARK, EXPORT)
+        mark = directory / MARK
+        self.document = read_json(mark, EXPORT)
         if not is_intact(self.document):
-            raise InputError(f"{directory / MARK} was changed after trim wrote it; export the model anew.")
+            raise InputError(f"{mark} was changed after trim wrote it; export the model anew.")
         self.to: Form = self.document["to"]
         self.device = device_for(self.to, device)
         self._packer = None
         if self.to == "semi-structured":
             self._packer = SemiStructured(self.device, getattr(torch, self.document["compute_dtype"]))
             self._packer.check(self.document["semi_structured"], directory)
-        self._handles = {name: open_tensors(directory / name) for name in self.document["shards"]}
-        self._home: dict[str, str] = {}
-        for name, handle in self._handles.items():
-            self._home.update(dict.fromkeys(handle.keys(), name))
+        self._stored = SafeShards(directory, shard_names(self.document["shards"], mark))
         entries = self.document["linears"]
         self.sparse = {name: entry for name, entry in entries.items() if entry["form"] != "dense"}
         self._names = {entry["key"]: name for name, entry in self.sparse.items()}
         for key in self._names:
-            if f"{key}.{PARTS[self.to][0]}" not in self._home:
+            if f"{key}.{PARTS[self.to][0]}" not in self._stored.home:
                 raise InputError(f"the shards of {directory} lack {key}; export the model anew.")
 
     @property
@@ -73,7 +73,7 @@ class ExportedCheckpoint(Checkpoint):
     def keys(self) -> list[str]:
         """Names of all tensors of the dense model."""
         parts = {f"{key}.{kind}" for key in self._names for kind in PARTS[self.to]}
-        return sorted({*(name for name in self._home if name not in parts), *self._names}, key=natural)
+        return sorted({*(name for name in self._stored.home if name not in parts), *self._names}, key=natural)
 
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor of the dense model."""
@@ -81,8 +81,7 @@ class ExportedCheckpoint(Checkpoint):
             entry = self.sparse[self._names[key]]
             shape = entry["shape"][::-1] if entry["transposed"] else entry["shape"]
             return TensorSpec(getattr(torch, entry["dtype"]), tuple(shape))
-        home = self._home[key]
-        return spec_of(self._handles[home], key, self.directory / home)
+        return self._stored.spec(key)
 
     def load(self, key: str) -> Tensor:
         """A tensor of the dense model on the CPU, decoded where it is sparse."""
@@ -90,18 +89,18 @@ class ExportedCheckpoint(Checkpoint):
             name = self._names[key]
             dense = self.matrix(name).to_dense().cpu()
             return dense.T if self.sparse[name]["transposed"] else dense
-        found: Tensor = self._handles[self._home[key]].get_tensor(key)
-        return found
+        return self._stored.load(key)
 
     def shards(self) -> dict[str, list[str]]:
         """Shard file name -> the names of the tensors in it."""
-        return {name: list(handle.keys()) for name, handle in self._handles.items()}
+        return self._stored.files
 
     def matrix(self, name: str) -> Tensor:
         """The sparse [D_out, D_in] of a linear of `sparse`. Raises InputError where it is damaged."""
         entry = self.sparse[name]
         key, shape = entry["key"], (entry["shape"][0], entry["shape"][1])
-        parts = {kind: self._part(f"{key}.{kind}") for kind in PARTS[self.to] if f"{key}.{kind}" in self._home}
+        names = {kind: f"{key}.{kind}" for kind in PARTS[self.to]}
+        parts = {kind: self._stored.load(name) for kind, name in names.items() if name in self._stored.home}
         if self._packer:
             return self._packer.from_parts(parts, shape)
         try:
@@ -109,10 +108,6 @@ class ExportedCheckpoint(Checkpoint):
             return csr_from_parts(parts, shape)
         except (KeyError, ValueError):
             raise InputError(f"{key} in {self.directory} is no csr matrix; export the model anew.") from None
-
-    def _part(self, part: str) -> Tensor:
-        found: Tensor = self._handles[self._home[part]].get_tensor(part)
-        return found
 
 
 def exported_skeleton(

@@ -11,17 +11,18 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from trimcli.errors import MismatchError, OptionError
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.documents import read_mark
 from trimcli.model.empty import empty
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 
-Form = Literal["csr", "semi-structured"]
 # What a matrix in a form is stored as: suffixes of its tensor's name.
 CSR_PARTS = ("crow_indices", "col_indices", "values")
 SEMI_PARTS = ("packed", "meta")
@@ -29,6 +30,19 @@ PARTS: dict[str, tuple[str, ...]] = {"csr": CSR_PARTS, "semi-structured": SEMI_P
 # Written between two timings, so that a matrix comes from memory as it does when all others were read before it.
 FLUSH_BYTES = 64 << 20
 REPEATS = 7
+# Trained weights are exactly zero now and then; more than this share of them was pruned.
+FEW = 0.01
+
+
+def pruned_names(checkpoint: Checkpoint) -> set[str] | None:
+    """The linears that a directory's `trim.json` says were pruned; None where it says nothing."""
+    recorded = read_mark(checkpoint.directory).get("linears")
+    return set(recorded) if isinstance(recorded, Mapping) else None
+
+
+def was_pruned(name: str, zeros: float, recorded: set[str] | None) -> bool:
+    """Whether a linear was pruned: as recorded, else by its fraction of zeros. recorded: of `pruned_names`."""
+    return zeros > FEW if recorded is None else name in recorded
 
 
 class SparseLinear(nn.Module):
@@ -216,21 +230,21 @@ def race(weight: Tensor, sparse: Tensor, dtype: torch.dtype) -> Race:
     inputs = torch.randn(1, weight.shape[1]).to(dtype)
     module = SparseLinear(computed(sparse))
     flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8)
-    contestants: tuple[Callable[[], Any], Callable[[], Any]] = (
-        lambda: nn.functional.linear(inputs, dense),
-        lambda: module(inputs),
-    )
-    seconds: tuple[list[float], list[float]] = ([], [])
+
+    def seconds(run: Callable[[], Tensor]) -> float:
+        flush.add_(1)
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+
     with torch.no_grad():
-        for turn in range(REPEATS + 1):
-            for run, found in zip(contestants, seconds, strict=True):
-                flush.add_(1)
-                started = time.perf_counter()
-                run()
-                # The first turn warms up.
-                if turn:
-                    found.append(time.perf_counter() - started)
-    return Race(statistics.median(seconds[0]), statistics.median(seconds[1]))
+        turns = [
+            (seconds(lambda: nn.functional.linear(inputs, dense)), seconds(lambda: module(inputs)))
+            for _ in range(REPEATS + 1)
+        ]
+    # The first turn warms up.
+    dense_seconds, sparse_seconds = zip(*turns[1:], strict=True)
+    return Race(statistics.median(dense_seconds), statistics.median(sparse_seconds))
 
 
 def _no_beta_warning() -> AbstractContextManager[Any]:

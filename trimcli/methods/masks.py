@@ -2,21 +2,17 @@
 
 A keep mask is a bool tensor [D_out, D_in], True where the weight stays. Counts and ranks are of weights that
 go, lowest score first; equal scores go in index order. Large matrices are worked through in blocks of rows,
-so temporaries stay within about two copies of the scores.
+so temporaries stay within about two copies of the scores. `check`: refuse NaN scores, for which the host waits
+for an accelerator once; without, NaN gives some mask.
 """
 
-import difflib
-import re
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimcli.errors import OptionError
-
-Numerics = Literal["exact", "reference"]
+from trimcli.options import Numerics
 
 _BLOCK = 1 << 22
 
@@ -26,16 +22,18 @@ def matrix_budget(d_out: int, d_in: int, sparsity: float) -> int:
     return min(max(round(sparsity * d_out * d_in), 0), d_out * d_in)
 
 
-def even_row_counts(d_out: int, d_in: int, sparsity: float, numerics: Numerics) -> Tensor:
-    """Weights to go from each row when all rows share one sparsity, int64 [d_out].
+def even_row_counts(
+    d_out: int, d_in: int, sparsity: float, numerics: Numerics, device: torch.device | None = None
+) -> Tensor:
+    """Weights to go from each row when all rows share one sparsity, int64 [d_out] on `device`.
 
     exact: the rows share the matrix budget; counts differ by at most one, the lower rows take the extra ones.
     reference: floor(d_in * sparsity) each, as the published Wanda counts (Sun et al. 2023).
     """
     if numerics == "reference":
-        return torch.full((d_out,), min(max(int(d_in * sparsity), 0), d_in))
+        return torch.full((d_out,), min(max(int(d_in * sparsity), 0), d_in), device=device)
     each, extra = divmod(matrix_budget(d_out, d_in, sparsity), d_out)
-    counts = torch.full((d_out,), each)
+    counts = torch.full((d_out,), each, device=device)
     counts[:extra] += 1
     return counts
 
@@ -71,13 +69,14 @@ def keep_from_ranks(ranks: Tensor, counts: Tensor) -> Tensor:
     return ranks >= counts.to(ranks.device, ranks.dtype).unsqueeze(1)
 
 
-def lowest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
+def lowest_per_row(scores: Tensor, counts: Tensor, *, check: bool = True) -> Tensor:
     """Keep mask without the counts[k] lowest scores of every row k; equal scores go in index order.
 
     scores: float [D_out, D_in]. counts: int [D_out], each in 0..D_in. Returns bool [D_out, D_in].
     Raises ValueError for NaN scores.
     """
-    _refuse_nan(scores)
+    if check:
+        refuse_nan(scores)
     counts = counts.to(scores.device, torch.int64)
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     for rows in _row_blocks(scores):
@@ -86,7 +85,7 @@ def lowest_per_row(scores: Tensor, counts: Tensor) -> Tensor:
     return keep
 
 
-def lowest_overall(scores: Tensor, sparsity: float, numerics: Numerics) -> Tensor:
+def lowest_overall(scores: Tensor, sparsity: float, numerics: Numerics, *, check: bool = True) -> Tensor:
     """Keep mask without the lowest scores of the whole matrix: the rule of magnitude pruning.
 
     scores: float [D_out, D_in]. Returns bool [D_out, D_in].
@@ -95,22 +94,28 @@ def lowest_overall(scores: Tensor, sparsity: float, numerics: Numerics) -> Tenso
     code (Sun et al. 2023) prunes by magnitude.
     Raises ValueError for NaN scores.
     """
-    _refuse_nan(scores)
+    if check:
+        refuse_nan(scores)
     if numerics == "reference":
         index = min(max(int(scores.numel() * sparsity), 0), scores.numel() - 1)
         return scores > _kth_lowest(scores, index + 1)
-    counts, threshold = lowest_counts(scores, matrix_budget(scores.shape[0], scores.shape[1], sparsity))
-    return split_rows(scores, counts.new_full(counts.shape, threshold, dtype=scores.dtype), counts)
+    return lowest_in_all(scores, matrix_budget(scores.shape[0], scores.shape[1], sparsity))
 
 
-def lowest_counts(values: Tensor, total: int) -> tuple[Tensor, float]:
+def lowest_in_all(scores: Tensor, total: int) -> Tensor:
+    """Keep mask without the `total` lowest scores of a matrix without NaN, equal ones in index order: bool."""
+    counts, threshold = lowest_counts(scores, total)
+    return split_rows(scores, threshold.expand(counts.shape), counts)
+
+
+def lowest_counts(values: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """How many of each row are among the `total` lowest values of a matrix, equal ones taken in index order.
 
-    values: float [D_out, D_in] without NaN. Returns int64 [D_out] and the highest value taken, -inf for none.
+    values: float [D_out, D_in] without NaN. Returns int64 [D_out] and the highest value taken, a scalar, -inf for none.
     """
     below = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
     if total == 0:
-        return below, -torch.inf
+        return below, values.new_full((), -torch.inf)
     threshold = _kth_lowest(values, total)
     equal = torch.zeros_like(below)
     for rows in _row_blocks(values):
@@ -144,32 +149,19 @@ def split_rows(scores: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
     keep = scores > thresholds.unsqueeze(1)
     for rows in _row_blocks(scores):
         gone = scores.shape[1] - keep[rows].sum(dim=1)
-        tied = (gone != counts[rows]).nonzero().squeeze(1) + rows.start
-        if tied.numel():
-            equal = scores[tied] == thresholds[tied].unsqueeze(1)
-            going = counts[tied] - gone[tied - rows.start] + equal.sum(dim=1)
-            keep[tied] |= equal & (equal.cumsum(dim=1, dtype=torch.int32) > going.unsqueeze(1))
+        tied: slice | Tensor = rows
+        if scores.device.type == "cpu":  # elsewhere asking which rows have ties takes longer than treating all alike
+            some = (gone != counts[rows]).nonzero().squeeze(1)
+            if not len(some):
+                continue
+            tied, gone = some + rows.start, gone[some]
+        equal = scores[tied] == thresholds[tied].unsqueeze(1)
+        going = counts[tied] - gone + equal.sum(dim=1)
+        keep[tied] |= equal & (equal.cumsum(dim=1, dtype=torch.int32) > going.unsqueeze(1))
     return keep
 
 
-def parse_pattern(text: str) -> tuple[int, int] | None:
-    """A sparsity type as (kept, group): "2:4" -> (2, 4), "unstructured" -> None.
-
-    Raises OptionError for anything else.
-    """
-    if text == "unstructured":
-        return None
-    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
-    if found is None or not 0 < int(found[1]) < int(found[2]):
-        near = difflib.get_close_matches(text, ["unstructured"])
-        raise OptionError(
-            f"the sparsity type {text!r} is neither 'unstructured' nor N:M with 0 < N < M, where N is how many of "
-            f"every M consecutive weights are kept; {'did you mean unstructured?' if near else 'give one such as 2:4.'}"
-        )
-    return int(found[1]), int(found[2])
-
-
-def n_of_m(scores: Tensor, kept: int, group: int) -> Tensor:
+def n_of_m(scores: Tensor, kept: int, group: int, *, check: bool = True) -> Tensor:
     """Keep mask with the `kept` highest scores of every `group` consecutive inputs.
 
     scores: float [D_out, D_in]. Equal scores go in index order. Returns bool [D_out, D_in].
@@ -180,7 +172,8 @@ def n_of_m(scores: Tensor, kept: int, group: int) -> Tensor:
         raise ValueError(f"{kept}:{group} keeps {kept} of every {group} weights, which must be between 0 and {group}.")
     if d_in % group:
         raise ValueError(f"{kept}:{group} does not fit rows of {d_in} weights, since {group} does not divide {d_in}.")
-    _refuse_nan(scores)
+    if check:
+        refuse_nan(scores)
     keep = torch.empty((d_out, d_in // group, group), dtype=torch.bool, device=scores.device)
     for rows in _row_blocks(scores):
         places = scores[rows].unflatten(1, (-1, group)).movedim(2, 0).contiguous()
@@ -267,13 +260,14 @@ def _row_blocks(scores: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + step, d_out))
 
 
-def _refuse_nan(scores: Tensor) -> None:
+def refuse_nan(scores: Tensor) -> None:
+    """Raise ValueError for scores, or weights chosen and updated by them, that hold NaN."""
     if scores.max().isnan():  # the maximum of anything with NaN is NaN, and needs no mask of the whole matrix
         raise ValueError("the scores hold NaN; the weights or the statistics they come from are damaged.")
 
 
-def _kth_lowest(values: Tensor, k: int) -> float:
-    """The k-th lowest of all values, k from 1."""
+def _kth_lowest(values: Tensor, k: int) -> Tensor:
+    """The k-th lowest of all values, k from 1, a scalar."""
     if values.device.type == "cpu":  # a ninth of the time of torch.kthvalue, and a third of the memory
-        return float(np.partition(values.detach().contiguous().numpy(), k - 1, axis=None)[k - 1])
-    return float(values.flatten().kthvalue(k).values)
+        return values.new_tensor(np.partition(values.detach().contiguous().numpy(), k - 1, axis=None)[k - 1])
+    return values.flatten().kthvalue(k).values

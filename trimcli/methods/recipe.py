@@ -1,31 +1,28 @@
-"""What to do with one matrix: score, rows, pattern and weight update, chosen independently and composed here."""
+"""What to do with one matrix: score, rows, pattern and update, chosen independently and composed here."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from trimcli.errors import OptionError
-from trimcli.methods import masks
-from trimcli.methods.blocks.barber import BarberOptions
-from trimcli.methods.masks import Numerics
-from trimcli.methods.rows.search import RowOptions, RowResult, search_rows
-from trimcli.methods.rows.variant import variant_keep
-from trimcli.methods.scores import LinearStats, Statistic, score_function
-from trimcli.methods.updates.obs import Factor, UpdateOptions, factorise, obs_scores, sparsegpt
-from trimcli.options import check_positive, check_sparsity, one_of
+from trimcli.methods.blocks.options import BarberOptions
+from trimcli.methods.choice import Choice, Target
+from trimcli.methods.named import Method, method_called, methods
+from trimcli.methods.rows.base import ROWS, RowAllocation, Rows
+from trimcli.methods.scores import SCORES, Score
+from trimcli.methods.stats import STATISTICS, LinearStats
+from trimcli.methods.updates.base import UPDATES, Update
+from trimcli.methods.updates.obs import ObsOptions
+from trimcli.options import Numerics, check_fields, option
+from trimcli.registry import Entry, misplaced
 
-Method = Literal["wanda", "magnitude", "sparsegpt"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
-
-class Target(NamedTuple):
-    """What one matrix is to lose: a fraction, or N kept of M by `pattern` (whose sparsity then is 1 - N/M)."""
-
-    sparsity: float
-    pattern: tuple[int, int] | None = None
+    from trimcli.methods.rows.search import RowResult
 
 
 @dataclass(frozen=True)
@@ -40,160 +37,156 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Independent choices that together are a pruning method.
+    """Independent choices that together are a pruning method, by the names of their registries.
 
-    method: the score, and for sparsegpt the weight update. rows: TRIM's row search, None for even rows.
-    variant: the Wanda paper's variant. barber: LLM-Barber's second pass. update: SparseGPT's options.
-    propagate: later layers see what pruned earlier layers produce. input_recalc: last-token inputs collected
-    anew within a layer.
+    barber: LLM-Barber's second pass, None for none. options: instances of the chosen entries' option classes, where
+    they differ from the defaults.
     """
 
-    method: Method = "wanda"
-    numerics: Numerics = "exact"
-    rows: RowOptions | None = None
-    variant: bool = False
+    method: str = option(
+        "wanda",
+        "What picks the weights that go.",
+        choices=methods,
+    )
+    numerics: Numerics = option(
+        "exact",
+        "exact: counts hold to the weight. reference: the published code's arithmetic, to reproduce its results.",
+    )
+    rows: str = option("even", "How a matrix's rows share what goes (--use-trim: trim).", choices=lambda: ROWS)
+    update: str | None = option(
+        None, "What the kept weights do about those that go; the method's own if not given.", choices=lambda: UPDATES
+    )
+    propagate: bool = option(
+        True, "Use the dense model's statistics: no forward pass, one matrix in memory.", "--no-propagate", off=True
+    )
+    input_recalc: bool = option(
+        False, "Collect last-token inputs anew once the linears before are pruned.", panel="TRIM rows"
+    )
     barber: BarberOptions | None = None
-    update: UpdateOptions = field(default_factory=UpdateOptions)
-    propagate: bool = True
-    input_recalc: bool = False
+    options: tuple[Any, ...] = ()
+
+    # --- what was chosen ---------------------------------------------------------------------------------
+
+    @cached_property
+    def named(self) -> Method:
+        """What --method names. Raises OptionError for an unknown name, as the other choices do."""
+        return method_called(self.method)
+
+    @cached_property
+    def updating(self) -> Update:
+        """The update."""
+        return UPDATES[self.update or self.named.update]
+
+    @cached_property
+    def scoring(self) -> Score:
+        """The score: the method's, or the one that --mask-score names for the update obs."""
+        obs = self.updating.options is ObsOptions
+        return SCORES[(self._obs.mask_score if obs else None) or self.named.score]
+
+    @cached_property
+    def allocating(self) -> RowAllocation:
+        """The row allocation."""
+        return ROWS[self.rows]
+
+    @property
+    def _obs(self) -> ObsOptions:
+        return next((given for given in self.options if isinstance(given, ObsOptions)), ObsOptions())
+
+    @cached_property
+    def entries(self) -> tuple[Entry, ...]:
+        """Everything chosen, and the statistics that it reads."""
+        chosen: tuple[Entry, ...] = (self.scoring, self.allocating, self.updating)
+        return (*chosen, *(STATISTICS[name] for name in sorted(self.needs)))
+
+    def options_of(self, entry: Entry) -> Any:
+        """The options that an entry is given: an instance of its class, None where it has none."""
+        if entry.options is None:
+            return None
+        return next((given for given in self.options if type(given) is entry.options), entry.options())
+
+    @cached_property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that choosing reads."""
+        return self.scoring.needs | self.allocating.needs | self.updating.needs
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether kept weights end with other values than the dense ones: then masks alone do not carry the result."""
+        return self.updating.changes and (self.barber is None or self.barber.retain_reconstruction)
+
+    def document(self) -> dict[str, Any]:
+        """The choices as a manifest records them, each with the options that it was given."""
+        found = {
+            "method": self.method,
+            "numerics": self.numerics,
+            "score": self.scoring.name,
+            "rows": self.rows,
+            "update": self.updating.name,
+            "propagate": self.propagate,
+            "input_recalc": self.input_recalc,
+            "barber": asdict(self.barber) if self.barber else None,
+        }
+        given = {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options}
+        return {**found, "options": given}
+
+    # --- what goes together ------------------------------------------------------------------------------
 
     def check(self, *, pattern: bool = False) -> None:
         """Raise OptionError for choices that do not go together. pattern: whether an N:M pattern is asked for."""
-        one_of("--method", self.method, get_args(Method))
-        one_of("--numerics", self.numerics, get_args(Numerics))
+        check_fields(self)
+        uneven, obs = self.rows != "even", self._obs
+        rows = {"trim": "--use-trim", "variant": "--use-variant"}.get(self.rows, f"--rows {self.rows}")
+        needy = [name for name in sorted(self.needs) if STATISTICS[name].stored is None]
         refused = [
-            (self.rows and pattern, "--use-trim with an N:M pattern: the pattern fixes every row's count"),
+            (uneven and pattern, f"{rows} with an N:M pattern: the pattern fixes every row's count"),
             (
-                self.variant and pattern,
-                "--use-variant with an N:M pattern: the variant chooses rows' counts itself",
-            ),
-            (self.variant and self.rows, "--use-variant with --use-trim: both choose the rows' counts"),
-            (
-                self.variant and self.method != "wanda",
-                f"--use-variant with --method {self.method}: it is a variant of wanda",
+                self.allocating.only not in (None, self.scoring.name),
+                f"{rows} with --method {self.method}: it is made for {self.allocating.only}",
             ),
             (
-                self.input_recalc and not self.rows,
+                self.input_recalc and "inputs" not in self.allocating.needs,
                 "--input-recalc without --use-trim: only TRIM reads the inputs again",
             ),
             (
-                not self.propagate and self.method == "sparsegpt",
-                "--no-propagate with --method sparsegpt: its Gram comes from a forward pass",
+                not self.propagate and needy,
+                f"--no-propagate with --method {self.method}: its {' and '.join(needy)} comes from a forward pass",
             ),
-            (
-                not self.propagate and self.barber,
-                "--no-propagate with --prune-barber: it rebuilds on sparse inputs",
-            ),
+            (not self.propagate and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs"),
             (
                 not self.propagate and self.input_recalc,
                 "--no-propagate with --input-recalc: it needs forward passes while pruning",
             ),
-            (
-                self.method != "sparsegpt" and self.update.mask_score != "obs",
-                f"--mask-score {self.update.mask_score} with --method {self.method}: it belongs to sparsegpt",
+            *(
+                (True, f"{flag} {value} with --method {self.method}: it belongs to {owner}, as in sparsegpt")
+                for flag, value, owner in misplaced(self.options, self.entries)
             ),
             (
-                self.method != "sparsegpt" and self.update.mask_update is not None,
-                f"--mask-update {self.update.mask_update} with --method {self.method}: it belongs to sparsegpt",
-            ),
-            (
-                self.rows and self.update.mask_update == "block",
-                "--use-trim with --mask-update block: TRIM fixes every row's count for the whole matrix",
+                uneven and obs.mask_update == "block",
+                f"{rows} with --mask-update block: it fixes every row's count for the whole matrix",
             ),
         ]
         for wrong, what in refused:
             if wrong:
                 raise OptionError(f"these options do not go together: {what}; drop one of the two.")
-        if self.rows:
-            check_positive("--iterations", self.rows.iterations)
 
-    @cached_property
-    def needs(self) -> frozenset[Statistic]:
-        """The statistics that choosing reads."""
-        if self.method == "sparsegpt":
-            found = {Statistic.GRAM}
-            if self.update.mask_score == "wanda":
-                found.add(Statistic.SQNORM)
-        else:
-            found = set(score_function(self.method).needs)
-        if self.rows:
-            found.add(Statistic.INPUTS)
-        return frozenset(found)
+    # --- what becomes of a matrix ------------------------------------------------------------------------
 
-    @property
-    def changes_weights(self) -> bool:
-        """Whether kept weights end with other values than the dense ones: then masks alone do not carry the result."""
-        return self.method == "sparsegpt" and (self.barber is None or self.barber.retain_reconstruction)
+    def choose(self, weight: Tensor, stats: LinearStats, target: Target) -> Outcome:
+        """The mask and, where the update changes them, the new weights of one matrix.
 
-    def document(self) -> dict[str, Any]:
-        """The choices as a manifest records them."""
-        return asdict(self)
-
-    def choose(
-        self, weight: Tensor, stats: LinearStats, target: Target, factors: dict[int, Factor] | None = None
-    ) -> Outcome:
-        """Masks, and for SparseGPT the new weights, of one matrix.
-
-        weight: [D_out, D_in], any float dtype. stats: what `needs` asks for, on the weight's device. factors:
-        factorised Grams by identity, shared among linears that share an input.
+        weight: [D_out, D_in], any float dtype. stats: what `needs` asks for, on the weight's device.
         """
+        import torch
+
         weight = weight.float()
         if target.pattern and target.pattern[0] == target.pattern[1]:
             # A mixed N:M allocation may leave a layer whole.
             return Outcome(torch.ones_like(weight, dtype=torch.bool))
-        if self.method == "sparsegpt":
-            return self._sparsegpt(weight, stats, target, {} if factors is None else factors)
-        scores = score_function(self.method)(weight, stats)
-        if target.pattern:
-            return Outcome(masks.n_of_m(scores, *target.pattern))
-        if self.rows:
-            found = search_rows(weight, scores, stats[Statistic.INPUTS], target.sparsity, self.rows)
-            return Outcome(found.keep, rows=found)
-        if self.variant:
-            return Outcome(variant_keep(scores, target.sparsity, self.numerics))
-        if self.method == "magnitude":
-            return Outcome(masks.lowest_overall(scores, target.sparsity, self.numerics))
-        counts = masks.even_row_counts(weight.shape[0], weight.shape[1], target.sparsity, self.numerics)
-        return Outcome(masks.lowest_per_row(scores, counts))
-
-    def _sparsegpt(self, weight: Tensor, stats: LinearStats, target: Target, factors: dict[int, Factor]) -> Outcome:
-        gram = stats[Statistic.GRAM]
-        if id(gram) not in factors:
-            factors[id(gram)] = factorise(gram, self.update.damping)
-        factor = factors[id(gram)]
-        rows = None
-        if self.rows:
-            if self.update.mask_score == "obs":
-                scores = obs_scores(weight, factor)
-            else:
-                scores = score_function(self.update.mask_score)(weight, stats)
-            rows = search_rows(weight, scores, stats[Statistic.INPUTS], target.sparsity, self.rows)
-        made = sparsegpt(
-            weight,
-            factor,
-            sparsity=None if target.pattern or rows else target.sparsity,
-            pattern=target.pattern,
-            row_counts=rows.counts if rows else None,
-            sqnorm=stats.sqnorm,
-            options=self.update,
-        )
-        return Outcome(made.keep, made.weight, rows, made.report.remarks)
-
-
-def uniform_target(sparsity: float | None, sparsity_type: str) -> Target:
-    """The one target of --sparsity and --sparsity-type. Raises OptionError for none or contradictory ones."""
-    pattern = masks.parse_pattern(sparsity_type)
-    if pattern:
-        implied = 1 - pattern[0] / pattern[1]
-        if sparsity is not None and abs(sparsity - implied) > 1e-9:
-            raise OptionError(
-                f"--sparsity {sparsity} with --sparsity-type {sparsity_type}: {pattern[0]} kept of {pattern[1]} "
-                f"implies {implied:g}; drop --sparsity."
-            )
-        return Target(implied, pattern)
-    if sparsity is None:
-        raise OptionError("no target was given; give --sparsity T, --sparsity-type N:M or --ratios FILE.")
-    return Target(check_sparsity(sparsity))
+        choice = Choice(self.scoring, stats, target, self.numerics, self.options_of(self.scoring))
+        rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
+        choice = replace(choice, keep=rows.keep)
+        made = self.updating(weight, choice, options=self.options_of(self.updating))
+        return Outcome(made.keep, made.weight, rows.found, made.remarks)
 
 
 def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -208,10 +201,13 @@ def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int
 
 def expected_zeros(shape: tuple[int, int], target: Target, recipe: Recipe) -> int:
     """How many weights a matrix will lose: to the weight in exact numerics, nearly so in reference numerics."""
+    from trimcli.methods import masks
+
     d_out, d_in = shape
     if target.pattern:
         kept, group = target.pattern
         return d_out * (d_in // group) * (group - kept)
-    if recipe.numerics == "reference" and recipe.method == "wanda":
+    by_rows = recipe.scoring.compare == "row" and recipe.updating.name == "none"
+    if recipe.numerics == "reference" and by_rows:
         return int(masks.even_row_counts(d_out, d_in, target.sparsity, "reference").sum())
     return masks.matrix_budget(d_out, d_in, target.sparsity)

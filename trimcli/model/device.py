@@ -1,6 +1,7 @@
 """Where and in which precision to compute."""
 
 import re
+from collections import Counter
 
 import torch
 
@@ -8,25 +9,32 @@ from trimcli.errors import OptionError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.options import one_of
 
+# What a CPU multiplies each 16-bit dtype with, by torch's names; without, it takes a hundred times as long as float32.
+UNITS = {torch.float16: ("avx512_fp16", "amx_fp16"), torch.bfloat16: ("avx512_bf16", "amx_bf16")}
+
 
 def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The computation's dtype: as named, or for `auto` the checkpoint's own where the device has units for it.
+    """The computation's dtype: as named, or for `auto` the one that most of the checkpoint's bytes are stored in.
 
-    A CPU without 16-bit units multiplies float16 and bfloat16 a hundred times slower than float32, so `auto` is
-    float32 there.
+    `auto` is float32 where the device has no units for that dtype: another one of 16 bits would lose range or digits.
     """
     if name != "auto":
         return getattr(torch, one_of("--dtype", name, ("auto", "float32", "bfloat16", "float16")))
-    stored = {checkpoint.spec(key).dtype for key in checkpoint.keys()[:64]} if checkpoint.has_weights else set()
-    if torch.float32 in stored or torch.float64 in stored or not stored:
-        return torch.float32
-    wanted = torch.float16 if torch.float16 in stored else torch.bfloat16
-    if device.type != "cpu":
-        return wanted
-    has = torch.cpu.get_capabilities()
-    if wanted == torch.float16 and (has.get("avx512_fp16") or has.get("amx_fp16")):
-        return torch.float16
-    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    stored: Counter[torch.dtype] = Counter()
+    for key in checkpoint.keys() if checkpoint.has_weights else ():
+        spec = checkpoint.spec(key)
+        if spec.dtype.is_floating_point:
+            stored[spec.dtype] += spec.nbytes
+    wanted = stored.most_common(1)[0][0] if stored else torch.float32
+    return wanted if wanted in UNITS and _computes_in(wanted, device) else torch.float32
+
+
+def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has units for a 16-bit dtype."""
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return any(capabilities.get(unit) for unit in UNITS[dtype])
+    return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def compute_device(name: str) -> torch.device:

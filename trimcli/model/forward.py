@@ -123,7 +123,7 @@ class Forward:
             return torch.zeros(*tokens.shape, lookup.embedding_dim, dtype=skeleton.dtype, device=skeleton.device)
 
         def logits(hidden: Tensor) -> Tensor:
-            tokens = torch.zeros(hidden.shape[:2], dtype=torch.long)
+            tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             value = (hidden,) if wrap else hidden
             found: Tensor = self.around(tokens, lambda layer: lambda *args, **kwargs: value).logits
             return found

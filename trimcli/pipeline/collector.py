@@ -5,7 +5,7 @@ per sample at the sample's own place, so a batch may be run again, and neither b
 the result.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimcli.errors import InputError, TrimError
-from trimcli.methods.scores import LinearStats, Statistic
+from trimcli.methods.stats import STATISTICS, LinearStats, Statistic
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
 
@@ -36,8 +36,12 @@ class InputGroup:
         return self.linears[0].d_in
 
 
-def find_groups(layer: DecoderLayer, run: Callable[[], Any]) -> list[InputGroup]:
-    """The layer's input groups, seen in one pass `run` of a small batch. Raises TrimError for an unused linear."""
+def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[str] | None = None) -> list[InputGroup]:
+    """The layer's input groups, seen in one pass `run` of a small batch.
+
+    wanted: names of the linears that matter, None for all. Raises TrimError for one that the pass never calls.
+    """
+    mine = [linear for linear in layer.linears if wanted is None or linear.name in wanted]
     seen: list[tuple[Tensor, list[Matrix]]] = []
 
     def watch(linear: Matrix) -> Any:
@@ -51,13 +55,13 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any]) -> list[InputGroup]
 
         return hook
 
-    hooks = [linear.module.register_forward_pre_hook(watch(linear)) for linear in layer.linears]
+    hooks = [linear.module.register_forward_pre_hook(watch(linear)) for linear in mine]
     try:
         run()
     finally:
         for hook in hooks:
             hook.remove()
-    order = {linear.name: index for index, linear in enumerate(layer.linears)}
+    order = {linear.name: index for index, linear in enumerate(mine)}
     groups = [InputGroup(tuple(sorted(members, key=lambda linear: order[linear.name]))) for _, members in seen]
     unused = set(order) - {linear.name for group in groups for linear in group.linears}
     if unused:
@@ -66,58 +70,31 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any]) -> list[InputGroup]
 
 
 @dataclass
-class GroupStatistics:
-    """The statistics of one input group over `nsamples` samples.
-
-    sample_sqnorm: float32 [nsamples, D_in], squared L2 norm over the sample's tokens. inputs: [D_in, nsamples],
-    the last token's inputs. gram: [D_in, D_in], (2/N) sum_j X_j^T X_j. None where not asked for.
-    """
-
-    sample_sqnorm: Tensor | None = None
-    inputs: Tensor | None = None
-    gram: Tensor | None = None
-
-    @property
-    def sqnorm(self) -> Tensor | None:
-        """Input square norm, float32 [D_in]: the mean over samples, summed in float64."""
-        if self.sample_sqnorm is None:
-            return None
-        return self.sample_sqnorm.double().mean(dim=0).float()
-
-    def view(self) -> LinearStats:
-        """What the methods read."""
-        return LinearStats(sqnorm=self.sqnorm, inputs=self.inputs, gram=self.gram)
-
-
-@dataclass
 class Collector:
     """Gathers statistics of `groups` while batches of a layer run.
 
-    needs: which statistics. nsamples, seqlen: N and L. gram_dtype: accumulation of the Gram (float32 or float64).
+    needs: names of the statistics. nsamples, seqlen: N and L. options_of: what a statistic is started with, by entry;
+    its defaults where that is None.
     """
 
     groups: list[InputGroup]
-    needs: frozenset[Statistic]
+    needs: frozenset[str]
     nsamples: int
     seqlen: int
     device: torch.device
-    gram_dtype: torch.dtype = torch.float32
-    found: dict[str, GroupStatistics] = field(default_factory=dict)
-    _rows: slice = field(default_factory=lambda: slice(0, 0))
+    options_of: Callable[[Statistic], Any] = lambda statistic: None
+    _gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _samples: slice = field(default_factory=lambda: slice(0, 0))
 
     def reset(self) -> None:
         """Forget everything: before the first batch, and when a pass starts over."""
-        self.found = {group.name: self._fresh(group) for group in self.groups}
-
-    def _fresh(self, group: InputGroup) -> GroupStatistics:
-        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=self.device)
-
-        return GroupStatistics(
-            zeros(self.nsamples, group.d_in) if Statistic.SQNORM in self.needs else None,
-            zeros(group.d_in, self.nsamples) if Statistic.INPUTS in self.needs else None,
-            zeros(group.d_in, group.d_in, dtype=self.gram_dtype) if Statistic.GRAM in self.needs else None,
-        )
+        wanted = [STATISTICS[name] for name in sorted(self.needs)]
+        self._gathered = {
+            group.name: {
+                one.name: one(group.d_in, self.nsamples, self.device, options=self.options_of(one)) for one in wanted
+            }
+            for group in self.groups
+        }
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -129,14 +106,14 @@ class Collector:
             for hook in hooks:
                 hook.remove()
 
-    def batch(self, rows: slice) -> None:
-        """The next forward pass holds samples `rows`."""
-        self._rows = rows
+    def batch(self, samples: slice) -> None:
+        """The next forward pass holds these samples."""
+        self._samples = samples
 
     def _hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows, found = self._rows, self.found[name]
-            count = rows.stop - rows.start
+            samples = self._samples
+            count = samples.stop - samples.start
             inputs = args[0].detach()
             if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
                 raise TrimError(
@@ -145,13 +122,8 @@ class Collector:
                 )
             if inputs.shape[0] != count:  # some layers flatten samples and tokens into one dimension
                 inputs = inputs.reshape(count, -1, inputs.shape[-1])
-            if found.sample_sqnorm is not None:
-                found.sample_sqnorm[rows] = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).square()
-            if found.inputs is not None:
-                found.inputs[:, rows] = inputs[:, -1].T.float()
-            if found.gram is not None:
-                flat = inputs.reshape(-1, inputs.shape[-1]).to(found.gram.dtype)
-                found.gram.addmm_(flat.T, flat, alpha=2.0 / self.nsamples)
+            for statistic, gathered in self._gathered[name].items():
+                STATISTICS[statistic].add(gathered, inputs, samples, self.nsamples)
 
         return hook
 
@@ -159,16 +131,18 @@ class Collector:
         """Full module name -> its group's statistics. Raises InputError when activations are not finite."""
         result: dict[str, LinearStats] = {}
         for group in self.groups:
-            view = self.found[group.name].view()
-            refuse_unusable(view, group.name)
-            result.update({linear.name: view for linear in group.linears})
+            found = {name: STATISTICS[name].finish(tensor) for name, tensor in self._gathered[group.name].items()}
+            stats = LinearStats(**found)
+            refuse_unusable(stats, group.name)
+            result.update({linear.name: stats for linear in group.linears})
         return result
 
 
 def refuse_unusable(stats: LinearStats, name: str) -> None:
     """Raise InputError when a statistic of the linear `name` holds NaN or infinity."""
-    for tensor in (stats.sqnorm, stats.inputs, stats.gram):
-        if tensor is not None and not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+    for tensor in stats.tensors.values():
+        # The sum first: it is quick, and only where it is not finite need every entry be looked at.
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"the inputs of {name} hold NaN or infinite values (the model overflows or is damaged); "
                 "try --dtype float32, or another checkpoint."

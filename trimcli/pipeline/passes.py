@@ -1,10 +1,9 @@
 """The passes over a model that choose masks: layer by layer, one resident, each leaving a part file when finished."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trimcli.console import Progress
@@ -12,8 +11,9 @@ from trimcli.files.calibration import CalibrationFile
 from trimcli.files.parts import Part, Parts
 from trimcli.files.rowstats import row_facts, row_tensors
 from trimcli.methods import masks
-from trimcli.methods.recipe import Outcome, Recipe, Target
-from trimcli.methods.scores import LinearStats, Statistic
+from trimcli.methods.choice import Target
+from trimcli.methods.recipe import Outcome, Recipe
+from trimcli.methods.stats import INPUTS, SQNORM, LinearStats
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
@@ -27,7 +27,7 @@ class Passes:
     """What the passes work with.
 
     targets: full module name -> target, for the linears that are pruned. calibration: None where neither tokens nor
-    statistics are needed. gram_dtype: accumulation of SparseGPT's Gram.
+    statistics are needed.
     """
 
     skeleton: Skeleton
@@ -35,13 +35,12 @@ class Passes:
     targets: Mapping[str, Target]
     calibration: CalibrationFile | None
     progress: Progress
-    gram_dtype: str = "float32"
     batch_size: int | None = None
 
     def _walk(self) -> Walk:
         assert self.calibration is not None, "a recipe that walks has been given tokens"
         tokens = self.calibration.tokens
-        return Walk(self.skeleton, tokens, batch_size=self.batch_size, progress=self.progress)
+        return Walk(self.skeleton, tokens, batch_size=self.batch_size, wanted=self.targets, progress=self.progress)
 
     def first(self, parts: Parts) -> int:
         """Choose the masks layer by layer, leaving a part file each. Returns how many an earlier run had left."""
@@ -103,57 +102,50 @@ class Passes:
             if self.recipe.needs and self.calibration:
                 found = self.calibration.statistics(linear.name)
                 refuse_unusable(found, linear.name)
-                stats = LinearStats(
-                    sqnorm=None if found.sqnorm is None else found.sqnorm.to(device),
-                    inputs=None if found.inputs is None else found.inputs.to(device),
-                )
+                stats = LinearStats(**{name: tensor.to(device) for name, tensor in found.tensors.items()})
             writer.add(linear, self.recipe.choose(self._stored(linear), stats, self.targets[linear.name]))
         writer.finish(parts, layer)
 
     def _prune_layer(self, walk: Walk, layer: DecoderLayer, parts: Parts) -> None:
         """With propagation: dense weights, pruned inputs."""
-        groups = [group for group in walk.groups(layer) if any(one.name in self.targets for one in group.linears)]
+        groups = walk.groups(layer) if self.mine(layer) else []
         stats = self._collect(walk, layer, groups, self.recipe.needs)
         writer = PartWriter(self)
-        factors: dict[int, Any] = {}
         for number, group in enumerate(groups):
             if self.recipe.input_recalc and number:
                 self._recalculate(walk, layer, group, stats)
             for linear in group.linears:
-                if linear.name in self.targets:
-                    weight = self._stored(linear)
-                    outcome = self.recipe.choose(weight, stats[linear.name], self.targets[linear.name], factors)
-                    writer.add(linear, outcome)
-                    apply_outcome(linear, outcome.keep, writer.weight(linear))
-            factors.clear()
+                outcome = self.recipe.choose(self._stored(linear), stats[linear.name], self.targets[linear.name])
+                writer.add(linear, outcome)
+                apply_outcome(linear, outcome.keep, writer.weight(linear))
             for linear in group.linears:
                 stats.pop(linear.name, None)
         writer.finish(parts, layer)
 
     def _collect(
-        self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[Statistic]
+        self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[str]
     ) -> dict[str, LinearStats]:
         if not groups:
             return {}
-        gram = torch.float64 if self.gram_dtype == "float64" else torch.float32
-        collector = Collector(groups, needs, walk.nsamples, walk.seqlen, self.skeleton.device, gram)
+        device = self.skeleton.device
+        collector = Collector(groups, needs, walk.nsamples, walk.seqlen, device, self.recipe.options_of)
         walk.collect(layer, collector)
         return collector.by_linear()
 
     def _recalculate(self, walk: Walk, layer: DecoderLayer, group: InputGroup, stats: dict[str, LinearStats]) -> None:
         """Last-token inputs anew, the linears before the group now being pruned (TRIM's input recalculation)."""
         reference = self.recipe.numerics == "reference"
-        needs = {Statistic.INPUTS}
-        if reference and Statistic.SQNORM in self.recipe.needs:
-            needs.add(Statistic.SQNORM)
+        needs = {INPUTS.name}
+        if reference and SQNORM.name in self.recipe.needs:
+            needs.add(SQNORM.name)
         again = self._collect(walk, layer, [group], frozenset(needs))
         for position, linear in enumerate(group.linears):
             before, after = stats[linear.name], again[linear.name]
-            sqnorm = before.sqnorm
-            if position and sqnorm is not None and after.sqnorm is not None:
+            anew = {"inputs": after.inputs}
+            if position and SQNORM in after:
                 # The published code goes on adding to the norms of the linears whose turn has not come.
-                sqnorm = (sqnorm + after.sqnorm) / 2
-            stats[linear.name] = replace(before, sqnorm=sqnorm, inputs=after.inputs)
+                anew["sqnorm"] = (before.sqnorm + after.sqnorm) / 2
+            stats[linear.name] = before.with_(**anew)
 
     def _replay(self, layer: DecoderLayer, part: Part) -> None:
         for linear in self.mine(layer):
@@ -170,14 +162,12 @@ class Passes:
         }
         self._replay(layer, part)
         keep = {linear.name: masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in) for linear in mine}
-        pattern = self.targets[mine[0].name].pattern if mine else None
+        patterns = {linear.name: self.targets[linear.name].pattern for linear in mine}
         writer = PartWriter(self)
         changed = {
             linear.name: part.load(f"{linear.name}.weight") for linear in mine if f"{linear.name}.weight" in part.names
         }
-        outcomes = (
-            rebuild_layer(walk, layer, stored, stored | changed, keep, pattern, self.recipe.barber) if mine else {}
-        )
+        outcomes = rebuild_layer(walk, layer, stored, stored | changed, keep, patterns, self.recipe) if mine else {}
         for linear in mine:
             keep_new, weight = outcomes[linear.name]
             writer.add(linear, Outcome(keep_new, weight if self.recipe.changes_weights else None))

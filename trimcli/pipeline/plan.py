@@ -7,8 +7,8 @@ from typing import Any
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.tensors import dtype_name
-from trimcli.methods.recipe import Recipe, Target, check_patterns, expected_zeros
-from trimcli.methods.scores import Statistic
+from trimcli.methods.choice import Target
+from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 from trimcli.options import selected
@@ -176,7 +176,7 @@ def estimate_memory(
         widest = max(max(linear.shape) for linear in linears)
         activations = 4 * max(seqlen, 2048 if skeleton.device.type == "cpu" else 16384) * widest * size
         grams = 0
-        if Statistic.GRAM in recipe.needs:
+        if "gram" in recipe.needs:
             widths = {linear.d_in for linear in skeleton.layers[0].linears}
             grams = 4 * (sum(width**2 for width in widths) + 2 * max(widths) ** 2)
         held = layer * (size + (8 if recipe.barber else 0)) + activations + grams + working

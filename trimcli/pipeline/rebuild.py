@@ -5,8 +5,9 @@ from functools import partial
 
 from torch import Tensor
 
-from trimcli.methods.blocks.barber import BarberOptions, rebuild
+from trimcli.methods.blocks.barber import rebuild
 from trimcli.methods.blocks.structure import Block, Call, block_gradients, find_blocks
+from trimcli.methods.recipe import Recipe
 from trimcli.model.skeleton import DecoderLayer
 from trimcli.pipeline.walk import Walk
 
@@ -17,16 +18,18 @@ def rebuild_layer(
     dense: Mapping[str, Tensor],
     sparse: Mapping[str, Tensor],
     keep: Mapping[str, Tensor],
-    pattern: tuple[int, int] | None,
-    options: BarberOptions,
+    patterns: Mapping[str, tuple[int, int] | None],
+    recipe: Recipe,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """New masks and weights [D_out, D_in] of a layer's pruned linears, which the loaded layer then holds.
 
     walk: at this layer, its hidden states those of the sparse model. layer: loaded with its sparse weights.
     dense: every linear's dense weight [D_out, D_in]. sparse: the sparse model's, right where it is kept. keep:
-    the masks to rebuild, for the linears that are pruned. Raises OptionError for a layer that is not attention and
-    MLP in sequence (Su et al. 2024, section 3).
+    the masks to rebuild, for the linears that are pruned. patterns: the N:M of those that have one. Raises
+    OptionError for a layer that is not attention and MLP in sequence (Su et al. 2024, section 3).
     """
+    assert recipe.barber is not None, "there is a second pass"
+    options = recipe.barber
     linears = {linear.name: linear for linear in layer.linears}
     result: dict[str, tuple[Tensor, Tensor]] = {}
     for block in blocks_of(walk, layer):
@@ -39,8 +42,9 @@ def rebuild_layer(
             {name: sparse[name].to(walk.skeleton.device) for name in mine},
             {name: keep[name].to(walk.skeleton.device) for name in mine},
             None if gradients is None else {name: linears[name].within(gradients[name]) for name in mine},
-            pattern,
+            patterns,
             options,
+            recipe.numerics,
         )
         for name in mine:
             linears[name].weight.copy_(rebuilt.weight[name])

@@ -4,7 +4,7 @@ The hidden states of all samples are one buffer, updated in place: on the comput
 else in (pinned) CPU memory.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from trimcli.model.forward import Embedder, Forward, Recording, first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, find_groups
 
-# Tokens in a batch when no batch size is given: enough to fill the device, few enough that activations stay small.
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+# Tokens in a batch when no batch size is given, on a CPU and on an accelerator: enough to fill the device, few enough
+# that activations stay small.
+CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
 # The share of free device memory that the hidden states may take.
 SHARE = 0.4
 
@@ -25,7 +26,8 @@ SHARE = 0.4
 class Walk:
     """Samples on their way through a skeleton.
 
-    skeleton: the model. tokens: integer [N, L]. batch_size: samples a batch; None chooses. Raises InputError
+    skeleton: the model. tokens: integer [N, L]. batch_size: samples a batch; None chooses.
+    wanted: the linears whose inputs matter, None for all. Raises InputError
     for tokens outside the vocabulary, ResourceError when not even one sample fits in memory.
     """
 
@@ -35,13 +37,15 @@ class Walk:
         tokens: Tensor,
         *,
         batch_size: int | None = None,
+        wanted: Collection[str] | None = None,
         progress: Progress = NO_PROGRESS,
     ) -> None:
         self.skeleton = skeleton
+        self.wanted = wanted
         self.forward = Forward(skeleton)
         self.progress = progress
         self.nsamples, self.seqlen = tokens.shape
-        chosen = TOKENS_PER_BATCH[skeleton.device.type] // self.seqlen
+        chosen = (CPU_TOKENS if skeleton.device.type == "cpu" else ACCELERATOR_TOKENS) // self.seqlen
         self.batch_size = max(1, min(batch_size or chosen, self.nsamples))
         refuse_foreign_tokens(skeleton, tokens)
         self._tokens = tokens
@@ -78,10 +82,10 @@ class Walk:
     def _buffer(self, states: Tensor) -> Tensor:
         shape = (self.nsamples, *states.shape[1:])
         size = states[0].numel() * self.nsamples * states.element_size()
-        if states.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(states.device)
+        if states.device.type != "cpu":
+            free, _ = torch.get_device_module(states.device).mem_get_info(states.device)
             if size > SHARE * free:
-                return torch.empty(shape, dtype=states.dtype, pin_memory=True)
+                return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
         return torch.empty(shape, dtype=states.dtype, device=states.device)
 
     def _batches(self, size: int, start: int = 0) -> Iterator[slice]:
@@ -91,7 +95,7 @@ class Walk:
     def _keep_recording(self, rows: slice, recording: Recording) -> None:
         """Batches of one size are called alike; where the calls depend on the tokens, each batch keeps its own."""
         shared = self._recordings.setdefault(rows.stop - rows.start, recording)
-        if shared is not recording and not _alike(shared.calls, recording.calls):
+        if shared is not recording and not _alike(shared.calls, recording.calls, self.skeleton.device):
             self._own[rows.start] = recording
 
     def _record_size(self, size: int, embed: Embedder) -> None:
@@ -112,7 +116,7 @@ class Walk:
     def groups(self, layer: DecoderLayer) -> list[InputGroup]:
         """The layer's input groups in order of execution, found with one sample the first time."""
         if layer.index not in self._groups:
-            self._groups[layer.index] = find_groups(layer, lambda: self.run_rows(layer, slice(0, 1)))
+            self._groups[layer.index] = find_groups(layer, lambda: self.run_rows(layer, slice(0, 1)), self.wanted)
         return self._groups[layer.index]
 
     def run_rows(self, layer: DecoderLayer, rows: slice) -> Tensor:
@@ -151,20 +155,13 @@ class Walk:
                 rows = slice(position, min(position + self.batch_size, self.nsamples))
                 if collector is not None:
                     collector.batch(rows)
-                try:
-                    outputs = self.run_rows(layer, rows)
-                except RuntimeError as problem:
-                    if not _out_of_memory(problem):
-                        raise
+                if not self._fits(layer, rows, sound, advance=advance):
                     # A Gram has already taken in what it saw of the failed batch; a pass that advances has none.
                     if collector is not None and not advance:
                         collector.reset()
                         position = 0
                     self._halve(layer, self.nsamples - position)
                     continue
-                if advance:
-                    sound &= torch.isfinite(outputs).all()
-                    self.hidden[rows] = outputs.to(self.hidden.device)
                 position = rows.stop
                 step(rows.stop - rows.start)
         # What a collector gathers is checked by its reader, who can name the linear.
@@ -174,16 +171,33 @@ class Walk:
                 "try --dtype float32, or another checkpoint."
             )
 
+    def _fits(self, layer: DecoderLayer, rows: slice, sound: Tensor, *, advance: bool) -> bool:
+        """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way.
+
+        sound: bool scalar, which becomes False with outputs that are not finite. Whoever goes on after False does so
+        outside the `except` clause: in there the traceback keeps the activations of the failed batch in memory.
+        """
+        try:
+            outputs = self.run_rows(layer, rows)
+            if advance:
+                sound &= torch.isfinite(outputs).all()
+                self.hidden[rows] = outputs.to(self.hidden.device)
+        except RuntimeError as problem:
+            if _out_of_memory(problem):
+                return False
+            raise
+        return True
+
     def _halve(self, layer: DecoderLayer, left: int) -> None:
         """Go on with half the batch size, for the `left` samples of this pass and for the passes to come."""
         if self.batch_size == 1 or self._own:
             raise ResourceError(
                 f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device} at "
                 f"{layer.name}; give a smaller --seqlen or a device with more memory."
-            ) from None
+            )
         self.batch_size = max(1, self.batch_size // 2)
-        if self.skeleton.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.skeleton.device.type != "cpu":
+            torch.get_device_module(self.skeleton.device).empty_cache()
         self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {self.batch_size}.")
         sizes = {self.batch_size, left % self.batch_size, self.nsamples % self.batch_size} - {0}
         with self.forward.embedding() as embed:
@@ -224,11 +238,25 @@ def _out_of_memory(problem: RuntimeError) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
 
 
-def _alike(one: Any, other: Any) -> bool:
+def _alike(one: Any, other: Any, device: torch.device) -> bool:
+    """Whether two recordings' calls are the same: each pair of tensors compared once, and `device` waited for once."""
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    if not _same_form(one, other, pairs):
+        return False
+    same = [(mine == theirs).all().to(device) for mine, theirs in pairs.values()]
+    return not same or bool(torch.stack(same).all())
+
+
+def _same_form(one: Any, other: Any, pairs: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> bool:
+    """Whether two recordings' calls differ in no more than the values of the tensors that go to `pairs`."""
     if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and (one is other or (one.shape == other.shape and torch.equal(one, other)))
+        if one is not other:
+            pairs[id(one), id(other)] = (one, other)
+        return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
     if isinstance(one, dict):
-        return isinstance(other, dict) and one.keys() == other.keys() and all(_alike(one[k], other[k]) for k in one)
+        same = isinstance(other, dict) and one.keys() == other.keys()
+        return same and all(_same_form(one[key], other[key], pairs) for key in one)
     if isinstance(one, list | tuple):
-        return isinstance(other, list | tuple) and len(one) == len(other) and all(map(_alike, one, other))
+        same = isinstance(other, list | tuple) and len(one) == len(other)
+        return same and all(_same_form(mine, theirs, pairs) for mine, theirs in zip(one, other, strict=True))
     return type(one) is type(other)

@@ -2,12 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from trimcli.errors import InputError
 from trimcli.files.documents import read_json
@@ -15,6 +13,7 @@ from trimcli.files.manifest import RESULTS
 
 METHODS = {"wanda": "Wanda", "magnitude": "Magnitude", "sparsegpt": "SparseGPT"}
 ALLOCATIONS = {"owl": "OWL", "alpha": "AlphaPruning", "uniform": "uniform layers"}
+ROWS = {"even": "", "variant": "", "trim": "TRIM"}
 MISSING = "\u2013"
 
 
@@ -61,29 +60,46 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
+    @cached_property
+    def titles(self) -> dict[Column, str]:
+        """A heading a column: data set or task, the metric if it is not the usual one, a number if needed."""
+        usual = {"perplexity": "perplexity", "task": "acc", "mean": "acc"}
+        names = {
+            column: column.group if column.metric == usual[column.kind] else f"{column.group} {column.metric}"
+            for column in self.columns
+        }
+        often, seen = Counter(names.values()), Counter[str]()
+        for column, name in names.items():
+            seen[name] += 1
+            names[column] = f"{name} [{seen[name]}]" if often[name] > 1 else name
+        return names
+
+    def measured(self, column: Column) -> list[tuple[Row, float]]:
+        """The rows that have a finite value in this column, with it."""
+        measures = [(row, row.measures.get(column)) for row in self.rows]
+        return [(row, measure.value) for row, measure in measures if measure and measure.value is not None]
+
+    def dense(self, column: Column) -> float | None:
+        """The first dense row's value in this column, where there is one."""
+        return next((value for row, value in self.measured(column) if row.method == "dense"), None)
+
     def document(self) -> dict[str, Any]:
         """The JSON form."""
         return {"rows": [self._row(row) for row in self.rows], "notes": list(self.notes)}
 
     def _row(self, row: Row) -> dict[str, Any]:
-        measured = [(column, row.measures[column]) for column in self.columns if column in row.measures]
-        return {
-            "label": row.label,
-            "model": row.model,
-            "method": row.method,
-            "sparsity": row.sparsity,
-            "file": str(row.file),
-            "measures": [
-                {
-                    "of": column.group,
-                    "metric": column.metric,
-                    "setting": column.setting,
-                    "value": measure.value,
-                    "stderr": measure.stderr,
-                }
-                for column, measure in measured
-            ],
-        }
+        measures = [
+            {
+                "of": column.group,
+                "metric": column.metric,
+                "setting": column.setting,
+                "value": row.measures[column].value,
+                "stderr": row.measures[column].stderr,
+            }
+            for column in self.columns
+            if column in row.measures
+        ]
+        return {**vars(row), "file": str(row.file), "measures": measures}
 
 
 def compare(files: Sequence[Path]) -> Table:
@@ -101,11 +117,10 @@ def table_of(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> Table:
             reason = f"{type(problem).__name__}: {problem}"
             raise InputError(f"{path} is not a whole results file ({reason}); measure anew.") from None
     labels = distinct([row.label for row in rows], [row.file for row in rows])
-    rows = [Row(**{**vars(row), "label": label}) for row, label in zip(rows, labels, strict=True)]
+    rows = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
     rows.sort(key=lambda row: (row.sparsity is None, round(row.sparsity or 0, 4), row.label))
     columns = sorted(dict.fromkeys(column for row in rows for column in row.measures), key=_rank)
-    structures = {(document.get("model") or {}).get("structure") for _, document in results}
-    return Table(tuple(columns), tuple(rows), tuple(_notes(columns, results, len(structures))))
+    return Table(tuple(columns), tuple(rows), tuple(_notes(columns, [document for _, document in results])))
 
 
 def distinct(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
@@ -115,8 +130,6 @@ def distinct(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
         labels = [
             f"{label} ({name(path)})" if often[label] > 1 else label for label, path in zip(labels, paths, strict=True)
         ]
-        if len(set(labels)) == len(labels):
-            break
     return list(labels)
 
 
@@ -128,18 +141,22 @@ def method_of(pruning: Mapping[str, Any] | None) -> str:
     recipe = options.get("recipe") or {}
     if not pruning or "method" not in recipe:
         return ""
+    # Early manifests give TRIM's options as rows, the variant apart, and an update's options where there is no update.
+    rows = "trim" if isinstance(recipe.get("rows"), Mapping) else str(recipe.get("rows") or "even")
+    rows = "variant" if recipe.get("variant") else rows
+    update = recipe.get("update")
     name = METHODS.get(recipe["method"], str(recipe["method"]))
-    parts = [f"{name} variant" if recipe.get("variant") else name]
+    if rows == "variant":
+        name += " variant"
     if options.get("sparsity_type", "unstructured") != "unstructured":
-        parts[0] += f" {options['sparsity_type']}"
-    allocation = (pruning.get("allocation") or {}).get("method")
-    if allocation:
-        parts.append(ALLOCATIONS.get(allocation, str(allocation)))
-    if recipe.get("rows"):
-        parts.append("TRIM")
+        name += f" {options['sparsity_type']}"
+    allocation = (pruning.get("allocation") or {}).get("method") or ""
+    parts = [name, ALLOCATIONS.get(allocation, str(allocation)), ROWS.get(rows, f"{rows} rows")]
+    if isinstance(update, str) and update != "none" and recipe["method"] != "sparsegpt":
+        parts.append(f"{update} update")
     if recipe.get("barber"):
         parts.append("Barber")
-    return " + ".join(parts)
+    return " + ".join(part for part in parts if part)
 
 
 def model_of(document: Mapping[str, Any]) -> str:
@@ -150,71 +167,6 @@ def model_of(document: Mapping[str, Any]) -> str:
         name = str((behind.get("model") or {}).get("id") or name)
         behind = behind.get("pruning")
     return Path(name).name
-
-
-def render(table: Table) -> RichTable:
-    """The table for a terminal: the main columns, and below it how each was measured."""
-    columns = [column for column in table.columns if column.main]
-    several_models = len({row.model for row in table.rows}) > 1
-    drawn = RichTable(box=None, pad_edge=False, header_style="bold", caption_justify="left")
-    for title in ("run", "model", "method") if several_models else ("run", "method"):
-        drawn.add_column(title, overflow="fold")
-    drawn.add_column("sparsity", justify="right", no_wrap=True)
-    named = titles(columns)
-    for column in columns:
-        drawn.add_column(Text(named[column]), justify="right", overflow="fold")
-    for row in table.rows:
-        texts = [row.label, *([row.model] if several_models else []), row.method]
-        cells = [percent(row.sparsity), *(shown(column, row.measures.get(column)) for column in columns)]
-        drawn.add_row(*(Text(text) for text in [*texts, *cells]))
-    drawn.caption = Text("\n".join([*settings(named), *table.notes]), "dim not italic")
-    return drawn
-
-
-def titles(columns: Sequence[Column]) -> dict[Column, str]:
-    """A heading a column: data set or task, the metric if it is not the usual one, a number if needed."""
-    usual = {"perplexity": "perplexity", "task": "acc", "mean": "acc"}
-    names = [
-        column.group if column.metric == usual[column.kind] else f"{column.group} {column.metric}" for column in columns
-    ]
-    often, seen = Counter(names), Counter[str]()
-    found = {}
-    for column, name in zip(columns, names, strict=True):
-        seen[name] += 1
-        found[column] = f"{name} [{seen[name]}]" if often[name] > 1 else name
-    return found
-
-
-def settings(named: Mapping[Column, str]) -> list[str]:
-    """How each titled column was measured, a line for all that were measured alike."""
-    alike: dict[str, list[str]] = {}
-    for column, title in named.items():
-        alike.setdefault(f"{column.metric}, {column.setting}", []).append(title)
-    return [f"{', '.join(names)}: {setting}" for setting, names in alike.items()]
-
-
-def percent(fraction: float | None) -> str:
-    """A sparsity as text."""
-    return MISSING if fraction is None else f"{fraction:.2%}"
-
-
-def shown(column: Column, measure: Measure | None) -> str:
-    """A cell as text: four digits for scores, two decimals or whole numbers for perplexities."""
-    if measure is None:
-        return MISSING
-    if measure.value is None:
-        return "not finite"
-    value = figure(measure.value, large="perplexity" in column.metric)
-    if measure.stderr is None or "perplexity" in column.metric:
-        return value
-    return f"{value} ± {figure(measure.stderr)}"
-
-
-def figure(value: float, *, large: bool = False) -> str:
-    """A number as text. large: a perplexity, which may run into the thousands."""
-    if not large:
-        return f"{value:.4f}"
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
 def _row(path: Path, document: Mapping[str, Any]) -> Row:
@@ -228,61 +180,58 @@ def _row(path: Path, document: Mapping[str, Any]) -> Row:
         method=method,
         sparsity=sparsity,
         file=path,
-        measures=dict([*_perplexities(document), *_tasks(document), *_means(document)]),
+        measures={**_perplexities(document), **_tasks(document), **_mean(document)},
     )
 
 
 def _rank(column: Column) -> int:
     """Perplexities, the tasks' main metrics, their mean, and then what else was measured."""
-    return {"perplexity": 0, "task": 1, "mean": 2}[column.kind] if column.main else 3
+    return ("perplexity", "task", "mean").index(column.kind) if column.main else 3
 
 
-def _perplexities(document: Mapping[str, Any]) -> list[tuple[Column, Measure]]:
-    found = []
+def _perplexities(document: Mapping[str, Any]) -> dict[Column, Measure]:
+    found = {}
     for entry in document.get("perplexity") or []:
         windows = f"{entry['windows']:,} \u00d7 {entry['seqlen']:,}"
         setting = f"{windows} of {entry['tokens']:,} tokens, {entry['dtype']}"
         column = Column("perplexity", Path(entry["dataset"]).name, "perplexity", setting)
-        found.append((column, Measure(entry["value"])))
+        found[column] = Measure(entry["value"])
     return found
 
 
-def _tasks(document: Mapping[str, Any]) -> list[tuple[Column, Measure]]:
-    found = []
+def _tasks(document: Mapping[str, Any]) -> dict[Column, Measure]:
+    found = {}
     for name, entry in (document.get("tasks") or {}).items():
         metrics = sorted((key for key in entry if f"{key}_stderr" in entry), key=lambda key: key != "acc")
         shots = "shots differ" if entry["n_shot"] is None else f"{entry['n_shot']}-shot"
-        measured, documents = entry["samples"], entry["documents"]
-        part = f"{documents:,} docs" if measured == documents else f"{measured:,} of {documents:,} docs"
+        part = f"{entry['samples']:,} of " if _is_partial(entry) else ""
+        setting = f"{shots}, {part}{entry['documents']:,} docs, v{entry['version']}"
         for metric in metrics:
             main = metric == "acc" or "acc" not in metrics
-            column = Column("task", name, metric, f"{shots}, {part}, v{entry['version']}", main)
-            found.append((column, Measure(entry[metric], entry[f"{metric}_stderr"])))
+            found[Column("task", name, metric, setting, main)] = Measure(entry[metric], entry[f"{metric}_stderr"])
     return found
 
 
-def _means(document: Mapping[str, Any]) -> list[tuple[Column, Measure]]:
+def _mean(document: Mapping[str, Any]) -> dict[Column, Measure]:
     mean = document.get("mean_acc_seven")
     if mean is None:
-        return []
-    from_parts = any(entry["limit"] is not None for entry in document["tasks"].values())
-    setting = "seven tasks, limited" if from_parts else "seven tasks"
-    return [(Column("mean", "mean", "acc", setting), Measure(mean))]
+        return {}
+    limited = any(entry["limit"] is not None for entry in document["tasks"].values())
+    return {Column("mean", "mean", "acc", "seven tasks, limited" if limited else "seven tasks"): Measure(mean)}
 
 
-def _notes(columns: Sequence[Column], results: Sequence[tuple[Path, Mapping[str, Any]]], structures: int) -> list[str]:
-    notes = []
+def _is_partial(task: Mapping[str, Any]) -> bool:
+    """Whether not all documents were measured."""
+    return bool(task["samples"] != task["documents"])
+
+
+def _notes(columns: Sequence[Column], documents: Sequence[Mapping[str, Any]]) -> list[str]:
     ways = Counter((column.kind, column.group, column.metric) for column in columns)
-    for group in dict.fromkeys(group for (_, group, _), number in ways.items() if number > 1):
-        notes.append(f"{group} was measured in more than one way: compare within a column only.")
-    if structures > 1:
+    groups = dict.fromkeys(group for (_, group, _), number in ways.items() if number > 1)
+    notes = [f"{group} was measured in more than one way: compare within a column only." for group in groups]
+    if len({(document.get("model") or {}).get("structure") for document in documents}) > 1:
         notes.append("The runs are of different models.")
-    parts = {
-        name
-        for _, document in results
-        for name, entry in (document.get("tasks") or {}).items()
-        if entry["samples"] != entry["documents"]
-    }
-    if parts:
-        notes.append(f"Measured on a part of their documents: {', '.join(sorted(parts))}.")
+    tasks = [entry for document in documents for entry in (document.get("tasks") or {}).items()]
+    if parts := sorted({name for name, entry in tasks if _is_partial(entry)}):
+        notes.append(f"Measured on a part of their documents: {', '.join(parts)}.")
     return notes

@@ -1,42 +1,57 @@
 "use strict";
 
 const root = document.documentElement;
-const figures = JSON.parse(document.getElementById("figures").textContent);
+const figures = document.getElementById("figures").textContent;
 
-// Colours are written as var(--name); lists of colours are spread evenly over a scale.
-function resolve(value, styles, key) {
-  if (typeof value === "string") {
-    const found = /^var\((--[a-z0-9-]+)\)$/.exec(value);
-    if (!found) return value;
-    const text = styles.getPropertyValue(found[1]).trim();
-    if (key !== "colorscale") return text;
-    const colours = text.split(",").map((colour) => colour.trim());
-    return colours.map((colour, index) => [index / (colours.length - 1), colour]);
-  }
-  if (Array.isArray(value)) return value.map((item) => resolve(item, styles));
-  if (value && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).map(([name, item]) => [name, resolve(item, styles, name)]));
-  }
-  return value;
+// What all figures share, in the colours of the theme. css(name): the value of a CSS variable.
+function template(css) {
+  const axis = {
+    gridcolor: css("--grid"),
+    linecolor: css("--line"),
+    tickcolor: css("--line"),
+    zeroline: false,
+    showline: true,
+    ticks: "outside",
+    ticklen: 4,
+    automargin: true,
+    title: { standoff: 10, font: { size: 13, color: css("--muted") } },
+  };
+  const colorbar = {
+    title: { side: "top", font: { size: 12, color: css("--muted") } },
+    tickfont: { size: 12 },
+    thickness: 12,
+    len: 1,
+    outlinewidth: 0,
+    ticks: "outside",
+    ticklen: 3,
+  };
+  const scale = (name) => css(name).split(",").map((colour, index, all) => [index / (all.length - 1), colour.trim()]);
+  return {
+    layout: {
+      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: css("--ink") },
+      paper_bgcolor: css("--card"),
+      plot_bgcolor: css("--card"),
+      hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
+      margin: { l: 64, r: 24 },
+      xaxis: axis,
+      yaxis: axis,
+      legend: { orientation: "h", x: 0, xanchor: "left", yanchor: "bottom" },
+      colorscale: { sequential: scale("--sequential"), diverging: scale("--diverging") },
+      coloraxis: { colorbar },
+    },
+  };
 }
 
 function draw() {
   const styles = getComputedStyle(root);
-  const colour = (name) => styles.getPropertyValue(name).trim();
+  const css = (name) => styles.getPropertyValue(name).trim();
+  // Traces write their colours as var(--name).
+  const drawn = JSON.parse(figures.replace(/"var\((--[a-z0-9-]+)\)"/g, (_, name) => JSON.stringify(css(name))));
+  const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]], displayModeBar: "hover" };
   for (const place of document.querySelectorAll("[data-figure]")) {
     if (place.offsetParent === null) continue;
-    const spec = resolve(figures[Number(place.dataset.figure)], styles);
-    const layout = {
-      ...spec.layout,
-      autosize: true,
-      font: { family: getComputedStyle(document.body).fontFamily, size: 13, color: colour("--ink") },
-      paper_bgcolor: colour("--card"),
-      plot_bgcolor: colour("--card"),
-      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
-    };
-    const buttons = ["toImage"];
-    const config = { responsive: true, displaylogo: false, modeBarButtons: [buttons], displayModeBar: "hover" };
-    Plotly.react(place, spec.data, layout, config);
+    const { data, layout } = drawn[Number(place.dataset.figure)];
+    Plotly.react(place, data, { ...layout, autosize: true, template: template(css) }, config);
   }
 }
 

@@ -1,177 +1,132 @@
 """The figures of what TRIM found: rows' sparsities, qualities, steps."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from html import escape
 from typing import Any
 
 import numpy as np
+import plotly.graph_objects as go
 
 from trimcli.files.manifest import ROWS
-from trimcli.report.gather import QUANTILES, Place, Source, by_place, kinds_of, place_of
-from trimcli.report.panels import PER_ROW, Figure, Trace, colour_bar, grid, integers, labelled
+from trimcli.files.names import grouped, kind_of, layer_index
+from trimcli.report.gather import QUANTILES, Source
+from trimcli.report.panels import Figure, Panel, colours, grid, integers
 
-PANEL_HEIGHT = 190
+PER_ROW = 4
 LAYERS_APART = 20
 # Beyond so many cells, numbers in them would overlap.
 TEXT_CELLS = 320
 
 
-def row_sparsity(source: Source) -> Figure | None:
+def row_figures(source: Source) -> list[Figure | None]:
+    """What a masks or statistics file tells of its rows."""
+    return [_row_sparsity(source), _quality(source), _chosen_steps(source)]
+
+
+def by_kind(values: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
+    """Kind of matrix -> layer -> its matrix's value; several, where there are experts, make their mean.
+
+    values: linear -> number or array.
+    """
+    return {
+        kind: {
+            layer: np.mean([values[name] for name in members], axis=0).tolist()
+            for layer, members in sorted(grouped(names, layer_index).items())
+        }
+        for kind, names in grouped(values, kind_of).items()
+    }
+
+
+def short_names(kinds: Collection[str]) -> list[str]:
+    """`q_proj` for `self_attn.q_proj`, but `attn.c_proj` beside `mlp.c_proj`."""
+    last = [kind.rpartition(".")[2] for kind in kinds]
+    return [escape(end if last.count(end) == 1 else kind) for kind, end in zip(kinds, last, strict=True)]
+
+
+def _row_sparsity(source: Source) -> Figure | None:
     """Heat maps of the rows' sparsities, a panel a kind: a line a layer, rows from least to most sparse."""
     rows = source.row_sparsities()
-    spread = max((float(values[-1] - values[0]) for values in rows.values()), default=0)
-    if spread < 0.01:
+    if max((values[-1] - values[0] for values in rows.values()), default=0) < 0.01:
         return None
-    kinds = kinds_of(rows)
+    kinds = by_kind(rows)
     panels = []
-    for kind, short in kinds.items():
-        members = {name: values for name, values in rows.items() if place_of(name).kind == kind}
-        layers = sorted({place_of(name).layer for name in members})
-        lines = [[v for n, v in members.items() if place_of(n).layer == layer] for layer in layers]
-        heat = {
-            "type": "heatmap",
-            "x": [100 * (step + 0.5) / QUANTILES for step in range(QUANTILES)],
-            "y": layers,
-            "z": [[round(float(value), 4) for value in np.mean(found, axis=0)] for found in lines],
-            "coloraxis": "coloraxis",
-            "ygap": 1 if len(layers) <= LAYERS_APART else 0,
-            "hovertemplate": f"{escape(short)}, layer %{{y}}<br>row quantile %{{x:.0f}}%: %{{z:.1%}}<extra></extra>",
-        }
-        panels.append((escape(short), [heat]))
+    for name, layers in zip(short_names(kinds), kinds.values(), strict=True):
+        heat = go.Heatmap(
+            x=[(step + 0.5) / QUANTILES for step in range(QUANTILES)],
+            y=list(layers),
+            z=[[round(value, 4) for value in quantiles] for quantiles in layers.values()],
+            coloraxis="coloraxis",
+            ygap=1 if len(layers) <= LAYERS_APART else 0,
+            hovertemplate=f"{name}, layer %{{y}}<br>row quantile %{{x:.0%}}: %{{z:.1%}}<extra></extra>",
+        )
+        panels.append(Panel(name, [heat], y=integers(layers)))
+    most = max(len(layers) for layers in kinds.values())
+    plot = grid(panels, per_row=PER_ROW, height=max(90, min(14 * most, 420)))
+    plot.update_xaxes(tickvals=[0, 0.5, 1], tickformat=".0%", range=[0, 1], showgrid=False)
+    plot.update_yaxes(autorange="reversed", showgrid=False)
     # A few extreme rows must not take the whole scale.
-    low, high = np.quantile(np.stack(list(rows.values())), (0.005, 0.995))
-    spec = grid(
-        panels,
-        per_row=PER_ROW,
-        height=_heat_height(rows),
-        x={
-            "tickvals": [0, 50, 100],
-            "ticktext": ["0%", "50%", "100%"],
-            "range": [0, 100],
-            "showgrid": False,
-        },
-        y=lambda traces: {"autorange": "reversed", "showgrid": False, **integers(traces, "y")},
-    )
-    spec["layout"]["coloraxis"] = {
-        "colorscale": "var(--sequential)",
-        "cmin": float(low),
-        "cmax": float(high),
-        "colorbar": colour_bar("sparsity", ".0%"),
-    }
-    return Figure(
-        "Rows",
-        "Row sparsity",
-        "Across: a matrix's rows, from least to most sparse. Down: decoder layers.",
-        spec,
-        source.label,
-    )
+    low, high = np.quantile(list(rows.values()), (0.005, 0.995)).tolist()
+    plot.update_layout(coloraxis=colours(low, high, "sparsity", ".0%"))
+    caption = "Across: a matrix's rows, from least to most sparse. Down: decoder layers."
+    return Figure("Rows", "Row sparsity", caption, plot, source.label)
 
 
-def quality(source: Source) -> Figure | None:
+def _quality(source: Source) -> Figure | None:
     """Quality of every matrix with even rows and with TRIM's, a panel a kind."""
-    linears = source.document["linears"] if source.schema == ROWS else {}
-    pairs = {
-        name: (entry["quality_uniform"], entry["quality_best"])
-        for name, entry in linears.items()
-        if entry["quality_uniform"] is not None and entry["quality_best"] is not None
-    }
+    pairs = source.qualities()
     if not pairs:
         return None
-    before = by_place({name: pair[0] for name, pair in pairs.items()})
-    after = by_place({name: pair[1] for name, pair in pairs.items()})
-    panels = [(escape(short), _before_and_after(before, after, kind)) for kind, short in kinds_of(pairs).items()]
-    spec = grid(
-        panels,
-        per_row=PER_ROW,
-        height=PANEL_HEIGHT,
-        x=integers([trace for _, traces in panels for trace in traces]),
-        y=lambda _: {"nticks": 4},
-    )
+    kinds = by_kind(pairs)
+    panels = []
+    for name, layers in zip(short_names(kinds), kinds.values(), strict=True):
+        mode = "lines+markers" if len(layers) <= LAYERS_APART else "lines"
+        even, trim = zip(*layers.values(), strict=True)
+        looks = [
+            ("even rows", even, {"color": "var(--muted)", "width": 1.5, "dash": "dot"}, "circle-open"),
+            ("TRIM", trim, {"color": "var(--colour-1)", "width": 2}, "circle"),
+        ]
+        traces = [
+            go.Scatter(name=who, mode=mode, x=list(layers), y=found, line=line, marker={"symbol": symbol, "size": 6})
+            for who, found, line, symbol in looks
+        ]
+        panels.append(Panel(name, traces, x=integers(layers)))
+    plot = grid(panels, per_row=PER_ROW, height=190)
+    plot.update_traces(hovertemplate="%{fullData.name}, layer %{x}: %{y:.6f}<extra></extra>")
+    plot.update_yaxes(nticks=4)
     recipe = (source.document.get("options") or {}).get("recipe") or {}
-    metric = (recipe.get("rows") or {}).get("qmetric", "quality")
-    improved = sum(best > uniform for uniform, best in pairs.values())
-    return Figure(
-        "Rows",
-        "Quality before and after",
-        f"{metric} of outputs, dense against pruned, by decoder layer; higher is better. "
-        f"Better in {improved} of {len(pairs)} matrices.",
-        spec,
-        source.label,
+    rows = recipe.get("rows")
+    metric = rows.get("qmetric") if isinstance(rows, Mapping) else recipe.get("qmetric")
+    improved = sum(best > even for even, best in pairs.values())
+    caption = (
+        f"{metric or 'quality'} of outputs, dense against pruned, by decoder layer; higher is better. "
+        f"Better in {improved} of {len(pairs)} matrices."
     )
+    return Figure("Rows", "Quality before and after", caption, plot, source.label)
 
 
-def _before_and_after(before: Mapping[Place, float], after: Mapping[Place, float], kind: str) -> list[Trace]:
-    layers = sorted(place.layer for place in before if place.kind == kind)
-    mode = "lines+markers" if len(layers) <= LAYERS_APART else "lines"
-    shared = {"type": "scatter", "mode": mode, "x": layers}
-    hover = "layer %{x}: %{y:.6f}<extra></extra>"
-    return [
-        {
-            **shared,
-            "name": "even rows",
-            "legendgroup": "even rows",
-            "y": [before[Place(layer, kind)] for layer in layers],
-            "line": {"color": "var(--muted)", "width": 1.5, "dash": "dot"},
-            "marker": {"symbol": "circle-open", "size": 6, "color": "var(--muted)"},
-            "hovertemplate": "even rows, " + hover,
-        },
-        {
-            **shared,
-            "name": "TRIM",
-            "legendgroup": "TRIM",
-            "y": [after[Place(layer, kind)] for layer in layers],
-            "line": {"color": "var(--colour-1)", "width": 2},
-            "marker": {"symbol": "circle", "size": 6, "color": "var(--colour-1)"},
-            "hovertemplate": "TRIM, " + hover,
-        },
-    ]
-
-
-def chosen_steps(source: Source) -> Figure | None:
+def _chosen_steps(source: Source) -> Figure | None:
     """The chosen step of every matrix: layers down, kinds across."""
     linears = source.document["linears"] if source.schema == ROWS else {}
     if not linears:
         return None
-    steps = by_place({name: float(entry["step"] or 0) for name, entry in linears.items()})
-    kinds = kinds_of(linears)
-    layers = sorted({place.layer for place in steps})
-    values = [[steps.get(Place(layer, kind)) for kind in kinds] for layer in layers]
-    reach = max(0.01, *(abs(value) for value in steps.values()))
+    kinds = by_kind({name: entry["step"] or 0.0 for name, entry in linears.items()})
+    layers = sorted({layer for steps in kinds.values() for layer in steps})
     few = len(layers) * len(kinds) <= TEXT_CELLS
-    heat = {
-        "type": "heatmap",
-        "x": [escape(short) for short in kinds.values()],
-        "y": layers,
-        "z": values,
-        "coloraxis": "coloraxis",
-        "xgap": 2,
-        "ygap": 2 if few else 0,
-        "texttemplate": "%{z}" if few else None,
-        "hovertemplate": "layer %{y}, %{x}<br>step %{z}<extra></extra>",
-    }
-    spec = grid(
-        [("", [heat])],
-        per_row=1,
-        height=max(150, min((26 if len(layers) <= LAYERS_APART else 20) * len(layers), 960)),
-        x={"showgrid": False, "type": "category"},
-        y=lambda traces: {
-            **labelled("decoder layer"),
-            "autorange": "reversed",
-            "showgrid": False,
-            **integers(traces, "y"),
-        },
+    heat = go.Heatmap(
+        x=short_names(kinds),
+        y=layers,
+        z=[[steps.get(layer) for steps in kinds.values()] for layer in layers],
+        coloraxis="coloraxis",
+        xgap=2,
+        ygap=2 if few else 0,
+        texttemplate="%{z}" if few else None,
+        hovertemplate="layer %{y}, %{x}<br>step %{z}<extra></extra>",
     )
-    spec["layout"]["coloraxis"] = {
-        "colorscale": "var(--diverging)",
-        "cmin": -reach,
-        "cmax": reach,
-        "colorbar": colour_bar("step", ".2f"),
-    }
+    height = (26 if len(layers) <= LAYERS_APART else 20) * len(layers)
+    plot = grid([Panel("", [heat], y=integers(layers))], per_row=1, height=max(150, min(height, 960)))
+    plot.update_xaxes(showgrid=False, type="category")
+    plot.update_yaxes(title_text="decoder layer", autorange="reversed", showgrid=False)
+    reach = max(0.01, *(abs(step) for steps in kinds.values() for step in steps.values()))
+    plot.update_layout(coloraxis=colours(-reach, reach, "step", ".2f"))
     caption = "Above 0, rows that lose least are pruned more; below 0, less; at 0 all rows alike."
-    return Figure("Rows", "Chosen steps", caption, spec, source.label)
-
-
-def _heat_height(rows: Mapping[str, Any]) -> int:
-    """Pixels of a heat map panel: a few a layer, within reason."""
-    layers = len({place_of(name).layer for name in rows})
-    return max(90, min(14 * layers, 420))
+    return Figure("Rows", "Chosen steps", caption, plot, source.label)

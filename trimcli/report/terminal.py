@@ -1,37 +1,41 @@
-"""The report's summary for a terminal."""
+"""Tables for a terminal."""
+
+from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from trimcli.files.manifest import LAYER_SPARSITY, RESULTS
-from trimcli.report.compare import percent, render
-from trimcli.report.gather import Gathered, Source
-from trimcli.report.origin import WHAT
+from trimcli.files.manifest import RESULTS
+from trimcli.report.compare import Table
+from trimcli.report.gather import Gathered
+from trimcli.report.sheets import Sheet, results, sparsities
 
 
 def summary(gathered: Gathered) -> RenderableType:
     """The comparison of all results, and the other files with the sparsities they hold."""
-    parts: list[RenderableType] = [render(gathered.table)] if gathered.table.rows else []
+    parts: list[RenderableType] = [comparison(gathered.table)] if gathered.table.rows else []
     others = [source for source in gathered.sources if source.schema != RESULTS]
     if others:
-        parts += [Text(""), _files(gathered, others)] if parts else [_files(gathered, others)]
+        parts += [Text()] if parts else []
+        parts.append(_drawn(sparsities(gathered, others)))
     return Group(*parts)
 
 
-def _files(gathered: Gathered, sources: list[Source]) -> RichTable:
-    drawn = RichTable(box=None, pad_edge=False, header_style="bold")
-    for heading in ("file", "kind"):
-        drawn.add_column(heading, overflow="fold")
-    for heading in ("sparsity", "layers, least to most"):
-        drawn.add_column(heading, justify="right")
-    for source in sources:
-        total = source.document.get("target" if source.schema == LAYER_SPARSITY else "sparsity")
-        layers = gathered.layers(source).values()
-        drawn.add_row(
-            Text(source.label),
-            WHAT[source.schema],
-            percent(total) if isinstance(total, float) else "",
-            f"{percent(min(layers))} to {percent(max(layers))}" if layers else "",
-        )
+def comparison(table: Table) -> RenderableType:
+    """The main columns of a comparison, and below them how each was measured."""
+    sheet = results(table, [column for column in table.columns if column.main])
+    drawn = _drawn(sheet)
+    drawn.caption = Text("\n".join([*sheet.notes, *table.notes]), "dim not italic")
+    return drawn
+
+
+def _drawn(sheet: Sheet) -> RichTable:
+    """What files say is no markup: every cell is a Text."""
+    drawn = RichTable(box=None, pad_edge=False, header_style="bold", caption_justify="left")
+    for place, heading in enumerate(sheet.headings):
+        justify: Literal["left", "right"] = "left" if place < sheet.words else "right"
+        drawn.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=heading == "sparsity")
+    for row in sheet.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
     return drawn

@@ -1,101 +1,96 @@
-"""The grid of a sweep: its options, its points, and the `trim prune` command line of a point."""
+"""The grid of a sweep: its options and its points."""
 
-import shlex
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from trimcli.commands.allocate import METHODS, AllocateOptions
-from trimcli.commands.calibrate import CalibrateOptions
-from trimcli.commands.prune import PruneOptions
+from trimcli.commands.options import BATCH, ONLY, SKIP, AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.errors import OptionError
-from trimcli.methods.masks import Numerics
-from trimcli.methods.recipe import Method, Recipe
-from trimcli.methods.rows.search import RowOptions
-from trimcli.options import RunOptions, check_positive, check_sparsity, one_of
+from trimcli.methods.layers.base import ALLOCATIONS
+from trimcli.methods.named import methods
+from trimcli.methods.recipe import Recipe
+from trimcli.methods.rows.base import ROWS
+from trimcli.methods.scores import SCORES
+from trimcli.methods.stats import STATISTICS
+from trimcli.methods.updates.base import UPDATES
+from trimcli.options import Numerics, RunOptions, at_least, declared, fraction, option, positive
+from trimcli.registry import Entry, option_types
 
-# Which settings a choice brings with it: name in this module -> option of `trim prune`.
-OWL = {"lambda_": "--lambda", "hyper_m": "--hyper-m"}
-ALPHA = {"ww_metric": "--ww-metric", "epsilon": "--epsilon", "mapping_type": "--mapping-type"}
-TRIM = {"qmetric": "--qmetric", "qmetric_dimwise": "--qmetric-dimwise", "iterations": "--iterations"}
-OF_ALLOC = {"uniform": {}, "owl": OWL, "alpha": ALPHA}
+GRID, SAMPLES = "The grid (values separated by commas)", "Samples"
+REGISTRIES = (ROWS, SCORES, UPDATES, STATISTICS, ALLOCATIONS)
+
+
+def axes() -> list[type[Any]]:
+    """The option classes whose fields are axes of a grid: those of every method and allocation."""
+    return option_types(*(entry for registry in REGISTRIES for entry in registry.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(RunOptions):
     """A grid, and what all of it has in common.
 
-    sparsity: the target. method, alloc (uniform, owl, alpha), trim (with TRIM's rows, without): the choices.
-    lambda_, hyper_m: OWL's values; ww_metric, epsilon, mapping_type: Alpha's; qmetric, qmetric_dimwise,
-    iterations: TRIM's; None for the one default. dataset, nsamples, seqlen, tokens: the samples, as for
-    calibrate. holdout: samples that measure; of `tokens` the last ones. metrics_cache: Alpha's. The rest as
-    for prune. resume: take over what an earlier sweep measured.
+    settings: values of the options of methods and allocations, by field name; the one default where it says nothing.
     """
 
-    sparsity: float
-    method: tuple[str, ...] = ("wanda",)
-    alloc: tuple[str, ...] = METHODS
-    trim: tuple[bool, ...] = (False, True)
-    lambda_: tuple[float, ...] | None = None
-    hyper_m: tuple[float, ...] | None = None
-    ww_metric: tuple[str, ...] | None = None
-    epsilon: tuple[float, ...] | None = None
-    mapping_type: tuple[str, ...] | None = None
-    qmetric: tuple[str, ...] | None = None
-    qmetric_dimwise: tuple[str, ...] | None = None
-    iterations: tuple[int, ...] | None = None
-    forbid_negative: bool = False
-    input_recalc: bool = False
-    propagate: bool = True
-    numerics: Numerics = "exact"
-    dataset: str = "c4"
-    nsamples: int = 256
-    seqlen: int | None = None
-    tokens: Path | None = None
-    holdout: int = 32
-    metrics_cache: Path | None = None
-    only: tuple[str, ...] = ()
-    skip: tuple[str, ...] = ()
-    batch_size: int | None = None
-    resume: bool = True
+    sparsity: float = option(..., "The fraction to prune, in [0, 1); the same in every run.", check=fraction)
+    method: tuple[str, ...] = option(("wanda",), "Methods.", panel=GRID, choices=methods)
+    alloc: tuple[str, ...] = option(
+        ("uniform", "owl", "alpha"), "Layer allocations.", panel=GRID, choices=lambda: ALLOCATIONS
+    )
+    trim: tuple[bool, ...] = option((False, True), "With TRIM's row search (on), without (off).", panel=GRID)
+    input_recalc: bool = option(False, "Collect last-token inputs anew once the linears before are pruned.")
+    dataset: str = option("c4", "c4, wikitext2, ptb (their training text), a FILE or hf:NAME.", panel=SAMPLES)
+    nsamples: int = option(256, "Calibration samples.", panel=SAMPLES, check=positive)
+    seqlen: int | None = option(None, "Tokens a sample, as for calibrate.", panel=SAMPLES, check=at_least(2))
+    tokens: Path | None = option(
+        None,
+        "Samples from this file (a calibration file is one): the last ones measure, the others calibrate.",
+        panel=SAMPLES,
+    )
+    holdout: int = option(32, "Samples of the same text held out, to measure on.", panel=SAMPLES, check=positive)
+    numerics: Numerics = option("exact", "exact: counts hold to the weight. reference: the published arithmetic.")
+    propagate: bool = option(True, "Use the dense model's statistics.", "--no-propagate", off=True)
+    metrics_cache: Path | None = option(None, "Alpha's metrics file.")
+    only: tuple[str, ...] = option((), ONLY, repeated=True)
+    skip: tuple[str, ...] = option((), SKIP, repeated=True)
+    batch_size: int | None = option(None, BATCH, check=positive)
+    resume: bool = option(True, "Measure anew what an earlier sweep has measured.", "--no-resume", off=True)
+    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise OptionError for values and combinations that cannot be used, before anything is read."""
-        check_sparsity(self.sparsity)
-        check_positive("--holdout", self.holdout)
-        for name in self.alloc:
-            one_of("--alloc", name, METHODS)
-        for axis, chosen in (("--method", self.method), ("--alloc", self.alloc), ("--trim", self.trim)):
-            if not chosen:
-                raise OptionError(f"{axis} names nothing to try; give at least one value.")
-        for needed, there, settings in (
-            ("--alloc owl", "owl" in self.alloc, OWL),
-            ("--alloc alpha", "alpha" in self.alloc, ALPHA),
-            ("--trim on", True in self.trim, TRIM),
-        ):
-            for name, flag in settings.items():
-                if not there and getattr(self, name) is not None:
-                    raise OptionError(f"{flag} does nothing without {needed}; add it or leave {flag} out.")
+        super().check()
+        for axis in ("method", "alloc", "trim"):
+            if not getattr(self, axis):
+                raise OptionError(f"--{axis} names nothing to try; give at least one value.")
+        brought = {one.field for kind in option_types(*self._brought()) for one in declared(kind)}
+        for kind in axes():
+            for one in declared(kind):
+                if one.field in self.settings and one.field not in brought:
+                    raise OptionError(
+                        f"{one.spelled} does nothing without {_bringing(kind)}; add it or leave {one.spelled} out."
+                    )
         if self.input_recalc and True not in self.trim:
             raise OptionError("--input-recalc does nothing without --trim on; add it or leave it out.")
         self.calibrate().check()
         for setting in settings_of(self):
             self.prune_options(setting, Path("calibration"), Path("model")).check()
-            if setting.allocate is not None:
-                replace(setting.allocate, calibration=Path("calibration") if setting.owl else None).check()
 
-    def run(self) -> dict[str, Any]:
-        """What every stage takes from the run, by name."""
-        return {name: getattr(self, name) for name in RunOptions.__dataclass_fields__}
+    def _brought(self) -> list[Entry]:
+        """Everything that a point of the grid may choose."""
+        recipes = [Recipe(method=method, rows=_rows(trim)) for method in self.method for trim in self.trim]
+        return [*(ALLOCATIONS[name] for name in self.alloc), *(entry for one in recipes for entry in one.entries)]
 
     def calibrate(self) -> CalibrateOptions:
         """How the samples are drawn."""
         drawn = {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "tokens", "batch_size")}
         return CalibrateOptions(**self.run(), **drawn)
 
-    def prune_options(self, setting: "Setting", calibration: Path, model: Path) -> PruneOptions:
+    def prune_options(self, setting: Setting, calibration: Path | None, model: Path) -> PruneOptions:
         """The prune of one setting. model: the directory for a method that changes the kept weights."""
         return PruneOptions(
             **self.run(),
@@ -120,95 +115,67 @@ class Setting:
     allocate: AllocateOptions | None
 
     @property
-    def owl(self) -> bool:
-        """Whether its allocation reads the calibration's norms."""
-        return self.allocate is not None and self.allocate.method == "owl"
+    def needs(self) -> frozenset[str]:
+        """The statistics that its allocation reads."""
+        return self.allocate.allocating.needs if self.allocate else frozenset()
 
 
 def settings_of(options: SweepOptions) -> list[Setting]:
     """The points of the grid in order, each once; a choice's settings multiply only where it is made."""
     found: dict[tuple[Any, ...], Setting] = {}
-    for method, alloc, own in _choices(options):
-        for trim in options.trim:
-            for rows in _combinations(options, TRIM) if trim else [{}]:
-                setting = _setting(options, method, alloc, own, rows if trim else None)
-                found.setdefault(tuple(setting.values.items()), setting)
+    for method, alloc, trim in product(options.method, options.alloc, options.trim):
+        recipe = Recipe(
+            method=method,
+            rows=_rows(trim),
+            numerics=options.numerics,
+            propagate=options.propagate,
+            input_recalc=options.input_recalc and trim,
+        )
+        allocation = ALLOCATIONS[alloc]
+        for chosen in _combinations(options, [allocation, *recipe.entries]):
+            own = tuple(one for one in chosen if type(one) is allocation.options)
+            allocate = None
+            if alloc != "uniform":
+                allocate = AllocateOptions(
+                    **options.run(),
+                    method=alloc,
+                    sparsity=options.sparsity,
+                    metrics_cache=options.metrics_cache if allocation.remembers else None,
+                    numerics=options.numerics,
+                    options=own,
+                )
+            values = {"method": method, "alloc": alloc, "trim": trim}
+            values |= {
+                one.field.rstrip("_"): getattr(given, one.field)
+                for given in chosen
+                for one in declared(type(given))
+                if getattr(given, one.field) not in (None, False)
+            }
+            given = tuple(one for one in chosen if one not in own)
+            setting = Setting(values, replace(recipe, options=given), allocate)
+            found.setdefault(tuple(values.items()), setting)
     return list(found.values())
 
 
-def _choices(options: SweepOptions) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for method, alloc in product(options.method, options.alloc):
-        for own in _combinations(options, OF_ALLOC[alloc]):
-            yield method, alloc, own
+def _rows(trim: bool) -> str:
+    return "trim" if trim else "even"
 
 
-def _combinations(options: SweepOptions, names: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Every combination of the values of `names`; where none were given, the default of the stage itself."""
-    defaults = {**asdict(AllocateOptions()), **asdict(RowOptions())}
-    values: list[tuple[Any, ...]] = [getattr(options, name) or (defaults[name],) for name in names]
-    return [dict(zip(names, chosen, strict=True)) for chosen in product(*values)]
+def _combinations(options: SweepOptions, entries: Iterable[Entry]) -> list[tuple[Any, ...]]:
+    """Instances of the entries' option classes, in every combination of the values that the grid gives."""
+    made = []
+    for kind in option_types(*entries):
+        names = [one.field for one in declared(kind) if one.field in options.settings]
+        made.append([kind(**dict(zip(names, chosen, strict=True))) for chosen in _grid(options, names)])
+    return list(product(*made))
 
 
-def _setting(
-    options: SweepOptions, method: str, alloc: str, own: dict[str, Any], rows: dict[str, Any] | None
-) -> Setting:
-    allocate = None
-    if alloc != "uniform":
-        cache = options.metrics_cache if alloc == "alpha" else None
-        allocate = AllocateOptions(
-            **options.run(),
-            method=alloc,
-            sparsity=options.sparsity,
-            metrics_cache=cache,
-            numerics=options.numerics,
-            **own,
-        )
-    search = None
-    if rows is not None:
-        search = RowOptions(**rows, forbid_negative=options.forbid_negative, numerics=options.numerics)
-    recipe = Recipe(
-        method=cast(Method, method),
-        numerics=options.numerics,
-        rows=search,
-        propagate=options.propagate,
-        input_recalc=options.input_recalc and search is not None,
-    )
-    plain = {name.rstrip("_"): value for name, value in {**own, **(rows or {})}.items()}
-    return Setting({"method": method, "alloc": alloc, "trim": rows is not None, **plain}, recipe, allocate)
+def _grid(options: SweepOptions, names: list[str]) -> Iterable[tuple[Any, ...]]:
+    return product(*(options.settings[name] for name in names))
 
 
-def prune_command(model: str, options: SweepOptions, setting: Setting, calibrate: CalibrateOptions) -> str:
-    """The command line that prunes as the setting did. calibrate: where its samples come from."""
-    words: list[Any] = ["trim", "prune", model, "-o", "masks.safetensors", "--sparsity", options.sparsity]
-    words += ["--method", setting.recipe.method]
-    if setting.recipe.changes_weights:
-        words += ["--save-model", "pruned"]
-    if setting.allocate is not None:
-        words += ["--alloc", setting.allocate.method]
-        for name, flag in OF_ALLOC[setting.allocate.method].items():
-            words += [flag, getattr(setting.allocate, name)]
-    if setting.recipe.rows is not None:
-        words.append("--use-trim")
-        for name, flag in TRIM.items():
-            words += [flag, getattr(setting.recipe.rows, name)]
-    for flag, wanted in (
-        ("--forbid-neg-lr", setting.recipe.rows is not None and options.forbid_negative),
-        ("--input-recalc", setting.recipe.input_recalc),
-        ("--no-propagate", not options.propagate),
-        ("--trust-remote-code", options.trust_remote_code),
-    ):
-        words += [flag] if wanted else []
-    if calibrate.tokens is not None:
-        words += ["--tokens", calibrate.tokens]
-    else:
-        words += ["--dataset", calibrate.dataset, "--nsamples", calibrate.nsamples]
-        words += ["--seqlen", calibrate.seqlen] if calibrate.seqlen is not None else []
-    defaults = SweepOptions(sparsity=options.sparsity)
-    for name in ("numerics", "batch_size", "seed", "device", "dtype", "revision", "cache_dir"):
-        value = getattr(options, name)
-        if value != getattr(defaults, name):
-            words += [f"--{name.replace('_', '-')}", value]
-    for flag, globs in (("--only", options.only), ("--skip", options.skip)):
-        for glob in globs:
-            words += [flag, glob]
-    return shlex.join(str(word) for word in words)
+def _bringing(kind: type[Any]) -> str:
+    """The choice that brings an options class with it."""
+    if name := next((name for name, entry in ALLOCATIONS.items() if entry.options is kind), None):
+        return f"--alloc {name}"
+    return "--trim on" if ROWS["trim"].options is kind else "a --method that takes it, such as sparsegpt"

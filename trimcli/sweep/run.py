@@ -6,6 +6,7 @@ read, so choosing by these figures leaves every test figure honest.
 """
 
 import math
+import shlex
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,23 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimcli.commands.calibrate import CalibrateOptions
 from trimcli.commands.evaluate import open_masks
+from trimcli.commands.options import CalibrateOptions, prune_words
 from trimcli.commands.prune import prune
 from trimcli.commands.resolve import cached_calibration
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, OptionError
-from trimcli.evaluate.perplexity import perplexity
+from trimcli.evaluation.perplexity import perplexity
 from trimcli.files.atomic import atomic_file, refuse_existing
 from trimcli.files.cache import Cache, digest
-from trimcli.files.calibration import NAMES, CalibrationFile
+from trimcli.files.calibration import CalibrationFile
 from trimcli.files.documents import read_json, write_json
 from trimcli.files.manifest import manifest
 from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
+from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.plan import chosen_linears, forward_passes, walks
 from trimcli.pipeline.walk import default_seqlen
-from trimcli.sweep.grid import Setting, SweepOptions, prune_command, settings_of
+from trimcli.sweep.grid import Setting, SweepOptions, settings_of
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
 
 SWEEP = "trim.sweep/1"
@@ -118,7 +120,8 @@ def sweep(
         step()
         runs = []
         for setting in settings:
-            command = prune_command(model, options, setting, calibrate)
+            asked = replace(options.prune_options(setting, None, Path("pruned")), calibrate=calibrate, resume=True)
+            command = shlex.join(["trim", "prune", model, "-o", "masks.safetensors", *prune_words(asked)])
             runs.append(replace(measurer.measure(setting), command=command))
             step()
     runs.sort(key=lambda run: (math.isnan(run.perplexity), run.perplexity))
@@ -154,14 +157,11 @@ def _plan(skeleton: Skeleton, options: SweepOptions, settings: list[Setting]) ->
 
 
 def _stats(settings: list[Setting]) -> tuple[str, ...]:
-    """The statistics that one calibration needs to serve every setting."""
-    needed = set()
+    """The statistics that one calibration needs to serve every setting, as `calibrate --stats` names them."""
+    needed: set[str] = set()
     for setting in settings:
-        if setting.owl:
-            needed.add("norms")
-        if not walks(setting.recipe):
-            needed.update(name for name, (statistic, _) in NAMES.items() if statistic in setting.recipe.needs)
-    return tuple(name for name in NAMES if name in needed)
+        needed |= setting.needs | (frozenset() if walks(setting.recipe) else setting.recipe.needs)
+    return tuple(option for option, one in stored_statistics().items() if one.name in needed)
 
 
 def _calibrate_options(skeleton: Skeleton, options: SweepOptions) -> CalibrateOptions:
@@ -288,7 +288,7 @@ class _Measurer:
         """Perplexity and sparsity."""
         with tempfile.TemporaryDirectory(prefix="trim-sweep-") as folder:
             masks, model = Path(folder) / "masks.safetensors", Path(folder) / "model"
-            if setting.allocate is not None and setting.allocate.method == "alpha":
+            if setting.allocate is not None and setting.allocate.allocating.remembers:
                 # One look at the matrices serves every epsilon.
                 known = setting.allocate.metrics_cache or self._metrics
                 setting = replace(setting, allocate=replace(setting.allocate, metrics_cache=known))

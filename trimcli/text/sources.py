@@ -18,30 +18,45 @@ import difflib
 import errno
 import gzip
 import json
-import logging
 import tempfile
 import zlib
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any, Protocol
 
+from trimcli.console import quiet_libraries
 from trimcli.errors import HubError, InputError, OptionError, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT_FIELDS = ("text", "sentence")
-C4_VALIDATION_DOCUMENTS = 1100
+
+
+class Documents(Protocol):
+    """Texts that need not all be in memory."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int, /) -> str:
+        """One of them."""
 
 
 @dataclass(frozen=True)
 class _HubSource:
-    """Where a data set lies on the hub; `files`: the one file of each split where not all are wanted."""
+    """Where a data set lies on the hub, and what of it is measured on.
+
+    files: the one file of each split where not all are wanted. measured: the split, of which the documents, or the
+    `first` of them, are put together by `joint`. local_form: how to give the same as a file.
+    """
 
     name: str
     config: str | None = None
     revision: str | None = None
     files: dict[str, str] = field(default_factory=dict)
+    measured: str = "test"
+    first: int | None = None
+    joint: str = " "
     local_form: str = ""
 
 
@@ -52,11 +67,14 @@ STANDARD = {
             "train": "en/c4-train.00000-of-01024.json.gz",
             "validation": "en/c4-validation.00000-of-00008.json.gz",
         },
+        measured="validation",
+        first=1100,
         local_form="a c4-train.*.json.gz (c4-validation.*.json.gz to measure), ",
     ),
     "wikitext2": _HubSource(
         "Salesforce/wikitext",
         config="wikitext-2-raw-v1",
+        joint="\n\n",
         local_form="its raw lines in a .txt (joined by spaces to calibrate, by two newlines to measure), ",
     ),
     "ptb": _HubSource(
@@ -69,17 +87,16 @@ STANDARD = {
 
 
 @contextlib.contextmanager
-def calibration_source(dataset: str) -> Iterator[str | Sequence[str]]:
+def calibration_source(dataset: str) -> Iterator[str | Documents]:
     """What to sample from, while the context lasts: one text, or documents of which one is drawn first.
 
     Raises OptionError for an unknown name, InputError for a file that is missing or damaged, HubError when
     the hub cannot be reached.
     """
-    if dataset in STANDARD:
-        documents = _from_hub(STANDARD[dataset], "train")
-        yield documents if dataset == "c4" else " ".join(documents)
-    elif dataset.startswith("hf:"):
-        yield _from_named_hub(dataset, "train")
+    if dataset in STANDARD or dataset.startswith("hf:"):
+        source, split = _hub_source(dataset)
+        documents = _from_hub(source, split or "train")
+        yield " ".join(documents) if dataset in ("wikitext2", "ptb") else documents
     elif (path := _local_file(dataset)).suffix == ".txt":
         yield _read_text(path)
     else:
@@ -89,14 +106,9 @@ def calibration_source(dataset: str) -> Iterator[str | Sequence[str]]:
 
 def evaluation_text(dataset: str) -> str:
     """The one text to measure on. Raises what `calibration_source` raises."""
-    if dataset == "wikitext2":
-        return "\n\n".join(_from_hub(STANDARD[dataset], "test"))
-    if dataset == "ptb":
-        return " ".join(_from_hub(STANDARD[dataset], "test"))
-    if dataset == "c4":
-        return " ".join(_from_hub(STANDARD[dataset], "validation")[:C4_VALIDATION_DOCUMENTS])
-    if dataset.startswith("hf:"):
-        return " ".join(_from_named_hub(dataset, "test"))
+    if dataset in STANDARD or dataset.startswith("hf:"):
+        source, split = _hub_source(dataset)
+        return source.joint.join(_from_hub(source, split or source.measured)[: source.first])
     path = _local_file(dataset)
     return _read_text(path) if path.suffix == ".txt" else " ".join(_read_documents(path))
 
@@ -173,20 +185,19 @@ def _read_parquet(path: Path) -> Iterator[str]:
         raise InputError(f"{path} is no whole parquet file ({first_line(problem)}); fetch it anew.") from None
 
 
-def _text_column(names: Iterable[str], where: str) -> str:
-    found = list(names)
+def _text_column(names: list[str], where: str) -> str:
     for name in TEXT_FIELDS:
-        if name in found:
+        if name in names:
             return name
-    raise InputError(f"{where} has no column `text`, only {', '.join(found) or 'none'}; give text to read.")
+    raise InputError(f"{where} has no column `text`, only {', '.join(names) or 'none'}; give text to read.")
 
 
-class _Spooled(Sequence[str]):
+class _Spooled:
     """Documents in a temporary file: random access without a C4 shard in memory."""
 
     def __init__(self, documents: Iterable[str], file: IO[bytes]) -> None:
         self._file = file
-        self._ends = array("q", [0])
+        self._ends = [0]
         for document in documents:
             self._file.write(document.encode("utf-8", "surrogatepass"))
             self._ends.append(self._file.tell())
@@ -194,34 +205,30 @@ class _Spooled(Sequence[str]):
     def __len__(self) -> int:
         return len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        start, end = self._ends[index], self._ends[index + 1]
+    def __getitem__(self, index: int) -> str:
+        start, end = self._ends[index : index + 2]
         self._file.seek(start)
         return self._file.read(end - start).decode("utf-8", "surrogatepass")
 
 
-def _from_named_hub(dataset: str, default_split: str) -> Sequence[str]:
-    """hf:NAME[:CONFIG[:SPLIT]]; a split may hold colons, as in train[:1%]."""
+def _hub_source(dataset: str) -> tuple[_HubSource, str]:
+    """A standard text, or hf:NAME[:CONFIG[:SPLIT]] and its split, which may hold colons, as in train[:1%]."""
+    if dataset in STANDARD:
+        return STANDARD[dataset], ""
     name, config, split = [*dataset.removeprefix("hf:").split(":", 2), "", ""][:3]
     if not name:
         raise OptionError(f"{dataset!r} names no data set; the form is hf:NAME[:CONFIG[:SPLIT]].")
-    return _from_hub(_HubSource(name, config=config or None), split or default_split)
+    return _HubSource(name, config or None), split
 
 
-def _from_hub(source: _HubSource, split: str) -> Sequence[str]:
-    """The documents of one split, memory-mapped, from the hub or its local cache."""
+def _from_hub(source: _HubSource, split: str) -> Any:
+    """The documents of one split as a column of a data set, memory-mapped, from the hub or its local cache."""
     import datasets
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     unusable = (datasets.exceptions.DatasetsError, ValueError, RuntimeError)
     try:
-        with _quiet(datasets):
+        with quiet_libraries():
             found = datasets.load_dataset(
                 source.name,
                 source.config,
@@ -233,7 +240,9 @@ def _from_hub(source: _HubSource, split: str) -> Sequence[str]:
             )
     except Exception as problem:
         # Whichever HTTP library carries the request, its errors come through as they are.
-        _raise_if_disk_full(problem)
+        for cause in (problem, problem.__cause__):
+            if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
+                raise cause from None
         if isinstance(problem, unusable) and not isinstance(problem, LocalEntryNotFoundError):
             raise InputError(
                 f"the data set {source.name} has no usable split {split!r} ({first_line(problem)}); check "
@@ -243,30 +252,4 @@ def _from_hub(source: _HubSource, split: str) -> Sequence[str]:
             f"the data set {source.name} could not be fetched ({first_line(problem)}); give a local file: "
             f"{source.local_form}any .txt, .jsonl(.gz) or .parquet; or, to calibrate, samples with --tokens."
         ) from None
-    documents: Sequence[str] = found[_text_column(found.column_names, f"the data set {source.name}")]
-    return documents
-
-
-def _raise_if_disk_full(problem: Exception) -> None:
-    for cause in (problem, problem.__cause__):
-        if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
-            raise cause
-
-
-@contextlib.contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """No bars, retries and warnings from the hub's libraries, which know nothing of --quiet."""
-    from huggingface_hub.utils import logging as hub_logging
-
-    verbosity, hub_verbosity = datasets.logging.get_verbosity(), hub_logging.get_verbosity()
-    bars = not datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity_error()
-    hub_logging.set_verbosity(logging.ERROR)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars:
-            datasets.enable_progress_bars()
+    return found[_text_column(found.column_names, f"the data set {source.name}")]

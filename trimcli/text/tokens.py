@@ -5,7 +5,6 @@ documents one is drawn first, and then a position inside.
 """
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from trimcli.errors import InputError, OptionError, first_line
 from trimcli.files.tensors import open_tensors
-from trimcli.text.sources import calibration_source, evaluation_text
+from trimcli.text.sources import Documents, calibration_source, evaluation_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,8 +87,7 @@ def calibration_tokens(
             f"{dataset} holds {len(tokens)} tokens, and samples of --seqlen {seqlen} need more; "
             "give a longer text or a smaller --seqlen."
         )
-    starts = [rng.randint(0, len(tokens) - seqlen - 1) for _ in range(nsamples)]
-    return torch.stack([tokens[start : start + seqlen] for start in starts])
+    return torch.stack([_draw_window(tokens, seqlen, rng) for _ in range(nsamples)])
 
 
 def evaluation_windows(
@@ -150,8 +148,14 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str) -> Tensor:
     return torch.tensor(encoded["input_ids"], dtype=torch.int32)
 
 
+def _draw_window(tokens: Tensor, seqlen: int, rng: random.Random) -> Tensor:
+    """int32 [seqlen]: consecutive ones of more than seqlen tokens."""
+    start = rng.randint(0, len(tokens) - seqlen - 1)
+    return tokens[start : start + seqlen]
+
+
 def _draw_from_documents(
-    documents: Sequence[str],
+    documents: Documents,
     tokenizer: "PreTrainedTokenizerBase",
     nsamples: int,
     seqlen: int,
@@ -159,32 +163,22 @@ def _draw_from_documents(
     dataset: str,
 ) -> Tensor:
     """int32 [nsamples, seqlen]; a document is tokenised at most once however often it is drawn."""
-    too_short: set[int] = set()
+    too_short: dict[int, int] = {}
     long_enough: dict[int, Tensor] = {}
-    longest = 0
-
-    def draw() -> Tensor:
-        nonlocal longest
-        while len(too_short) < len(documents):
-            index = rng.randint(0, len(documents) - 1)
-            if index in too_short:
-                continue
-            if index in long_enough:
-                return long_enough[index]
+    windows: list[Tensor] = []
+    while len(windows) < nsamples:
+        if len(too_short) == len(documents):
+            raise InputError(
+                f"no document of {dataset} has more than --seqlen {seqlen} tokens, the longest has "
+                f"{max(too_short.values(), default=0)}; give longer documents, one text as .txt or a smaller --seqlen."
+            )
+        index = rng.randint(0, len(documents) - 1)
+        if index not in too_short and index not in long_enough:
             tokens = _tokenize(tokenizer, documents[index])
             if len(tokens) > seqlen:
                 long_enough[index] = tokens
-                return tokens
-            longest = max(longest, len(tokens))
-            too_short.add(index)
-        raise InputError(
-            f"no document of {dataset} has more than --seqlen {seqlen} tokens, the longest has {longest}; "
-            "give longer documents, one text as .txt or a smaller --seqlen."
-        )
-
-    windows = torch.empty((nsamples, seqlen), dtype=torch.int32)
-    for window in windows:
-        tokens = draw()
-        start = rng.randint(0, len(tokens) - seqlen - 1)
-        window.copy_(tokens[start : start + seqlen])
-    return windows
+            else:
+                too_short[index] = len(tokens)
+        if index in long_enough:
+            windows.append(_draw_window(long_enough[index], seqlen, rng))
+    return torch.stack(windows)

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 import torch
@@ -12,8 +12,11 @@ from torch import Tensor
 
 from trimcli.errors import OptionError
 from trimcli.methods.blocks import barber
-from trimcli.methods.blocks.barber import BarberOptions, Granularity, rebuild
+from trimcli.methods.blocks.barber import rebuild
+from trimcli.methods.blocks.options import BarberOptions
+from trimcli.options import Numerics
 
+Pattern = tuple[int, int]
 Place = tuple[str, int, int]
 Shapes = dict[str, tuple[int, int]]
 Drawn = tuple[dict[Place, float], dict[Place, float], dict[Place, bool]]
@@ -54,14 +57,21 @@ def oracle(
     worth: dict[Place, float],
     kept: dict[Place, bool],
     options: BarberOptions,
-    pattern: tuple[int, int] | None = None,
+    numerics: Numerics,
+    patterns: Mapping[str, Pattern | None] | None = None,
 ) -> dict[Place, bool]:
+    """Linears with a pattern pair by row; those without are in units of their own kind."""
+    patterned = {name: pattern for name, pattern in (patterns or {}).items() if pattern}
+    free = {name: shape for name, shape in shapes.items() if name not in patterned}
     new = dict(kept)
-    for unit in units(shapes, "output1" if pattern else options.granularity):
+    every: list[tuple[list[Place], Pattern | None]] = [(unit, None) for unit in units(free, options.granularity)]
+    for name, own in patterned.items():
+        every += [(unit, own) for unit in units({name: shapes[name]}, "output1")]
+    for unit, pattern in every:
         growth, prune, count = pairing(unit, worth, kept, options.threshold)
         if not growth or not prune:
             continue
-        if options.numerics == "exact":
+        if numerics == "exact":
             returns, goes = growth[:count], prune[:count]
         else:
             above = worth[growth[min(count, len(growth) - 1)]]
@@ -100,8 +110,8 @@ LEVELS = [0.0, 0.25, 0.5, 1.0, 2.0]
 
 
 @st.composite
-def blocks(draw: st.DrawFn) -> Drawn:
-    everything = places(SHAPES)
+def blocks(draw: st.DrawFn, shapes: Shapes = SHAPES) -> Drawn:
+    everything = places(shapes)
 
     def drawn(values: st.SearchStrategy[T]) -> dict[Place, T]:
         every = draw(st.lists(values, min_size=len(everything), max_size=len(everything)))
@@ -122,15 +132,18 @@ def test_every_granularity_swaps_what_the_loop_swaps(
     block: Drawn, granularity: Any, threshold: float, numerics: Any
 ) -> None:
     weight, root, kept = block
-    options = BarberOptions(granularity=granularity, threshold=threshold, numerics=numerics)
+    options = BarberOptions(granularity=granularity, threshold=threshold)
     dense, keep = as_tensors(SHAPES, weight), as_tensors(SHAPES, kept, torch.bool)
     gradients = {name: g.square() for name, g in as_tensors(SHAPES, root).items()}
     sparse = {name: dense[name] * keep[name] for name in dense}
 
-    rebuilt = rebuild(dense, sparse, keep, gradients, None, options)
+    rebuilt = rebuild(dense, sparse, keep, gradients, {}, options, numerics)
 
     worth = {place: abs(weight[place]) * root[place] for place in weight}
-    assert as_places(rebuilt.keep) == oracle(SHAPES, worth, kept, options)
+    assert as_places(rebuilt.keep) == oracle(SHAPES, worth, kept, options, numerics)
+    nothing = dict.fromkeys(SHAPES)
+    same = rebuild(dense, sparse, keep, gradients, nothing, options, numerics)
+    assert as_places(same.keep) == as_places(rebuilt.keep)
     if numerics == "exact":
         new = as_places(rebuilt.keep)
         for unit in units(SHAPES, granularity):
@@ -147,17 +160,78 @@ def test_patterns_keep_their_groups(block: Drawn, pattern: tuple[int, int], thre
         (name, k, c): here and sum(kept[name, k, i] for i in range(c - c % group, c)) < kept_per_group
         for (name, k, c), here in kept.items()
     }
-    options = BarberOptions(threshold=threshold, numerics=numerics)
+    options, patterns = BarberOptions(threshold=threshold), dict.fromkeys(SHAPES, pattern)
     dense, keep = as_tensors(SHAPES, weight), as_tensors(SHAPES, kept, torch.bool)
     gradients = {name: g.square() for name, g in as_tensors(SHAPES, root).items()}
 
-    rebuilt = rebuild(dense, dense, keep, gradients, pattern, options)
+    rebuilt = rebuild(dense, dense, keep, gradients, patterns, options, numerics)
 
     worth = {place: abs(weight[place]) * root[place] for place in weight}
-    assert as_places(rebuilt.keep) == oracle(SHAPES, worth, kept, options, pattern)
+    assert as_places(rebuilt.keep) == oracle(SHAPES, worth, kept, options, numerics, patterns)
     for name, new in rebuilt.keep.items():
         counts = new.view(-1, group).sum(1)
         assert torch.equal(counts, keep[name].view(-1, group).sum(1))
+
+
+MIXED: Shapes = {"q": (3, 8), "k": (2, 8), "up": (4, 6), "down": (4, 4)}
+ANY_PATTERN: st.SearchStrategy[Pattern | None] = st.sampled_from([None, (1, 2), (1, 4), (2, 4), (3, 4)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    blocks(MIXED),
+    st.fixed_dictionaries({"q": ANY_PATTERN, "k": ANY_PATTERN, "up": st.sampled_from([None, (1, 2), (2, 3)])}),
+    st.sampled_from(["block", "layer", "output1", "input1"]),
+    thresholds,
+    numerics,
+)
+def test_every_linear_of_a_block_has_a_pattern_of_its_own_or_none(
+    block: Drawn, patterns: dict[str, Pattern | None], granularity: Any, threshold: float, numerics: Any
+) -> None:
+    weight, root, kept = block
+    for (name, k, c), here in list(kept.items()):
+        if pattern := patterns.get(name):
+            room = sum(kept[name, k, i] for i in range(c - c % pattern[1], c)) < pattern[0]
+            kept[name, k, c] = here and room
+    options = BarberOptions(granularity=granularity, threshold=threshold)
+    dense, keep = as_tensors(MIXED, weight), as_tensors(MIXED, kept, torch.bool)
+    gradients = {name: g.square() for name, g in as_tensors(MIXED, root).items()}
+
+    rebuilt = rebuild(dense, dense, keep, gradients, patterns, options, numerics)
+
+    worth = {place: abs(weight[place]) * root[place] for place in weight}
+    assert as_places(rebuilt.keep) == oracle(MIXED, worth, kept, options, numerics, patterns)
+    for name, pattern in patterns.items():
+        if pattern:
+            counts = rebuilt.keep[name].view(-1, pattern[1]).sum(1)
+            assert torch.equal(counts, keep[name].view(-1, pattern[1]).sum(1))
+            assert int(counts.max()) <= pattern[0]
+    assert rebuilt.weight.keys() == rebuilt.keep.keys() == rebuilt.swapped.keys() == MIXED.keys()
+    for name in MIXED:
+        assert torch.equal(rebuilt.weight[name], dense[name] * rebuilt.keep[name])
+        assert rebuilt.swapped[name] == int((rebuilt.keep[name] & ~keep[name]).sum())
+
+
+def test_linears_without_a_pattern_make_a_block_by_themselves() -> None:
+    """The best pruned weight of the block is in the patterned linear, where only its own group makes room."""
+    dense = {
+        "a": torch.tensor([[1.0, 9.0, 2.0, 3.0]]),
+        "b": torch.tensor([[4.0, 5.0]]),
+        "c": torch.tensor([[6.0, 1.0]]),
+    }
+    keep = {
+        "a": torch.tensor([[True, False, False, True]]),
+        "b": torch.tensor([[True, False]]),
+        "c": torch.tensor([[False, True]]),
+    }
+    options = BarberOptions(granularity="block", metric="W", threshold=1.0)
+    rebuilt = rebuild(dense, dense, keep, None, {"a": (1, 2), "b": None}, options)
+    # a: the pair (9, 1) swaps, the pair (2, 3) does not. b and c: the pairs (6, 1) and (5, 4) swap.
+    assert {name: new.tolist() for name, new in rebuilt.keep.items()} == {
+        "a": [[False, True, False, True]],
+        "b": [[False, True]],
+        "c": [[True, False]],
+    }
 
 
 @pytest.mark.parametrize(
@@ -169,7 +243,7 @@ def test_metrics_rank_weights(metric: Any, kept: list[bool]) -> None:
     gradients = {"q": torch.tensor([[16.0, 4.0, 1.0]])}
     sparse_keep = {"q": torch.tensor([[metric == "W", metric == "D", metric == "WD"]])}
     options = BarberOptions(metric=metric, threshold=1.0)
-    rebuilt = rebuild(dense, dense, sparse_keep, gradients, None, options)
+    rebuilt = rebuild(dense, dense, sparse_keep, gradients, {}, options)
     assert rebuilt.keep["q"].tolist() == [kept]
     assert torch.equal(rebuilt.weight["q"], dense["q"] * rebuilt.keep["q"])
     assert rebuilt.swapped == {"q": 1}
@@ -180,11 +254,11 @@ def test_retained_reconstruction_enters_the_metric_and_the_weights() -> None:
     sparse = {"q": torch.tensor([[0.0, 5.0, 0.0, 0.5]])}
     keep = {"q": torch.tensor([[False, True, False, True]])}
     retained = rebuild(
-        dense, sparse, keep, None, None, BarberOptions(metric="W", threshold=1.0, retain_reconstruction=True)
+        dense, sparse, keep, None, {}, BarberOptions(metric="W", threshold=1.0, retain_reconstruction=True)
     )
     # Worth 1, 5, 3, 0.5: the pair (3, 0.5) swaps, the pair (1, 5) does not.
     assert retained.weight["q"].tolist() == [[0.0, 5.0, 3.0, 0.0]]
-    plain = rebuild(dense, sparse, keep, None, None, BarberOptions(metric="W", threshold=1.0))
+    plain = rebuild(dense, sparse, keep, None, {}, BarberOptions(metric="W", threshold=1.0))
     # Worth 1, 2, 3, 4: the pair (3, 2) swaps, and what is kept has its dense value.
     assert plain.weight["q"].tolist() == [[0.0, 0.0, 3.0, 4.0]]
 
@@ -195,10 +269,11 @@ def test_retained_reconstruction_enters_the_metric_and_the_weights() -> None:
 def test_an_empty_side_changes_nothing(granularity: Any, numerics: Any, everything_kept: bool) -> None:
     dense = {"q": torch.randn(4, 8, generator=torch.Generator().manual_seed(0))}
     keep = {"q": torch.full((4, 8), everything_kept)}
-    options = BarberOptions(granularity=granularity, metric="W", threshold=1.0, numerics=numerics)
-    rebuilt = rebuild(dense, dense, keep, None, None, options)
-    assert torch.equal(rebuilt.keep["q"], keep["q"])
-    assert rebuilt.swapped == {"q": 0}
+    options = BarberOptions(granularity=granularity, metric="W", threshold=1.0)
+    for patterns in ({}, {"q": (2, 4)}):
+        rebuilt = rebuild(dense, dense, keep, None, patterns, options, numerics)
+        assert torch.equal(rebuilt.keep["q"], keep["q"])
+        assert rebuilt.swapped == {"q": 0}
 
 
 @pytest.mark.parametrize("granularity", ["output1", "input1"])
@@ -208,21 +283,21 @@ def test_chunks_do_not_show(granularity: Any, monkeypatch: pytest.MonkeyPatch) -
     keep = {"q": torch.rand(24, 16, generator=generator) > 0.5}
     gradients = {"q": torch.rand(24, 16, generator=generator)}
     for pattern in (None, (2, 4)):
-        options = BarberOptions(granularity=granularity, threshold=0.5)
-        whole = rebuild(dense, dense, keep, gradients, pattern, options)
+        options, patterns = BarberOptions(granularity=granularity, threshold=0.5), {"q": pattern}
+        whole = rebuild(dense, dense, keep, gradients, patterns, options)
         with monkeypatch.context() as patch:
             patch.setattr(barber, "_CHUNK", 50)
-            parts = rebuild(dense, dense, keep, gradients, pattern, options)
+            parts = rebuild(dense, dense, keep, gradients, patterns, options)
         assert torch.equal(whole.keep["q"], parts.keep["q"])
 
 
 def test_weights_keep_the_dense_dtype_and_inputs_stay() -> None:
     dense = {"q": torch.tensor([[1.0, 2.0]], dtype=torch.float16)}
     keep = {"q": torch.tensor([[True, False]])}
-    granularities: list[Granularity] = ["block", "output1"]
+    granularities: list[Literal["block", "output1"]] = ["block", "output1"]
     for granularity in granularities:
         rebuilt = rebuild(
-            dense, dense, keep, None, None, BarberOptions(granularity=granularity, metric="W", threshold=1.0)
+            dense, dense, keep, None, {}, BarberOptions(granularity=granularity, metric="W", threshold=1.0)
         )
         assert rebuilt.weight["q"].dtype == torch.float16
         assert rebuilt.weight["q"].tolist() == [[0.0, 2.0]]
@@ -248,14 +323,14 @@ def test_a_metric_without_its_gradients() -> None:
     dense = {"q": torch.ones(1, 2)}
     keep = {"q": torch.tensor([[True, False]])}
     with pytest.raises(OptionError, match="--prune-metric WD needs gradients"):
-        rebuild(dense, dense, keep, None, None, BarberOptions())
+        rebuild(dense, dense, keep, None, {}, BarberOptions())
 
 
 def test_a_pattern_needs_whole_groups() -> None:
     dense = {"q": torch.ones(2, 6)}
     keep = {"q": torch.ones(2, 6, dtype=torch.bool)}
     with pytest.raises(OptionError, match="2:4 needs whole groups, and 6 inputs"):
-        rebuild(dense, dense, keep, None, (2, 4), BarberOptions(metric="W"))
+        rebuild(dense, dense, keep, None, {"q": (2, 4)}, BarberOptions(metric="W"))
 
 
 @pytest.mark.parametrize("numerics", ["exact", "reference"])
@@ -268,10 +343,10 @@ def test_weights_stored_transposed_are_no_different(
     dense = torch.randint(-3, 4, (12, 8), generator=generator).float()
     keep = torch.tensor([[True, False, False, True], [False, True, True, False]]).repeat(6, 2)
     gradients = torch.randint(0, 4, (12, 8), generator=generator).float()
-    options = BarberOptions(granularity=granularity, threshold=0.8, numerics=numerics)
-    plain = rebuild({"q": dense}, {"q": dense}, {"q": keep}, {"q": gradients}, pattern, options)
+    options, patterns = BarberOptions(granularity=granularity, threshold=0.8), {"q": pattern}
+    plain = rebuild({"q": dense}, {"q": dense}, {"q": keep}, {"q": gradients}, patterns, options, numerics)
     dense, keep, gradients = (tensor.T.contiguous().T for tensor in (dense, keep, gradients))
-    stored = rebuild({"q": dense}, {"q": dense}, {"q": keep}, {"q": gradients}, pattern, options)
+    stored = rebuild({"q": dense}, {"q": dense}, {"q": keep}, {"q": gradients}, patterns, options, numerics)
     assert plain.swapped["q"] > 0
     assert torch.equal(plain.keep["q"], stored.keep["q"])
     assert torch.equal(plain.weight["q"], stored.weight["q"])

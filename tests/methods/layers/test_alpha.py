@@ -11,9 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from tests.layer_survey import MadeSurvey
 from trimcli.errors import OptionError
-from trimcli.methods.layers import alpha
-from trimcli.methods.layers.alpha import alpha_mid, alpha_peak, sparsities, squared_singular_values
+from trimcli.methods.layers import spectra
+from trimcli.methods.layers.alpha import METRICS, AlphaOptions, sparsities
+from trimcli.methods.layers.base import ALLOCATIONS
+from trimcli.methods.layers.spectra import (
+    SPECTRAL,
+    alpha_mid,
+    alpha_peak,
+    cache_key,
+    measure,
+    squared_singular_values,
+)
+from trimcli.methods.layers.ww_metrics import COLUMNS
 
 DATA = Path(__file__).parents[2] / "data"
 
@@ -67,7 +78,7 @@ def test_both_exponents_follow_the_formulas(seed: int, count: int, spread: float
 def test_blocks_of_starts_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.rand(200, generator=torch.Generator().manual_seed(2), dtype=torch.float64).sort().values
     whole = alpha_peak(values)
-    monkeypatch.setattr(alpha, "ELEMENTS", 700)
+    monkeypatch.setattr(spectra, "ELEMENTS", 700)
     assert alpha_peak(values) == whole
 
 
@@ -160,3 +171,64 @@ def test_an_epsilon_that_leaves_nothing_to_scale_is_refused() -> None:
     metrics, weights = torch.tensor([1.0, 1.0, 1.0, 2.0]).double(), torch.ones(4).double()
     with pytest.raises(OptionError, match="--epsilon 3"):
         sparsities(metrics, torch.arange(4), weights, 0.5, 3.0, by_block=False)
+
+
+def test_every_metric_there_is_can_be_named() -> None:
+    assert set(METRICS) == {*SPECTRAL, *COLUMNS}
+    assert len(METRICS) == 12
+    assert AlphaOptions().ww_metric == "alpha_peak"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ww_metric": "alpha_peek"}, "--ww-metric 'alpha_peek' is none of .*; did you mean 'alpha_peak'"),
+        ({"epsilon": -0.1}, "--epsilon -0.1 is not usable"),
+        ({"epsilon": float("nan")}, "--epsilon nan is not usable"),
+        ({"mapping_type": "blok"}, "--mapping-type 'blok' is none of block, layer; did you mean 'block'"),
+    ],
+)
+def test_options_that_cannot_be_used(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        AlphaOptions(**fields)  # type: ignore[arg-type]
+
+
+LAYERS = [["a", "b"], ["c"], ["d", "e"]]
+LINEARS = {"a": (6, 8), "b": (9, 20), "c": (30, 12), "d": (20, 16), "e": (11, 14)}
+
+
+@pytest.mark.parametrize("mapping_type", ["block", "layer"])
+@pytest.mark.parametrize("metric", ["alpha_peak", "alpha_mid"])
+def test_the_allocation_is_the_formula_on_every_spectrum(metric: str, mapping_type: str) -> None:
+    survey = MadeSurvey(LAYERS, LINEARS)
+    options = AlphaOptions(ww_metric=metric, epsilon=0.2, mapping_type=mapping_type)  # type: ignore[arg-type]
+    found = ALLOCATIONS["alpha"](survey, 0.6, options=options)
+    metrics = [SPECTRAL[metric](squared_singular_values(survey.weights[name])) for name in survey.names]
+    expected = slow_sparsities(
+        metrics, [0, 0, 1, 2, 2], [int(count) for count in survey.counts], 0.6, 0.2, mapping_type == "block"
+    )
+    assert found.metric == metrics
+    assert found.sparsity.tolist() == pytest.approx(expected, rel=1e-9)
+    assert found.parameters == {"epsilon": 0.2, "mapping_type": mapping_type, "ww_metric": metric}
+    # One look at a matrix gives what the other spectral metric would be.
+    assert {key for known in survey.known.values() for key in known} == {cache_key(name, 3) for name in SPECTRAL}
+    asked = len(survey.asked)
+    ALLOCATIONS["alpha"](survey, 0.6, options=AlphaOptions(ww_metric="alpha_mid"))
+    assert survey.asked[asked:] == [("remembered", "alpha_mid")]
+
+
+def test_imported_metrics_need_no_weights() -> None:
+    metrics = torch.tensor([2.0, 4.0, 5.0, 3.0, 3.5], dtype=torch.float64)
+    survey = MadeSurvey(LAYERS, LINEARS, metrics)
+    found = ALLOCATIONS["alpha"](survey, 0.6, options=AlphaOptions(mapping_type="layer"))
+    sizes = [int(count) for count in survey.counts]
+    expected = slow_sparsities(metrics.tolist(), [0, 0, 1, 2, 2], sizes, 0.6, 0.3, by_block=False)
+    assert found.sparsity.tolist() == pytest.approx(expected, rel=1e-9)
+    assert found.metric == metrics.tolist()
+    assert "ww_metric" not in found.parameters
+    assert survey.asked == []
+
+
+def test_a_spectrum_without_a_shape_measures_nothing() -> None:
+    assert measure("alpha_peak", "a", torch.zeros(4, 6), 0) == {}
+    assert set(measure("alpha_mid", "a", torch.randn(9, 9), 0)) == set(SPECTRAL)

@@ -5,7 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimcli.methods.layers.projection import settle, uniform, weighted_mean
+from tests.layer_survey import MadeSurvey
+from trimcli.methods.layers.base import ALLOCATIONS
+from trimcli.methods.layers.projection import settle, weighted_mean
+from trimcli.options import Numerics
 
 
 @given(
@@ -30,5 +33,17 @@ def test_reference_moves_nothing_but_what_is_not_positive() -> None:
     assert settle(sparsity, torch.ones(5), 0.7, "reference").tolist() == [0.01, 0.01, 0.3, 0.9999, 1.2]
 
 
-def test_uniform_is_the_target_to_the_last_bit() -> None:
-    assert uniform(3, 0.7).tolist() == [0.7] * 3
+@pytest.mark.parametrize("numerics", ["exact", "reference"])
+@pytest.mark.parametrize("target", [0.0, 0.1, 1 / 3, 0.7, 0.995])
+def test_uniform_is_the_target_to_the_last_bit(target: float, numerics: Numerics) -> None:
+    survey = MadeSurvey([["a", "b"], ["c"]], {"a": (3, 7), "b": (5, 2), "c": (2, 9)})
+    found = ALLOCATIONS["uniform"](survey, target)
+    assert found.target == target
+    assert found.sparsity.tolist() == [target] * 3
+    assert found.sparsity.dtype == torch.float64
+    assert (found.metric, found.parameters, found.pattern) == ([None] * 3, {}, None)
+    assert (
+        settle(found.sparsity, survey.counts, target, numerics).tolist()
+        == ([target or 0.01] if numerics == "reference" else [target]) * 3
+    )
+    assert weighted_mean(found.sparsity, survey.counts) == pytest.approx(target, abs=1e-15)

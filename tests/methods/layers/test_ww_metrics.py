@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimcli.methods.layers.metrics import cache_key, measure
+from trimcli.methods.layers.spectra import cache_key, measure
 from trimcli.methods.layers.ww_metrics import COLUMNS, RANDOMIZED, weightwatcher_metrics
 
 

@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trimcli import registry
 from trimcli.errors import OptionError
 from trimcli.methods import ranking
-from trimcli.methods.rows import quality
-from trimcli.methods.rows.quality import Dense, compare, quality_function, row_quality_function
+from trimcli.methods.rows import metrics
+from trimcli.methods.rows.metrics import QUALITIES, ROW_QUALITIES, quality, row_quality
+from trimcli.methods.rows.quality import Dense, compare
 
 Rows = list[list[float]]
 untimed = settings(deadline=None)
@@ -88,8 +90,11 @@ ROWS: dict[str, Callable[[Rows, Rows], list[float]]] = {
 
 
 def test_every_metric_is_registered_with_the_default_first() -> None:
-    assert quality.quality_names() == list(WHOLE)
-    assert quality.row_quality_names() == list(ROWS)
+    assert list(QUALITIES) == list(WHOLE)
+    assert list(ROW_QUALITIES) == list(ROWS)
+    for entry in (*QUALITIES.values(), *ROW_QUALITIES.values()):
+        assert entry.help.endswith(".")
+        assert "Beck et al. 2025" in entry.source
 
 
 @pytest.mark.parametrize("name", WHOLE)
@@ -97,7 +102,7 @@ def test_every_metric_is_registered_with_the_default_first() -> None:
 @given(pair=output_pairs())
 def test_whole_matrix(name: str, pair: tuple[Tensor, Tensor]) -> None:
     dense, pruned = pair
-    found = quality_function(name)(compare(Dense(dense), pruned))
+    found = QUALITIES[name](compare(Dense(dense), pruned))
     assert found.dtype == torch.float64
     assert found.item() == pytest.approx(WHOLE[name](dense.tolist(), pruned.tolist()), rel=1e-9, abs=1e-12)
 
@@ -107,7 +112,7 @@ def test_whole_matrix(name: str, pair: tuple[Tensor, Tensor]) -> None:
 @given(pair=output_pairs())
 def test_rows(name: str, pair: tuple[Tensor, Tensor]) -> None:
     dense, pruned = pair
-    found = row_quality_function(name)(compare(Dense(dense), pruned))
+    found = ROW_QUALITIES[name](compare(Dense(dense), pruned))
     assert found.dtype == torch.float64
     assert found.tolist() == pytest.approx(ROWS[name](dense.tolist(), pruned.tolist()), rel=1e-9, abs=1e-12)
 
@@ -124,22 +129,22 @@ def test_sums_do_not_depend_on_the_blocks_they_are_taken_in(monkeypatch: pytest.
 def test_equal_outputs_have_no_error() -> None:
     dense = torch.randn(5, 70, generator=torch.Generator().manual_seed(0))
     outputs = compare(Dense(dense), dense.clone())
-    assert quality_function("mse")(outputs) == 0
-    assert quality_function("snr")(outputs) == torch.inf
-    assert row_quality_function("cosim")(outputs).max() <= 1
+    assert QUALITIES["mse"](outputs) == 0
+    assert QUALITIES["snr"](outputs) == torch.inf
+    assert ROW_QUALITIES["cosim"](outputs).max() <= 1
 
 
 def test_rows_of_zeros() -> None:
     dense = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     outputs = compare(Dense(dense), dense)
-    assert row_quality_function("cosim")(outputs)[0] == 0
-    assert row_quality_function("psnr")(outputs)[0] == -torch.inf
+    assert ROW_QUALITIES["cosim"](outputs)[0] == 0
+    assert ROW_QUALITIES["psnr"](outputs)[0] == -torch.inf
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE.keys() - {"pass"}))
 def test_nan_outputs_have_nan_quality(name: str) -> None:
     dense = torch.tensor([[torch.nan, 1.0], [1.0, 2.0]])
-    assert quality_function(name)(compare(Dense(dense), dense)).isnan()
+    assert QUALITIES[name](compare(Dense(dense), dense)).isnan()
 
 
 def test_shapes_must_match() -> None:
@@ -148,14 +153,16 @@ def test_shapes_must_match() -> None:
 
 
 def test_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(OptionError, match=r"'sharpness'.*cosim_flat"):
-        quality_function("sharpness")
-    with pytest.raises(OptionError, match=r"'sharpness'.*cosim, mse, psnr"):
-        row_quality_function("sharpness")
-    with pytest.raises(ValueError, match="registered already"):
-        quality.register_quality("mse")(quality.mse)
-    with pytest.raises(ValueError, match="registered already"):
-        quality.register_row_quality("mse")(quality.mse_row)
-    monkeypatch.setattr(quality, "_qualities", dict(quality._qualities))
-    quality.register_quality("sharpness")(quality.mae)
-    assert quality_function("sharpness") is quality.mae
+    with pytest.raises(OptionError, match=r"--qmetric 'sharpness' is none of cosim_flat"):
+        QUALITIES["sharpness"]
+    with pytest.raises(OptionError, match=r"--qmetric-dimwise 'sharpness' is none of cosim, mse, psnr"):
+        ROW_QUALITIES["sharpness"]
+    with pytest.raises(ValueError, match="a quality metric named 'mse' is registered already"):
+        quality("mse", source="nowhere")(metrics.mse)
+    with pytest.raises(ValueError, match="a row metric named 'mse' is registered already"):
+        row_quality("mse", source="nowhere")(metrics.mse_row)
+    monkeypatch.setattr(QUALITIES, "_entries", dict(QUALITIES._entries))
+    monkeypatch.setattr(registry, "_everything", list(registry._everything))
+    assert quality("sharpness", source="nowhere")(metrics.mae) is metrics.mae
+    assert QUALITIES["sharpness"].function is metrics.mae
+    assert list(QUALITIES) == [*WHOLE, "sharpness"]

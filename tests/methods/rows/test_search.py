@@ -12,10 +12,15 @@ from torch import Tensor
 
 from trimcli.errors import OptionError
 from trimcli.methods import masks
-from trimcli.methods.masks import Numerics
+from trimcli.methods.choice import Choice, Target
 from trimcli.methods.rows import product as outputs
-from trimcli.methods.rows.quality import quality_names, row_quality_names
-from trimcli.methods.rows.search import RowOptions, search_rows
+from trimcli.methods.rows.base import ROWS
+from trimcli.methods.rows.metrics import QUALITIES, ROW_QUALITIES
+from trimcli.methods.rows.search import search_rows
+from trimcli.methods.rows.trim import TrimOptions
+from trimcli.methods.scores import SCORES
+from trimcli.methods.stats import LinearStats
+from trimcli.options import Numerics
 
 MODES: list[Numerics] = ["exact", "reference"]
 CAP = 0.95
@@ -29,7 +34,8 @@ class Oracle:
     scores: Tensor
     inputs: Tensor
     target: float
-    options: RowOptions
+    options: TrimOptions
+    numerics: Numerics = "exact"
 
     def pruned(self, counts: list[int]) -> Tensor:
         """B with counts[k] weights gone from row k."""
@@ -76,12 +82,12 @@ class Oracle:
     def counts(self, s: Tensor) -> list[int]:
         """floor(D_in * s_k) in float32, exact: the nearest count; never outside the row."""
         d_in = self.weight.shape[1]
-        half = 0.5 if self.options.numerics == "exact" else 0
+        half = 0.5 if self.numerics == "exact" else 0
         return [min(max(int(d_in * share + half), 0), d_in) for share in s]
 
     def recentre(self, s: Tensor, cap: float) -> Tensor:
         """Into bounds and onto the target."""
-        if self.options.numerics == "reference":
+        if self.numerics == "reference":
             s = s.float().clamp(0, cap)
             return s - s.mean() + self.target
         s, top = s.double(), max(cap, self.target)
@@ -128,7 +134,7 @@ class Oracle:
                 if not quality > previous:
                     break
                 previous = quality
-        if self.options.numerics == "reference":
+        if self.numerics == "reference":
             return self.counts(self.recentre(best_s, CAP)), best_step, best_iteration, best
         whole = next(n for n in range(d_in, -1, -1) if n <= CAP * d_in + 1e-9) / d_in
         ideal = self.recentre(best_s, whole if whole >= self.target else CAP).double() * d_in
@@ -174,9 +180,9 @@ targets = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.01, 0.5, 0.7, 0.94,
 @given(
     matrices=whole_number_matrices(),
     target=targets,
-    qmetric=st.sampled_from(quality_names()[:-1]),
-    qmetric_dimwise=st.sampled_from(row_quality_names()),
-    iterations=st.integers(0, 4),
+    qmetric=st.sampled_from([name for name in QUALITIES if name != "pass"]),
+    qmetric_dimwise=st.sampled_from(list(ROW_QUALITIES)),
+    iterations=st.integers(1, 4),
     forbid_negative=st.booleans(),
 )
 def test_search_equals_the_oracle(
@@ -188,9 +194,9 @@ def test_search_equals_the_oracle(
     iterations: int,
     forbid_negative: bool,
 ) -> None:
-    options = RowOptions(qmetric, qmetric_dimwise, iterations, forbid_negative, numerics)
-    counts, step, iteration, quality = Oracle(*matrices, target, options).run()
-    found = search_rows(*matrices, target, options)
+    options = TrimOptions(qmetric, qmetric_dimwise, iterations, forbid_negative)
+    counts, step, iteration, quality = Oracle(*matrices, target, options, numerics).run()
+    found = search_rows(*matrices, target, options, numerics)
     assert (found.counts.tolist(), found.step, found.iteration) == (counts, step, iteration)
     assert found.quality_best == pytest.approx(quality, rel=1e-12)
     assert torch.equal(found.keep, masks.lowest_per_row(matrices[1], found.counts))
@@ -212,9 +218,9 @@ def real_matrix(d_out: int, d_in: int, samples: int, seed: int) -> tuple[Tensor,
 @pytest.mark.parametrize("target", [0.5, 0.8])
 def test_real_numbers(qmetric: str, dimwise: str, target: float, numerics: Numerics) -> None:
     matrices = real_matrix(96, 200, 24, seed=5)
-    options = RowOptions(qmetric, dimwise, 5, numerics=numerics)
-    counts, step, iteration, quality = Oracle(*matrices, target, options).run()
-    found = search_rows(*matrices, target, options)
+    options = TrimOptions(qmetric, dimwise, 5)
+    counts, step, iteration, quality = Oracle(*matrices, target, options, numerics).run()
+    found = search_rows(*matrices, target, options, numerics)
     assert (found.step, found.iteration) == (step, iteration)
     assert found.quality_best == pytest.approx(quality, rel=1e-6)
     assert (found.counts == torch.tensor(counts)).float().mean() >= 0.995
@@ -225,9 +231,8 @@ def test_matrices_of_the_embedded_model(linear: str, nano_qwen2: Path) -> None:
     weight = load_file(nano_qwen2 / "model.safetensors")[f"model.layers.{linear}.weight"].float()
     _, _, inputs = real_matrix(1, weight.shape[1], 32, seed=6)
     matrices = weight, weight.abs() * inputs.square().mean(1).sqrt(), inputs
-    options = RowOptions(numerics="reference")
-    counts, step, iteration, _ = Oracle(*matrices, 0.7, options).run()
-    found = search_rows(*matrices, 0.7, options)
+    counts, step, iteration, _ = Oracle(*matrices, 0.7, TrimOptions(), "reference").run()
+    found = search_rows(*matrices, 0.7, TrimOptions(), "reference")
     assert (found.step, found.iteration) == (step, iteration)
     assert (found.counts == torch.tensor(counts)).float().mean() >= 0.995
 
@@ -237,7 +242,7 @@ def test_matrices_of_the_embedded_model(linear: str, nano_qwen2: Path) -> None:
 def test_exact_counts(seed: int, target: float, d_in: int) -> None:
     """The matrix budget is met and no row exceeds 95% unless the target leaves no choice."""
     d_out = 9
-    found = search_rows(*real_matrix(d_out, d_in, 3, seed), target, RowOptions(iterations=3))
+    found = search_rows(*real_matrix(d_out, d_in, 3, seed), target, TrimOptions(iterations=3))
     assert int(found.counts.sum()) == round(target * d_out * d_in)
     assert torch.equal((~found.keep).sum(1), found.counts)
     assert found.row_sparsity.dtype == torch.float32
@@ -262,7 +267,7 @@ def test_result_tells_what_was_found() -> None:
     assert found.quality_best > found.quality_uniform
     assert found.step != 0
     assert 1 <= found.iteration <= 10
-    oracle = Oracle(*matrices, 0.6, RowOptions())
+    oracle = Oracle(*matrices, 0.6, TrimOptions())
     before, after = oracle.pruned([round(0.6 * 128)] * 64), (weight * found.keep) @ inputs
     for state, variance, quality in (
         (before, found.variance_before, found.row_quality_before),
@@ -280,18 +285,18 @@ def test_forbidden_negative_steps() -> None:
     assert negative.row_quality_before.diff() < 0
     assert negative.step == -0.04
     assert negative.counts.diff() > 0
-    forbidden = search_rows(weight, weight, inputs, 0.7, RowOptions(forbid_negative=True))
+    forbidden = search_rows(weight, weight, inputs, 0.7, TrimOptions(forbid_negative=True))
     assert (forbidden.step, forbidden.iteration, forbidden.counts.tolist()) == (0, 0, [700, 699])
 
 
 def test_no_quality_is_above_one_under_pass() -> None:
     matrices = real_matrix(12, 50, 4, seed=0)
-    uniform = search_rows(*matrices, 0.7, RowOptions("pass", numerics="reference"))
+    uniform = search_rows(*matrices, 0.7, TrimOptions("pass"), "reference")
     assert uniform.counts.tolist() == [35] * 12
     assert (uniform.step, uniform.iteration, uniform.quality_best) == (0, 0, 1)
-    last = search_rows(*matrices, 0.7, RowOptions("pass", iterations=6))
+    last = search_rows(*matrices, 0.7, TrimOptions("pass", iterations=6))
     assert (last.step, last.iteration, last.quality_best) == (0.01, 6, 1)
-    oracle = Oracle(*matrices, 0.7, RowOptions())
+    oracle = Oracle(*matrices, 0.7, TrimOptions())
     s = torch.full((12,), 0.7)
     for _ in range(6):
         q = oracle.row_quality(oracle.pruned(oracle.counts(s)))
@@ -305,7 +310,7 @@ def test_no_quality_is_above_one_under_pass() -> None:
 def test_a_quality_that_is_nan_never_wins(value: float, numerics: Numerics) -> None:
     weight, scores, inputs = real_matrix(6, 20, 4, seed=0)
     inputs[3, 2] = value
-    found = search_rows(weight, scores, inputs, 0.5, RowOptions(numerics=numerics))
+    found = search_rows(weight, scores, inputs, 0.5, numerics=numerics)
     assert (found.step, found.iteration) == (0, 0)
     assert found.counts.tolist() == [10] * 6
 
@@ -313,7 +318,7 @@ def test_a_quality_that_is_nan_never_wins(value: float, numerics: Numerics) -> N
 def test_a_row_without_finite_quality_ends_the_search() -> None:
     weight, scores, inputs = real_matrix(6, 20, 4, seed=0)
     weight[2] = 0  # its peak signal-to-noise ratio is minus infinity
-    found = search_rows(weight, scores, inputs, 0.5, RowOptions(qmetric_dimwise="psnr"))
+    found = search_rows(weight, scores, inputs, 0.5, TrimOptions(qmetric_dimwise="psnr"))
     assert (found.step, found.counts.tolist()) == (0, [10] * 6)
 
 
@@ -334,14 +339,15 @@ def test_one_row_has_no_variance() -> None:
 
 
 def test_bad_options_and_arguments() -> None:
-    with pytest.raises(OptionError, match="'sharp'"):
-        RowOptions("sharp")
-    with pytest.raises(OptionError, match="'sharp'"):
-        RowOptions(qmetric_dimwise="sharp")
-    with pytest.raises(OptionError, match="-1 iterations"):
-        RowOptions(iterations=-1)
-    with pytest.raises(OptionError, match="'fast'"):
-        RowOptions(numerics="fast")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="--qmetric 'sharp' is none of cosim_flat, "):
+        TrimOptions("sharp")
+    with pytest.raises(OptionError, match="--qmetric-dimwise 'sharp' is none of cosim, mse, psnr"):
+        TrimOptions(qmetric_dimwise="sharp")
+    for iterations in (-1, 0):
+        with pytest.raises(OptionError, match=f"--iterations {iterations} must be at least 1"):
+            TrimOptions(iterations=iterations)
+    with pytest.raises(OptionError, match="did you mean 'cosim_flat'"):
+        TrimOptions("cosim_flt")
     weight, scores, inputs = real_matrix(4, 10, 3, seed=0)
     with pytest.raises(ValueError, match="do not fit"):
         search_rows(weight, scores, inputs.T, 0.5)
@@ -351,3 +357,23 @@ def test_bad_options_and_arguments() -> None:
         search_rows(weight, scores, inputs, 1.5)
     with pytest.raises(ValueError, match="NaN"):
         search_rows(weight, scores * torch.nan, inputs, 0.5)
+
+
+@pytest.mark.parametrize("numerics", MODES)
+@pytest.mark.parametrize("name", ["wanda", "magnitude", "obs"])
+def test_the_row_allocation_searches_by_the_scores_of_the_choice(name: str, numerics: Numerics) -> None:
+    weight, _, inputs = real_matrix(24, 40, 6, seed=9)
+    tokens = torch.randn(80, 40, generator=torch.Generator().manual_seed(9))
+    stats = LinearStats(sqnorm=tokens.square().sum(0), inputs=inputs, gram=tokens.T @ tokens)
+    choice = Choice(SCORES[name], stats, Target(0.6), numerics)
+    options = TrimOptions("mse", "mse", 4, forbid_negative=True)
+    rows = ROWS["trim"](weight, choice, options=options)
+    expected = search_rows(weight, SCORES[name](weight, stats), inputs, 0.6, options, numerics)
+    assert torch.equal(rows.keep, expected.keep)
+    assert rows.keep is rows.found.keep
+    assert torch.equal(rows.found.counts, expected.counts)
+    assert len(set(expected.counts.tolist())) > 1
+    assert ROWS["trim"].needs == {"inputs"}
+    assert ROWS["trim"].options is TrimOptions
+    default = ROWS["trim"](weight, choice)
+    assert torch.equal(default.keep, search_rows(weight, SCORES[name](weight, stats), inputs, 0.6, None, numerics).keep)

@@ -7,8 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimcli.methods.masks import Numerics
+from trimcli.methods.choice import Choice, Target
+from trimcli.methods.rows.base import ROWS
 from trimcli.methods.rows.variant import variant_keep
+from trimcli.methods.scores import SCORES
+from trimcli.methods.stats import LinearStats
+from trimcli.options import Numerics
 
 NUMERICS: tuple[Numerics, ...] = ("exact", "reference")
 untimed = settings(deadline=None)  # the first example pays for torch's warming up
@@ -135,3 +139,20 @@ def test_scores_without_a_finite_sum_are_refused(bad: float, numerics: Numerics)
     scores[1, 2] = bad
     with pytest.raises(ValueError, match="no finite sum"):
         variant_keep(scores, 0.5, numerics)
+
+
+@pytest.mark.parametrize("numerics", NUMERICS)
+def test_the_row_allocation_goes_by_wanda_scores(numerics: Numerics) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, sqnorm = torch.randn(9, 30, generator=generator), torch.rand(30, generator=generator)
+    stats = LinearStats(sqnorm=sqnorm)
+    rows = ROWS["variant"](weight, Choice(SCORES["wanda"], stats, Target(0.6), numerics))
+    assert torch.equal(rows.keep, variant_keep(weight.abs() * sqnorm.sqrt(), 0.6, numerics))
+    assert rows.found is None
+    assert ROWS["variant"].only == "wanda"
+
+
+def test_even_rows_leave_the_choice_to_the_score() -> None:
+    rows = ROWS["even"](torch.ones(2, 2), Choice(SCORES["magnitude"], LinearStats(), Target(0.5)))
+    assert (rows.keep, rows.found) == (None, None)
+    assert list(ROWS)[:3] == ["even", "trim", "variant"]

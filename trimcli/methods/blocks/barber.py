@@ -6,54 +6,16 @@ Language Models", section 3). Pure functions of tensors: the gradients come from
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from trimcli.errors import OptionError
-from trimcli.methods.masks import Numerics
-from trimcli.options import one_of
-
-Granularity = Literal["block", "layer", "output1", "input1"]
-"""The unit whose weights are paired: all linears of the block, one matrix, one row, one column."""
-
-Metric = Literal["WD", "W", "D"]
-"""What a weight is worth: |base| * sqrt(g), |base|, sqrt(g)."""
+from trimcli.methods.blocks.options import BarberOptions
+from trimcli.options import Numerics
 
 # Weights sorted at a time where rows or columns are independent: some 100 MB of sorted values and indices.
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True)
-class BarberOptions:
-    """How masks are rebuilt.
-
-    granularity: the unit that is paired; N:M patterns pair per row whatever it says. metric: a weight's
-    worth. threshold: the share of a unit's rewarding pairs that swap, 0 to 1. retain_reconstruction: kept
-    weights enter with the sparse model's values (as SparseGPT left them) instead of the dense ones.
-    numerics: `exact` swaps pairs, so counts stay; `reference` compares with two threshold values, as
-    published.
-
-    Raises OptionError for an unknown granularity or metric, or a threshold outside 0 to 1.
-    """
-
-    granularity: Granularity = "output1"
-    metric: Metric = "WD"
-    threshold: float = 0.01
-    retain_reconstruction: bool = False
-    numerics: Numerics = "exact"
-
-    def __post_init__(self) -> None:
-        one_of("--prune-granularity", self.granularity, get_args(Granularity))
-        one_of("--prune-metric", self.metric, get_args(Metric))
-        if not 0 <= self.threshold <= 1:
-            raise OptionError(f"--threshold {self.threshold} is not a share of the pairs; give 0 to 1.")
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether the metric reads gradients at all (`W` does not)."""
-        return self.metric != "W"
 
 
 @dataclass(frozen=True)
@@ -74,15 +36,17 @@ def rebuild(
     sparse: Mapping[str, Tensor],
     keep: Mapping[str, Tensor],
     gradients: Mapping[str, Tensor] | None,
-    pattern: tuple[int, int] | None,
+    patterns: Mapping[str, tuple[int, int] | None],
     options: BarberOptions,
+    numerics: Numerics = "exact",
 ) -> Rebuilt:
     """Pair pruned with kept weights of one block and swap the most rewarding pairs.
 
     dense: the dense model's weights, [D_out, D_in] by linear. sparse: the sparse model's, zero where pruned.
     keep: bool, the masks to rebuild. gradients: float32 mean squared gradients (`blocks.block_gradients`)
-    in the weights' orientation; None is enough for metric `W`. pattern: (kept, group) of an N:M mask, whose
-    groups keep their counts.
+    in the weights' orientation; None is enough for metric `W`. patterns: (kept, group) of the linears whose mask is
+    N:M, whose groups keep their counts. numerics: `exact` swaps pairs, so counts stay; `reference` compares with two
+    threshold values, as published.
 
     In every unit, pruned weights by descending metric meet kept ones by ascending metric; of the pairs in
     which the pruned weight is worth more, the first int(count * threshold) swap. Equal metrics go in index
@@ -105,21 +69,23 @@ def rebuild(
         return root if options.metric == "D" else root.mul_(base_of(name).float().abs())
 
     new: dict[str, Tensor] = {}
-    if pattern is not None:
-        for name, old in keep.items():
-            new[name] = _swap_in_groups(metric_of(name), old, pattern, options)
-    elif options.granularity == "block":
-        metrics = {name: metric_of(name) for name in keep}
-        new = _swap_together(metrics, keep, options)
-    elif options.granularity == "layer":
-        for name, old in keep.items():
-            new |= _swap_together({name: metric_of(name)}, {name: old}, options)
-    elif options.granularity == "output1":
-        for name, old in keep.items():
-            new[name] = _swap_in_rows(metric_of(name), old, options)
-    else:
-        for name, old in keep.items():
-            new[name] = _swap_in_rows(metric_of(name).T, old.T, options).T.contiguous()
+    free = {}
+    for name, old in keep.items():
+        pattern = patterns.get(name)
+        if pattern is None:
+            free[name] = old
+        else:
+            new[name] = _swap_in_groups(metric_of(name), old, pattern, options.threshold, numerics)
+    if options.granularity == "block" and free:
+        new |= _swap_together({name: metric_of(name) for name in free}, free, options.threshold, numerics)
+        free = {}
+    for name, old in free.items():
+        if options.granularity == "layer":
+            new |= _swap_together({name: metric_of(name)}, {name: old}, options.threshold, numerics)
+        elif options.granularity == "output1":
+            new[name] = _swap_in_rows(metric_of(name), old, options.threshold, numerics)
+        else:
+            new[name] = _swap_in_rows(metric_of(name).T, old.T, options.threshold, numerics).T.contiguous()
     return Rebuilt(
         keep=new,
         weight={name: base_of(name).masked_fill(~new[name], 0) for name in new},
@@ -168,12 +134,12 @@ def _growing(pairs: _Pairing, metric: Tensor, keep: Tensor, numerics: Numerics) 
     return ~keep & (metric > pairs.growth.gather(1, pairs.count.minimum(last)))
 
 
-def _swap_in_rows(metric: Tensor, keep: Tensor, options: BarberOptions) -> Tensor:
+def _swap_in_rows(metric: Tensor, keep: Tensor, threshold: float, numerics: Numerics) -> Tensor:
     parts = []
     for worth, old in _row_chunks(metric, keep):
-        pairs = _pair_rows(worth, old, options.threshold)
-        returns = _growing(pairs, worth, old, options.numerics)
-        if options.numerics == "exact":
+        pairs = _pair_rows(worth, old, threshold)
+        returns = _growing(pairs, worth, old, numerics)
+        if numerics == "exact":
             goes = _first(pairs.prune_order, pairs.count)
         else:
             last = (old.sum(dim=1, keepdim=True) - 1).clamp(min=0)
@@ -182,15 +148,17 @@ def _swap_in_rows(metric: Tensor, keep: Tensor, options: BarberOptions) -> Tenso
     return torch.cat(parts)
 
 
-def _swap_in_groups(metric: Tensor, keep: Tensor, pattern: tuple[int, int], options: BarberOptions) -> Tensor:
+def _swap_in_groups(
+    metric: Tensor, keep: Tensor, pattern: tuple[int, int], threshold: float, numerics: Numerics
+) -> Tensor:
     kept, group = pattern
     if metric.shape[1] % group:
         inputs = metric.shape[1]
         raise OptionError(f"{kept}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}.")
     parts = []
     for worth, old in _row_chunks(metric, keep):
-        pairs = _pair_rows(worth, old, options.threshold)
-        returns = _growing(pairs, worth, old, options.numerics).reshape(-1, group)
+        pairs = _pair_rows(worth, old, threshold)
+        returns = _growing(pairs, worth, old, numerics).reshape(-1, group)
         worth, old = worth.reshape(-1, group), old.reshape(-1, group)
         # A group of which little is kept (1:4) cannot take back more than it can give.
         room = returns.sum(dim=1, keepdim=True).minimum(old.sum(dim=1, keepdim=True))
@@ -200,7 +168,9 @@ def _swap_in_groups(metric: Tensor, keep: Tensor, pattern: tuple[int, int], opti
     return torch.cat(parts).view(keep.shape)
 
 
-def _swap_together(metrics: dict[str, Tensor], keep: Mapping[str, Tensor], options: BarberOptions) -> dict[str, Tensor]:
+def _swap_together(
+    metrics: dict[str, Tensor], keep: Mapping[str, Tensor], threshold: float, numerics: Numerics
+) -> dict[str, Tensor]:
     """One unit of one or more whole matrices.
 
     Only sorted values are held, no order of all the weights: ties at the thresholds are taken by index later.
@@ -208,10 +178,10 @@ def _swap_together(metrics: dict[str, Tensor], keep: Mapping[str, Tensor], optio
     growth = _sorted([metric[~keep[name]] for name, metric in metrics.items()], descending=True)
     prune = _sorted([metric[keep[name]] for name, metric in metrics.items()], descending=False)
     pairs = min(len(growth), len(prune))
-    count = int(int((growth[:pairs] > prune[:pairs]).sum()) * options.threshold)
+    count = int(int((growth[:pairs] > prune[:pairs]).sum()) * threshold)
     if count == 0:
         return {name: keep[name].clone() for name in metrics}
-    if options.numerics == "reference":
+    if numerics == "reference":
         grow_above = growth[min(count, len(growth) - 1)]
         prune_below = prune[min(count, len(prune) - 1)]
         return {

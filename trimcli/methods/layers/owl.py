@@ -1,14 +1,81 @@
 """OWL: decoder layers with more outliers among their scores keep more (Yin et al. 2024, section 3.2)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from trimcli.errors import OptionError
+from trimcli.methods.layers.base import Allocation, Survey, layer_allocation, spread
+from trimcli.methods.scores import wanda
+from trimcli.methods.stats import SQNORM
+from trimcli.options import at_least, check_fields, not_negative, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PANEL = "OWL"
+
+
+@dataclass(frozen=True)
+class OwlOptions:
+    """How outliers become sparsities. Raises OptionError for a value that cannot be used."""
+
+    lambda_: float = option(
+        0.08, "How far a layer may lie from the target (of N when mixed N:M).", panel=PANEL, check=not_negative
+    )
+    hyper_m: float = option(
+        5.0, "A score is an outlier above this many times the mean.", panel=PANEL, check=not_negative
+    )
+    group: int | None = option(
+        None, "Mixed N:M patterns with groups of this many inputs; N is what is kept.", panel=PANEL, check=at_least(2)
+    )
+    special: bool = option(
+        False, "Mixed N:M as published under that name: a layer that would keep 1 more keeps 2 more.", panel=PANEL
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.special and self.group is None:
+            raise OptionError("--special does nothing without --group, which makes the patterns mixed N:M; add it.")
+
+
+@layer_allocation(
+    "owl", needs={SQNORM}, title="OWL", source="Yin et al. 2024, section 3.2", options=OwlOptions, imports="ratios"
+)
+def owl(survey: Survey, target: float, options: OwlOptions) -> Allocation:
+    """Decoder layers with more outliers among their wanda scores keep more."""
+    import torch
+
+    if survey.imported is not None:
+        return Allocation(target, spread(survey, 1 - survey.imported), [None] * len(survey.names), {})
+    for name, (_, d_in) in survey.shapes.items():
+        if options.group is not None and d_in % options.group:
+            raise OptionError(f"--group {options.group} does not divide the {d_in} inputs of {name}; choose another.")
+
+    def scored(name: str) -> Tensor:
+        return wanda(survey.weight(name), survey.stats(name))
+
+    found = [
+        outlier_share(partial(map, scored, layer), options.hyper_m) for layer in survey.each("outliers", survey.layers)
+    ]
+    outliers = torch.tensor(found, dtype=torch.float64)
+    parameters: dict[str, Any] = {"lambda": options.lambda_, "hyper_m": options.hyper_m}
+    metric: list[float | None] = list(spread(survey, outliers).tolist())
+    if options.group is None:
+        return Allocation(
+            target, spread(survey, 1 - keep_ratios(outliers, target, options.lambda_)), metric, parameters
+        )
+    kept = kept_of_group(outliers, target, options.group, options.lambda_, special=options.special)
+    parameters["group"] = options.group
+    if options.special:
+        parameters["special"] = True
+    counts = spread(survey, torch.tensor(kept))
+    pattern = [(count, options.group) for count in counts.tolist()]
+    return Allocation(target, 1 - counts.double() / options.group, metric, parameters, pattern)
 
 
 def outlier_share(scores: Callable[[], Iterable[Tensor]], hyper_m: float) -> float:
@@ -27,6 +94,8 @@ def outlier_share(scores: Callable[[], Iterable[Tensor]], hyper_m: float) -> flo
 
 
 def _sum_and_count(matrix: Tensor) -> tuple[float, int]:
+    import torch
+
     return float(matrix.sum(dtype=torch.float64)), matrix.numel()
 
 
@@ -44,17 +113,20 @@ def keep_ratios(outliers: Tensor, target: float, lambda_: float) -> Tensor:
     return shares - shares.mean() + (1 - target)
 
 
-def kept_of_group(outliers: Tensor, target: float, group: int, lambda_: float) -> list[int]:
+def kept_of_group(outliers: Tensor, target: float, group: int, lambda_: float, *, special: bool = False) -> list[int]:
     """Mixed N:M: how many of each `group` consecutive inputs each decoder layer keeps.
 
     outliers: float64 [layers]. target: mean sparsity; on average round(target * group) of a group go.
-    lambda_: how many kept weights lie between the extreme layers. A half rounds to the even number. Returns
+    lambda_: how many kept weights lie between the extreme layers. A half rounds to the even number.
+    special: an offset of +1 counts as +2, as in the published code's special form. Returns
     one count per layer, 1..group; raises OptionError naming the layer that would keep none or more than all.
     """
     pruned = round(target * group)
     shares = _rescaled(outliers) * lambda_
-    extra = np.round((shares - shares.mean()).numpy()).astype(int)
-    kept = [int(group - pruned + more) for more in extra]
+    extra = (shares - shares.mean()).round().long()
+    if special:
+        extra[extra == 1] = 2
+    kept = (group - pruned + extra).tolist()
     for layer, count in enumerate(kept):
         if not 1 <= count <= group:
             raise OptionError(
@@ -68,5 +140,5 @@ def _rescaled(outliers: Tensor) -> Tensor:
     """Onto [0, 1]; all zero where the values are all equal."""
     low, high = float(outliers.min()), float(outliers.max())
     if not math.isfinite(high - low) or high == low:
-        return torch.zeros_like(outliers)
+        return outliers.new_zeros(outliers.shape)
     return (outliers - low) / (high - low)

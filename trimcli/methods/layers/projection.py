@@ -5,15 +5,11 @@ import math
 import torch
 from torch import Tensor
 
-from trimcli.methods.masks import Numerics, project
+from trimcli.methods.masks import project
+from trimcli.options import Numerics
 
 CAP = 0.99
 FLOOR = 0.01
-
-
-def uniform(count: int, target: float) -> Tensor:
-    """The target for each of `count` linears, float64 [count]."""
-    return torch.full((count,), target, dtype=torch.float64)
 
 
 def settle(sparsity: Tensor, weights: Tensor, target: float, numerics: Numerics) -> Tensor:

@@ -4,16 +4,17 @@ weightwatcher installs a root logger, filters warnings for the whole process, pr
 global generator; all of that is undone here, so that calling it leaves no trace.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Metric -> weightwatcher's column.
 COLUMNS = {
@@ -41,6 +42,9 @@ def weightwatcher_metrics(weight: Tensor, seed: int) -> dict[str, float]:
     CUDA is there, in its half precision. seed: of the permutation behind `random_distance`. Matrices of every
     size are analysed, weightwatcher's own limits notwithstanding. NaN where an analysis or a fit failed.
     """
+    import numpy as np
+    from torch import nn
+
     with _without_trace(seed):
         import weightwatcher
 
@@ -68,6 +72,9 @@ def _value(details: Any, metric: str, column: str) -> float:
 @contextlib.contextmanager
 def _without_trace(seed: int) -> Iterator[None]:
     """Silence, a seeded generator, and afterwards the logging, warnings and generator of before."""
+    import numpy as np
+    import torch
+
     root = logging.getLogger()
     handlers, level, disabled = list(root.handlers), root.level, logging.root.manager.disable
     state = np.random.get_state()

@@ -58,6 +58,8 @@ class Product:
             # Places in a block are counted in int32.
             if changes <= _WHOLE_SHARE * self._weight.numel() < 2**31 * _WHOLE_SHARE:
                 blocks = [slice(0, self.d_out)]
+        if counts is not None:
+            counts = counts.to(self.ranks.device)  # one copy rather than one a block
         for rows in blocks:
             kept = self._weight[rows]
             if counts is not None:

@@ -8,21 +8,14 @@ The cosines of rows and of the whole follow from two numbers per row, <A_k, B_k>
 belongs to A alone; the errors from one, ||A_k - B_k||^2. Each is taken once for all metrics.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from trimcli.methods.ranking import row_blocks
-from trimcli.options import one_of
-
-_EPSILON = 1e-8
-_MSE_FLOOR = 1e-10
-
-_Metric = TypeVar("_Metric", "Quality", "RowQuality")
+from trimcli.methods.rows.metrics import cosine
 
 
 class Dense:
@@ -89,7 +82,7 @@ class Outputs:
     @property
     def row_cosine(self) -> Tensor:
         """Cosine of each row, float64 [D_out]."""
-        return _cosine(self.dot, self.dense.sqnorm.sqrt(), self.sqnorm.sqrt())
+        return cosine(self.dot, self.dense.sqnorm.sqrt(), self.sqnorm.sqrt())
 
 
 def compare(dense: Dense, pruned: Tensor) -> Outputs:
@@ -100,155 +93,6 @@ def compare(dense: Dense, pruned: Tensor) -> Outputs:
     if pruned.shape != dense.values.shape:
         raise ValueError(f"pruned outputs {list(pruned.shape)} are not like the dense {list(dense.values.shape)}.")
     return Outputs(dense, pruned, *_row_sums(dense.values, pruned))
-
-
-Quality = Callable[[Outputs], Tensor]
-RowQuality = Callable[[Outputs], Tensor]
-
-_qualities: dict[str, Quality] = {}
-_row_qualities: dict[str, RowQuality] = {}
-
-
-def register_quality(name: str) -> Callable[[Quality], Quality]:
-    """Enter the decorated metric of a whole matrix, Outputs -> float64 scalar, in the registry as `name`.
-
-    Raises ValueError when the name is taken.
-    """
-    return _enter(_qualities, name)
-
-
-def register_row_quality(name: str) -> Callable[[RowQuality], RowQuality]:
-    """Enter the decorated row metric, Outputs -> float64 [D_out], in the registry as `name`.
-
-    Raises ValueError when the name is taken.
-    """
-    return _enter(_row_qualities, name)
-
-
-def quality_names() -> list[str]:
-    """Names of the metrics of a whole matrix, the default first."""
-    return list(_qualities)
-
-
-def row_quality_names() -> list[str]:
-    """Names of the row metrics, the default first."""
-    return list(_row_qualities)
-
-
-def quality_function(name: str) -> Quality:
-    """The metric of a whole matrix called `name`. Raises OptionError for an unknown name."""
-    return _qualities[one_of("--qmetric", name, _qualities)]
-
-
-def row_quality_function(name: str) -> RowQuality:
-    """The row metric called `name`. Raises OptionError for an unknown name."""
-    return _row_qualities[one_of("--qmetric-dimwise", name, _row_qualities)]
-
-
-def _enter(registry: dict[str, _Metric], name: str) -> Callable[[_Metric], _Metric]:
-    def enter(metric: _Metric) -> _Metric:
-        if name in registry:
-            raise ValueError(f"a quality metric named {name!r} is registered already; choose another name.")
-        registry[name] = metric
-        return metric
-
-    return enter
-
-
-@register_quality("cosim_flat")
-def cosim_flat(outputs: Outputs) -> Tensor:
-    """Cosine of the flattened A and B."""
-    return _cosine(outputs.dot.sum(), outputs.dense.sqnorm.sum().sqrt(), outputs.sqnorm.sum().sqrt())
-
-
-@register_quality("cosim_dim")
-def cosim_dim(outputs: Outputs) -> Tensor:
-    """Mean over rows of the row cosine."""
-    return outputs.row_cosine.mean()
-
-
-@register_quality("cosim_sample")
-def cosim_sample(outputs: Outputs) -> Tensor:
-    """Mean over columns (samples) of the column cosine."""
-    pruned = outputs.pruned.double()
-    dot = (outputs.dense.values * pruned).sum(dim=0).cpu()
-    norm = pruned.square().sum(dim=0).sqrt().cpu()
-    return _cosine(dot, outputs.dense.column_norm, norm).mean()
-
-
-@register_quality("mse")
-def mse(outputs: Outputs) -> Tensor:
-    """Minus the mean square error."""
-    return -outputs.mse
-
-
-# Rows are equally long, so the mean of the rows' means is the mean.
-register_quality("mse_dim")(mse)
-
-
-@register_quality("mae")
-def mae(outputs: Outputs) -> Tensor:
-    """Minus the mean absolute error."""
-    return -(outputs.pruned.double() - outputs.dense.values).abs().mean().cpu()
-
-
-@register_quality("snr")
-def snr(outputs: Outputs) -> Tensor:
-    """Signal-to-noise ratio in dB, infinite when the mean square error is below 1e-10."""
-    if outputs.mse < _MSE_FLOOR:
-        return torch.full_like(outputs.mse, torch.inf)
-    return _decibel(outputs.dense.sqnorm.sum() / outputs.pruned.numel(), outputs.mse)
-
-
-@register_quality("psnr_flat")
-def psnr_flat(outputs: Outputs) -> Tensor:
-    """Peak signal-to-noise ratio over everything, in dB."""
-    return _decibel(outputs.dense.row_peak.max(), outputs.mse)
-
-
-@register_quality("psnr_dim")
-def psnr_dim(outputs: Outputs) -> Tensor:
-    """Mean over rows of the row's peak signal-to-noise ratio, in dB."""
-    return psnr_row(outputs).mean()
-
-
-@register_quality("psnr_sample")
-def psnr_sample(outputs: Outputs) -> Tensor:
-    """Mean over columns (samples) of the column's peak signal-to-noise ratio, in dB."""
-    error = (outputs.pruned.double() - outputs.dense.values).square().mean(dim=0).cpu()
-    return _decibel(outputs.dense.column_peak, error).mean()
-
-
-@register_quality("pass")
-def accept(outputs: Outputs) -> Tensor:
-    """1 whatever the outputs: no step is better than another."""
-    return torch.ones((), dtype=torch.float64)
-
-
-@register_row_quality("cosim")
-def cosim_row(outputs: Outputs) -> Tensor:
-    """Cosine of each row."""
-    return outputs.row_cosine
-
-
-@register_row_quality("mse")
-def mse_row(outputs: Outputs) -> Tensor:
-    """Minus the mean square error of each row."""
-    return -outputs.row_mse
-
-
-@register_row_quality("psnr")
-def psnr_row(outputs: Outputs) -> Tensor:
-    """Peak signal-to-noise ratio of each row, in dB; minus infinity for a row of zeros."""
-    return _decibel(outputs.dense.row_peak, outputs.row_mse)
-
-
-def _cosine(dot: Tensor, norm: Tensor, other: Tensor) -> Tensor:
-    return (dot / ((norm + _EPSILON) * (other + _EPSILON))).clamp(-1, 1)
-
-
-def _decibel(signal: Tensor, error: Tensor) -> Tensor:
-    return 10 * torch.log10(signal / (error + _MSE_FLOOR))
 
 
 def _row_sums(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:

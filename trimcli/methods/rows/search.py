@@ -9,39 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trimcli.errors import OptionError
 from trimcli.methods import masks
-from trimcli.methods.masks import Numerics
+from trimcli.methods.rows.metrics import QUALITIES, ROW_QUALITIES
 from trimcli.methods.rows.product import Product, State
-from trimcli.methods.rows.quality import Outputs, quality_function, row_quality_function
+from trimcli.methods.rows.quality import Outputs
+from trimcli.methods.rows.trim import TrimOptions
+from trimcli.options import Numerics
 
 _STEPS = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
 _NEGATIVE_STEPS = (-0.01, -0.02, -0.04)
 _CAP = 0.95
-
-
-@dataclass(frozen=True)
-class RowOptions:
-    """How rows are searched.
-
-    qmetric, qmetric_dimwise: names of metrics in `trimcli.methods.rows.quality`, of the matrix and of its rows.
-    iterations: iterates of one search. forbid_negative: never take from the rows that suffer most.
-    Raises OptionError for an unknown metric or numerics mode and for a negative number of iterations.
-    """
-
-    qmetric: str = "cosim_flat"
-    qmetric_dimwise: str = "cosim"
-    iterations: int = 10
-    forbid_negative: bool = False
-    numerics: Numerics = "exact"
-
-    def __post_init__(self) -> None:
-        quality_function(self.qmetric)
-        row_quality_function(self.qmetric_dimwise)
-        if self.iterations < 0:
-            raise OptionError(f"{self.iterations} iterations cannot be run; give 0 or more.")
-        if self.numerics not in ("exact", "reference"):
-            raise OptionError(f"the numerics {self.numerics!r} are neither 'exact' nor 'reference'.")
 
 
 @dataclass(frozen=True)
@@ -73,7 +50,12 @@ class RowResult:
 
 @torch.no_grad()
 def search_rows(
-    weight: Tensor, scores: Tensor, inputs: Tensor, target: float, options: RowOptions | None = None
+    weight: Tensor,
+    scores: Tensor,
+    inputs: Tensor,
+    target: float,
+    options: TrimOptions | None = None,
+    numerics: Numerics = "exact",
 ) -> RowResult:
     """Search the row sparsities of one matrix whose mean is `target`.
 
@@ -83,7 +65,7 @@ def search_rows(
     loses more than the larger of 95% and the target. reference: the published code's arithmetic.
     Raises ValueError for shapes that do not fit, NaN scores and a target outside [0, 1].
     """
-    options = options or RowOptions()
+    options = options or TrimOptions()
     if scores.shape != weight.shape or inputs.ndim != 2 or inputs.shape[0] != weight.shape[1]:
         raise ValueError(
             f"weight {list(weight.shape)}, scores {list(scores.shape)} and inputs {list(inputs.shape)} do "
@@ -91,7 +73,7 @@ def search_rows(
         )
     if not 0 <= target <= 1:
         raise ValueError(f"the target sparsity {target} is not between 0 and 1.")
-    return _Search(Product(weight, scores, inputs), target, options).run()
+    return _Search(Product(weight, scores, inputs), target, options, numerics).run()
 
 
 @dataclass(frozen=True)
@@ -107,12 +89,13 @@ class _Iterate:
 class _Search:
     """The searches over one matrix; sparsities and row qualities are on the CPU, where they cost nothing."""
 
-    def __init__(self, product: Product, target: float, options: RowOptions) -> None:
+    def __init__(self, product: Product, target: float, options: TrimOptions, numerics: Numerics) -> None:
         self.product = product
         self.target = target
         self.options = options
-        self._quality = quality_function(options.qmetric)
-        self._row_quality = row_quality_function(options.qmetric_dimwise)
+        self.numerics = numerics
+        self._quality = QUALITIES[options.qmetric]
+        self._row_quality = ROW_QUALITIES[options.qmetric_dimwise]
         sparsity = torch.full((product.d_out,), target, dtype=torch.float32)
         self._start = product.at(self._counts(sparsity))
         self._start_rows = self._row_quality(self._start.outputs)
@@ -141,7 +124,7 @@ class _Search:
     def _best(self) -> _Iterate:
         if self.options.qmetric == "pass":
             # The published comparison asks for more than the 1 that uniform sparsity has, too.
-            return self._uniform if self.options.numerics == "reference" else self._search(_STEPS[0])
+            return self._uniform if self.numerics == "reference" else self._search(_STEPS[0])
         best = self._over(_STEPS)
         if best is self._uniform and not self.options.forbid_negative:
             best = self._over(_NEGATIVE_STEPS)
@@ -185,7 +168,7 @@ class _Search:
 
     def _recentre(self, sparsity: Tensor) -> Tensor:
         """Bring float64 sparsities back into bounds and onto the target; float32."""
-        if self.options.numerics == "exact":
+        if self.numerics == "exact":
             return self._project(sparsity, _CAP)
         clipped = sparsity.float().clamp_(0, _CAP)
         return clipped - clipped.mean() + self.target
@@ -199,12 +182,12 @@ class _Search:
         The search is to measure what is then pruned. Floors lack half a weight a row of what the final rounding
         takes, so the winner of a search was not what was pruned; it shows where rows are short.
         """
-        half = 0.5 if self.options.numerics == "exact" else 0.0
+        half = 0.5 if self.numerics == "exact" else 0.0
         return (self.product.d_in * sparsity + half).long().clamp_(0, self.product.d_in)
 
     def _finish(self, sparsity: Tensor) -> tuple[Tensor, Tensor]:
         """Final row sparsities and their counts."""
-        if self.options.numerics == "reference":
+        if self.numerics == "reference":
             sparsity = self._recentre(sparsity)
             return sparsity, self._counts(sparsity)
         d_out, d_in = self.product.d_out, self.product.d_in

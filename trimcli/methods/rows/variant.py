@@ -1,9 +1,22 @@
 """The Wanda variant: row by row, weights go while their scores' running sum stays small."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from trimcli.methods.masks import Numerics, lowest_counts, matrix_budget, row_thresholds, sort_rows, split_rows
+from typing import TYPE_CHECKING
+
+from trimcli.methods.rows.base import Rows, row_allocation
+from trimcli.options import Numerics
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trimcli.methods.choice import Choice
+
+
+@row_allocation("variant", only="wanda", title="variant", source="Sun et al. 2023, appendix")
+def variant(weight: Tensor, choice: Choice) -> Rows:
+    """The Wanda paper's variant: weights go while their scores' running sum in the row stays small."""
+    return Rows(variant_keep(choice.scores(weight), choice.target.sparsity, choice.numerics))
 
 
 def variant_keep(scores: Tensor, sparsity: float, numerics: Numerics) -> Tensor:
@@ -21,6 +34,8 @@ def variant_keep(scores: Tensor, sparsity: float, numerics: Numerics) -> Tensor:
 
     Raises ValueError for scores that are NaN, or so large that a row has no finite sum.
     """
+    from trimcli.methods.masks import lowest_counts, matrix_budget, row_thresholds, sort_rows, split_rows
+
     scores = scores.contiguous()
     sums = scores.sum(dim=1)
     if not sums.isfinite().all():
@@ -40,6 +55,10 @@ def _bisect(ordered: Tensor, running: Tensor, sums: Tensor, sparsity: float) -> 
 
     ordered, running: [D_out, D_in], ascending scores and their running sums. sums: [D_out].
     """
+    import torch
+
+    from trimcli.methods.masks import row_thresholds
+
     alpha, low, high = 0.4, 0.0, 0.8
     while True:
         counts = torch.searchsorted(running, (sums * alpha).unsqueeze(1), right=True).squeeze(1)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import trimcli.evaluate.perplexity
+import trimcli.evaluation.perplexity
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli import apply_masks
 from trimcli.errors import InputError
-from trimcli.evaluate.perplexity import perplexity
+from trimcli.evaluation.perplexity import perplexity
 from trimcli.files.masks import MaskFile
 from trimcli.model.skeleton import DecoderLayer
 
@@ -62,7 +62,7 @@ def test_conv1d(tmp_path: Path) -> None:
 def test_in_pieces_and_rounds(limits: dict[str, int], llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = windows(5)
     for name, value in limits.items():
-        monkeypatch.setattr(trimcli.perplexity, name, value)
+        monkeypatch.setattr(trimcli.evaluation.perplexity, name, value)
     assert perplexity(skeleton_of(llama), tokens) == pytest.approx(whole(llama, tokens), rel=1e-5)
 
 

@@ -1,7 +1,6 @@
 """Perplexity layer by layer: a model larger than memory can be measured, masked or not."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def perplexity(
 
 def _round(
     skeleton: Skeleton, windows: Tensor, mask: MaskFile | None, batch_size: int | None, progress: Progress
-) -> Iterator[float]:
+) -> list[float]:
     """The mean cross-entropy of each window."""
     walk = Walk(skeleton, windows, batch_size=batch_size, progress=progress)
     with progress.task("evaluating layers", len(skeleton.layers)) as step:
@@ -59,23 +58,23 @@ def _round(
         length = windows.shape[1] - 1
         tokens = max(TOKENS, LOGITS // vocabulary)
         together, piece = max(1, tokens // length), min(length, tokens)
+        targets = windows[:, 1:].to(skeleton.device, torch.long)
+        total = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)
         for start in range(0, len(windows), together):
             rows = slice(start, min(start + together, len(windows)))
-            total = torch.zeros(rows.stop - rows.start, dtype=torch.float64)
             for first in range(0, length, piece):
                 part = slice(first, min(first + piece, length))
-                total += _losses(head, walk.hidden[rows, part].to(skeleton.device), windows[rows, 1:][:, part])
-            yield from (total / length).tolist()
+                total[rows] += _losses(head, walk.hidden[rows, part].to(skeleton.device), targets[rows, part])
             step(rows.stop - rows.start)
+    found: list[float] = (total / length).tolist()
+    return found
 
 
 def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy per window: hidden [b, l, H], targets [b, l] -> float64 [b]."""
+    """Summed cross-entropy per window: hidden [b, l, H], targets int64 [b, l] -> float64 [b]."""
     logits = head(hidden).float()
-    found = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), targets.to(logits.device).long().flatten(), reduction="none"
-    )
-    return found.view(targets.shape).double().sum(dim=1).cpu()
+    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return found.view(targets.shape).double().sum(dim=1)
 
 
 def apply_masks_to_layer(layer: DecoderLayer, mask: MaskFile) -> None:

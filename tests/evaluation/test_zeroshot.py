@@ -1,10 +1,12 @@
 import contextlib
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lm_eval.evaluator
+import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -14,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli.demo import MODEL
 from trimcli.errors import HubError, InputError, OptionError, OutputExists, ResourceError, TrimError
-from trimcli.evaluate import zeroshot
-from trimcli.evaluate.zeroshot import SEVEN_TASKS, ZeroShotOptions, evaluate_tasks
+from trimcli.evaluation import zeroshot
+from trimcli.evaluation.zeroshot import SEVEN_TASKS, ZeroShotOptions, evaluate_tasks
 
 TASKS = Path(__file__).parents[2] / "examples" / "tasks"
 MULTIPLE_CHOICE = """
@@ -148,6 +150,63 @@ def test_a_pruned_model_scores_as_lm_eval_scores_its_written_directory(
     assert entry["n_shot"] == 2
 
 
+def prompts(samples: Path | list[dict[str, Any]]) -> list[Any]:
+    """What the model was asked, document by document."""
+    if isinstance(samples, Path):
+        samples = [json.loads(line) for line in samples.read_text().splitlines()]
+    # In memory the requests' arguments are a list of tuples, in a file a dictionary of dictionaries.
+    asked = [sample["arguments"] for sample in samples]
+    return [[list(one.values()) for one in of.values()] if isinstance(of, dict) else [*map(list, of)] for of in asked]
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_the_seed_draws_the_examples_as_lm_evals_own(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    quiz(tmp_path, documents=12)
+    task_file(tmp_path, "shown", MULTIPLE_CHOICE + "num_fewshot: 3\n")
+
+    def asked(seed: int | None, folder: str) -> list[Any]:
+        samples = tmp_path / folder
+        options = ZeroShotOptions(("shown",), include_path=tmp_path, limit=4, seed=seed, log_samples=samples)
+        evaluate_tasks(model, tokenizer, options)
+        return prompts(samples / "shown.jsonl")
+
+    ours = asked(seed, "ours")
+    assert ours[0][0][0].count("Answer:") == 4
+    assert asked(seed, "again") == ours
+    assert asked(7, "other") != ours
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    monkeypatch.chdir(tmp_path)
+    theirs = lm_eval.evaluator.simple_evaluate(
+        model=HFLM(model, tokenizer=tokenizer),
+        tasks=["shown"],
+        limit=4,
+        task_manager=TaskManager(include_path=tmp_path, include_defaults=False),
+        **({} if seed is None else {"fewshot_random_seed": seed}),
+    )
+    assert prompts(theirs["samples"]["shown"]) == ours
+
+
+def test_the_seed_sets_every_generator(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[tuple[float, float, float]] = []
+
+    def drawing(*_: Any, **__: Any) -> Any:
+        found.append((random.random(), float(np.random.random()), float(torch.rand(1))))
+        raise InputError("enough")
+
+    monkeypatch.setattr(zeroshot, "_load_tasks", drawing)
+    for seed in (None, 3, 3, 4):
+        with pytest.raises(InputError, match="enough"):
+            evaluate_tasks(model, tokenizer, ZeroShotOptions(("seasons",), seed=seed))
+    random.seed(0)
+    np.random.seed(1234)
+    torch.manual_seed(1234)
+    assert found[0] == (random.random(), float(np.random.random()), float(torch.rand(1)))
+    assert found[1] == found[2]
+    assert len({value for draw in found for value in draw}) == 9
+
+
 def test_dense_masked_and_packed_from_the_command_line(tmp_path: Path) -> None:
     masks, dense, packed = tmp_path / "masks.safetensors", tmp_path / "dense", tmp_path / "packed"
     trim_json("prune", MODEL, "-o", masks, "--method", "magnitude", "--sparsity", 0.6, *COMPUTE)
@@ -274,9 +333,14 @@ def test_long_requests_are_counted(model: Any, tokenizer: Any, tmp_path: Path) -
     assert spoken.warnings == ["2 requests were longer than the model's 512 positions and lost their beginning"]
 
 
-def test_memory_running_out_halves_the_batch(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ZeroShotOptions(("seasons",), include_path=TASKS, batch_size=8, limit=8)
+def test_memory_running_out_halves_the_batch(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ZeroShotOptions(
+        ("seasons",), include_path=TASKS, batch_size=8, limit=8, num_fewshot=2, log_samples=tmp_path, force=True
+    )
     expected = evaluate_tasks(model, tokenizer, options)["tasks"]
+    examples = prompts(tmp_path / "seasons.jsonl")
     call = HFLM._model_call
     room = 3
 
@@ -291,6 +355,7 @@ def test_memory_running_out_halves_the_batch(model: Any, tokenizer: Any, monkeyp
     assert found["lm_eval"]["batch_size"] == 2
     assert len(spoken.warnings) == 2
     assert found["tasks"]["seasons"]["acc"] == expected["seasons"]["acc"]
+    assert prompts(tmp_path / "seasons.jsonl") == examples
     room = 0
     with pytest.raises(ResourceError, match="one sequence at a time"):
         evaluate_tasks(model, tokenizer, options, Spoken())
@@ -309,6 +374,8 @@ def test_what_cannot_be_measured_is_refused(model: Any, tokenizer: Any, tmp_path
             run("seasons", include_path=TASKS, limit=limit)
     with pytest.raises(OptionError, match="--batch-size 0"):
         run("seasons", include_path=TASKS, batch_size=0)
+    with pytest.raises(OptionError, match="--seed -1"):
+        run("seasons", include_path=TASKS, seed=-1)
     with pytest.raises(OptionError, match="--num-fewshot -1"):
         run("seasons", include_path=TASKS, num_fewshot=-1)
     with pytest.raises(InputError, match="check --include-path"):

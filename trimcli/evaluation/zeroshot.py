@@ -6,34 +6,36 @@ tasks, batch size and dtype, finds the same accuracies.
 
 import contextlib
 import difflib
-import io
 import json
-import logging
+import math
 import os
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import lm_eval.tasks
 import numpy as np
 import torch
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub.errors import HfHubHTTPError
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
-from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimcli.console import NO_PROGRESS, Progress
+from trimcli.console import NO_PROGRESS, Progress, quiet_libraries
 from trimcli.errors import HubError, InputError, OptionError, ResourceError, TrimError
 from trimcli.files.atomic import atomic_file, refuse_existing
 from trimcli.files.documents import finite_or_none
+from trimcli.options import not_negative, positive
 
 # The tasks of the papers (Wanda, OWL, AlphaPruning, TRIM), each with its folder among lm-eval's task files.
 SEVEN_TASKS = {
@@ -99,14 +101,16 @@ def evaluate_tasks(
     TrimError (lm-eval failed on its way).
     """
     _check(options)
-    with _quiet():
+    # Without the variable, lm-eval's resampling would fork this process, model and threads included, once a core.
+    with quiet_libraries(), mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
         _seed(options.seed)
         loaded = _load_tasks(options, progress)
         for name in loaded["tasks"]:
             if options.log_samples:
                 refuse_existing(_samples_file(options.log_samples, name), force=options.force)
         _set_shots(loaded["tasks"], options, progress)
-        scorer = _Scorer(model, tokenizer, options.batch_size, progress)
+        scorer = _Scorer(model, backend="causal", tokenizer=tokenizer, batch_size=options.batch_size)
+        scorer.progress = progress
         found = _evaluate(scorer, loaded, options, progress)
     if options.log_samples:
         for name, samples in found["samples"].items():
@@ -120,39 +124,30 @@ def evaluate_tasks(
     return {
         "tasks": tasks,
         "mean_acc_seven": _mean_acc_seven(tasks),
-        "lm_eval": {
-            "version": version("lm_eval"),
-            "batch_size": scorer.batch_size,
-            "truncated": scorer.truncated,
-        },
+        "lm_eval": {"version": version("lm_eval"), "batch_size": scorer.batch_size, "truncated": scorer.truncated},
     }
+
+
+def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of lm-eval's model that answers requests, reporting its progress."""
+
+    def reporting(self: Any, requests: list[Any], disable_tqdm: bool = False) -> Any:
+        with self.progress.task("zero-shot requests", len(requests)) as advance:
+            # A cache hears of every answer; this one keeps none.
+            self.set_cache_hook(SimpleNamespace(add_partial=lambda *_: advance()))
+            return method(self, requests, disable_tqdm=disable_tqdm)
+
+    return reporting
 
 
 class _Scorer(HFLM):  # type: ignore[misc]
     """lm-eval's transformers model, reporting to `progress` and counting what it truncates."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
-        progress: Progress,
-    ) -> None:
-        super().__init__(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
-        self.progress = progress
-        self.truncated = 0
-
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        with self._reporting(requests):
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-
-    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        with self._reporting(requests):
-            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        with self._reporting(requests):
-            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+    progress: Progress = NO_PROGRESS
+    truncated = 0
+    loglikelihood = _reporting(HFLM.loglikelihood)
+    loglikelihood_rolling = _reporting(HFLM.loglikelihood_rolling)
+    generate_until = _reporting(HFLM.generate_until)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
         self.truncated += sum(
@@ -160,34 +155,17 @@ class _Scorer(HFLM):  # type: ignore[misc]
         )
         return super()._loglikelihood_tokens(requests, **options)
 
-    @contextlib.contextmanager
-    def _reporting(self, requests: Sequence[Any]) -> Iterator[None]:
-        """The cache hook hears of every answer, so it can drive a bar."""
-        with self.progress.task("zero-shot requests", len(requests)) as advance:
-            self.set_cache_hook(_Answered(advance))
-            yield
-
-
-class _Answered:
-    """A cache hook that keeps nothing and advances a bar."""
-
-    def __init__(self, advance: Any) -> None:
-        self.advance = advance
-
-    def add_partial(self, attr: str, request: Any, answer: Any) -> None:
-        self.advance()
-
 
 def _check(options: ZeroShotOptions) -> None:
     if not any(name.strip() for name in options.tasks):
         raise OptionError("--tasks names no task; give one, such as 'hellaswag'.")
-    if options.batch_size < 1:
-        raise OptionError(f"--batch-size {options.batch_size} is not a number of sequences; give 1 or more.")
-    if options.num_fewshot is not None and options.num_fewshot < 0:
-        raise OptionError(f"--num-fewshot {options.num_fewshot} is negative; give 0 or more.")
-    limit = options.limit
-    if limit is not None and not (0 < limit < 1 or (limit >= 1 and limit == int(limit))):
-        raise OptionError(f"--limit {limit} is neither a number of documents nor a fraction below 1.")
+    positive("--batch-size", options.batch_size)
+    not_negative("--num-fewshot", options.num_fewshot or 0)
+    limit = 1.0 if options.limit is None else options.limit
+    if not (0 < limit < 1 or (math.isfinite(limit) and limit >= 1 and limit == int(limit))):
+        raise OptionError(f"--limit {limit:g} is neither a number of documents nor a fraction below 1.")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise OptionError(f"--seed {options.seed} is no seed for lm-eval; give one from 0 to {2**32 - 1}.")
     if options.include_path is not None and not options.include_path.is_dir():
         raise InputError(f"there is no folder {options.include_path} of task files; check --include-path.")
     if options.log_samples is not None:
@@ -197,40 +175,11 @@ def _check(options: ZeroShotOptions) -> None:
             raise InputError(f"there is no folder {options.log_samples.parent}; create it for --log-samples.")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence lm-eval: prints on stdout, its log, and its bars, some of which it cannot turn off itself."""
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    initialise = tqdm.__init__
-    pooling = os.environ.get("DISABLE_MULTIPROC")
-
-    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
-        initialise(self, *args, **{**kwargs, "disable": True})
-
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        tqdm.__init__ = silent
-        # Its resampling would fork this process, model and threads included, once a core.
-        os.environ["DISABLE_MULTIPROC"] = "1"
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tqdm.__init__ = initialise
-        if pooling is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = pooling
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _seed(seed: int | None) -> None:
     """The generators that lm-eval's command seeds before loading tasks, some of which shuffle choices."""
-    random.seed(0 if seed is None else seed)
-    np.random.seed(1234 if seed is None else seed)
-    torch.manual_seed(1234 if seed is None else seed)
+    random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
+    np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
+    torch.manual_seed(DEFAULT_OTHER_SEED if seed is None else seed)
 
 
 def _load_tasks(options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
@@ -304,7 +253,7 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Any]:
 
 
 def _set_shots(tasks: Mapping[str, Any], options: ZeroShotOptions, progress: Progress) -> None:
-    """Number and seed of few-shot examples, by lm-eval's rule: a task that sets 0 itself keeps 0."""
+    """The number of few-shot examples, by lm-eval's rule: a task that sets 0 itself keeps 0."""
     for name, task in tasks.items():
         own = task.get_config("num_fewshot")
         if options.num_fewshot and own == 0:
@@ -313,13 +262,14 @@ def _set_shots(tasks: Mapping[str, Any], options: ZeroShotOptions, progress: Pro
             task.set_config(key="num_fewshot", value=options.num_fewshot)
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=1234 if options.seed is None else options.seed)
 
 
 def _evaluate(scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
     """lm-eval's results; the batch is halved while it does not fit."""
     while True:
         scorer.truncated = 0
+        for task in loaded["tasks"].values():  # at every try anew, so that each draws the same examples
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED if options.seed is None else options.seed)
         try:
             return dict(
                 evaluate(
@@ -374,9 +324,8 @@ def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _mean_acc_seven(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
-    if not all("acc" in tasks.get(name, {}) for name in SEVEN_TASKS):
-        return None
-    return float(np.mean([tasks[name]["acc"] for name in SEVEN_TASKS]))
+    found = [tasks[name]["acc"] for name in SEVEN_TASKS if "acc" in tasks.get(name, {})]
+    return float(np.mean(found)) if len(found) == len(SEVEN_TASKS) else None
 
 
 def _samples_file(folder: Path, task: str) -> Path:
@@ -386,7 +335,7 @@ def _samples_file(folder: Path, task: str) -> Path:
 
 def _write_samples(path: Path, samples: Sequence[Mapping[str, Any]], *, force: bool) -> None:
     """One line a document: the document, the requests, the answers and the metrics."""
-    with atomic_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8") as lines:
+    with atomic_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as lines:
         for sample in samples:
             line = json.dumps(finite_or_none(sample), default=handle_non_serializable, ensure_ascii=False)
             lines.write(line + "\n")

@@ -1,0 +1,140 @@
+"""What linears that share an input share, and what a statistic is made of."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from trimcli.errors import OptionError
+from trimcli.methods.stats import (
+    GRAM,
+    INPUTS,
+    SQNORM,
+    STATISTICS,
+    GramOptions,
+    LinearStats,
+    Statistic,
+    statistic,
+    stored_statistics,
+)
+
+CPU = torch.device("cpu")
+
+
+def samples(count: int = 5, seqlen: int = 4, d_in: int = 6) -> Tensor:
+    return torch.randn(count, seqlen, d_in, generator=torch.Generator().manual_seed(0))
+
+
+def gathered(one: Statistic, x: Tensor, batches: list[slice], options: object = None) -> Tensor:
+    tensor: Tensor = one(x.shape[2], len(x), CPU, options=options)
+    for batch in batches:
+        one.add(tensor, x[batch], batch, len(x))
+    return one.finish(tensor)
+
+
+def expected_of(x: Tensor) -> dict[str, Tensor]:
+    flat = x.reshape(-1, x.shape[2])
+    return {
+        "sqnorm": x.double().square().sum(dim=(0, 1)).div(len(x)).float(),
+        "inputs": torch.stack([sample[-1] for sample in x], dim=1),
+        "gram": 2 / len(x) * flat.T @ flat,
+    }
+
+
+def test_the_statistics_that_there_are() -> None:
+    assert dict(STATISTICS) == {"sqnorm": SQNORM, "inputs": INPUTS, "gram": GRAM}
+    assert stored_statistics() == {"norms": SQNORM, "inputs": INPUTS}
+    assert {name for name, one in STATISTICS.items() if one.sums} == {"gram"}
+    with pytest.raises(OptionError, match="--stats 'sqnrm' is none of sqnorm, inputs, gram; did you mean 'sqnorm'"):
+        STATISTICS["sqnrm"]
+    with pytest.raises(ValueError, match="a statistic named 'gram' is registered already"):
+        statistic(
+            "gram",
+            lambda *_: torch.zeros(1),
+            help="nothing",
+            source="nowhere",
+            add=lambda *_: None,
+            nbytes=lambda *_: 0,
+        )
+
+
+@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+def test_each_is_its_formula_whatever_the_batches(name: str) -> None:
+    x = samples()
+    for batches in ([slice(0, 5)], [slice(0, 2), slice(2, 5)], [slice(i, i + 1) for i in range(5)]):
+        found = gathered(STATISTICS[name], x, batches)
+        torch.testing.assert_close(found, expected_of(x)[name])
+        assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["sqnorm", "inputs"])
+def test_what_is_kept_by_sample_may_come_again_and_in_any_order(name: str) -> None:
+    x, one = samples(), STATISTICS[name]
+    plain = gathered(one, x, [slice(0, 5)])
+    assert torch.equal(gathered(one, x, [slice(3, 5), slice(0, 3), slice(0, 3), slice(2, 4)]), plain)
+
+
+def test_the_gram_is_accumulated_in_the_dtype_asked_for() -> None:
+    x = samples()
+    wide = gathered(GRAM, x, [slice(0, 5)], GramOptions("float64"))
+    assert wide.dtype == torch.float64
+    flat = x.double().reshape(-1, 6)
+    torch.testing.assert_close(wide, 2 / 5 * flat.T @ flat)
+    assert GRAM.options is GramOptions
+
+
+@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+def test_memory_while_it_is_gathered(name: str) -> None:
+    one = STATISTICS[name]
+    assert one(7, 3, CPU).nbytes == one.nbytes(7, 3)
+
+
+@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+def test_the_part_of_some_columns(name: str) -> None:
+    x = samples()
+    columns = slice(1, 4)
+    whole = LinearStats(**{name: expected_of(x)[name]})
+    part = whole.of(columns)
+    torch.testing.assert_close(part[STATISTICS[name]], expected_of(x[:, :, columns])[name])
+    assert part.place == columns
+    assert whole.place == slice(None)
+
+
+def test_what_was_collected() -> None:
+    gram, sqnorm = torch.eye(3), torch.ones(3)
+    stats = LinearStats(gram=gram, sqnorm=sqnorm, inputs=None)
+    assert (GRAM in stats, SQNORM in stats, INPUTS in stats) == (True, True, False)
+    assert set(stats.tensors) == {"gram", "sqnorm"}
+    assert stats.gram is stats[GRAM] is gram
+    assert stats.sqnorm is stats[SQNORM] is sqnorm
+    with pytest.raises(ValueError, match="the statistic 'inputs' was not collected"):
+        stats[INPUTS]
+    with pytest.raises(ValueError, match="the statistic 'inputs' was not collected"):
+        _ = stats.inputs
+
+
+def test_others_in_the_place_of_some() -> None:
+    stats = LinearStats(gram=torch.eye(3), sqnorm=torch.ones(3))
+    inputs = torch.zeros(3, 2)
+    changed = stats.with_(inputs=inputs, sqnorm=None)
+    assert set(changed.tensors) == {"gram", "inputs"}
+    assert changed.inputs is inputs
+    assert set(stats.tensors) == {"gram", "sqnorm"}
+
+
+def test_what_is_derived_is_made_once_for_all_who_share_it() -> None:
+    stats = LinearStats(gram=torch.eye(3))
+    made: list[LinearStats] = []
+
+    def make(whole: LinearStats) -> int:
+        made.append(whole)
+        return len(made)
+
+    assert stats.once("a", make) == 1
+    assert stats.once("a", make) == 1
+    assert stats.with_(sqnorm=torch.ones(3)).once("a", make) == 1
+    assert stats.of(slice(0, 2)).once("a", make) == 1
+    assert stats.once(("b", 0.5), make) == 2
+    assert made == [stats, stats]
+    with pytest.raises(ValueError, match="'c' is derived from all columns; ask for it before taking some"):
+        stats.of(slice(0, 2)).once("c", make)
+    assert LinearStats(gram=torch.eye(3)).once("a", make) == 3

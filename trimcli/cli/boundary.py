@@ -1,0 +1,68 @@
+"""The one error boundary: an exception becomes one sentence on stderr and an exit status."""
+
+import contextvars
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable
+
+import typer
+
+from trimcli.errors import ResourceError, TrimError
+
+
+def guarded(work: Callable[[], None]) -> None:
+    """Do the work in a context of its own: the command line it notes for manifests is its own, too.
+
+    A traceback is shown only under TRIM_TRACEBACK=1.
+    """
+    try:
+        contextvars.copy_context().run(work)
+    except typer.Exit:
+        raise
+    except BaseException as problem:
+        if os.environ.get("TRIM_TRACEBACK") == "1" and not isinstance(problem, KeyboardInterrupt):
+            raise
+        status, sentence = explain(problem)
+        if sentence is None:
+            raise
+        print(f"trim: {sentence}", file=sys.stderr)
+        raise typer.Exit(status) from None
+
+
+def explain(problem: BaseException) -> tuple[int, str | None]:
+    """Exit status and sentence for an exception; no sentence for those that are not ours to explain."""
+    if isinstance(problem, TrimError):
+        return problem.exit_status, str(problem)
+    if isinstance(problem, KeyboardInterrupt):
+        return 130, "interrupted; repeat the command: calibrate, prune and sweep go on where they stopped."
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" writing {problem.filename}" if problem.filename else ""
+        full = ResourceError(
+            f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."
+        )
+        return full.exit_status, str(full)
+    if isinstance(problem, PermissionError):
+        return 2, f"no permission for {problem.filename}; choose another path or change its rights."
+    if isinstance(problem, MemoryError) or "out of memory" in str(problem).lower() or "can't allocate" in str(problem):
+        return 1, "memory ran out; give a smaller --batch-size, --nsamples or --seqlen, or --device cpu."
+    if isinstance(problem, Exception) and not isinstance(problem, typer.Abort | typer.BadParameter):
+        first = (str(problem).splitlines() or [""])[0]
+        return 1, (
+            f"internal error, {type(problem).__name__}: {first}; set TRIM_TRACEBACK=1 for the traceback, and report it."
+        )
+    return 1, None
+
+
+def usage(problem: typer.TyperException, command: str) -> str:
+    """One sentence for what typer found wrong with a command line. command: such as "trim prune"."""
+    message = problem.format_message().replace("Value error, ", "").rstrip(".")
+    wrong = re.search(r"for '(?P<flag>[^']*)': '(?P<value>.*?)' is not one of (?P<known>.*)", message)
+    if wrong is not None:
+        known = re.findall(r"'([^']*)'", wrong["known"])
+        near = difflib.get_close_matches(wrong["value"], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"see {command} --help."
+        return f"{wrong['flag']} {wrong['value']!r} is none of {', '.join(known)}; {hint}"
+    return f"{message}; see {command} --help."

@@ -1,0 +1,256 @@
+"""What the commands take: each option is declared here, or beside the method that it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from trimcli.errors import OptionError
+from trimcli.methods.choice import parse_pattern, uniform_target
+from trimcli.methods.layers.base import ALLOCATIONS, LayerAllocation
+from trimcli.methods.recipe import Recipe
+from trimcli.methods.stats import stored_statistics
+from trimcli.options import RUN, ModelOptions, Numerics, RunOptions, at_least, fraction, one_of, option, positive, words
+from trimcli.registry import misplaced
+
+SAMPLES, TARGET, TASKS = "Samples", "Target", "Zero-shot tasks (lm-eval)"
+ONLY = "Only linears whose full name matches this glob (repeatable)."
+SKIP = "Leave linears that match this glob out (repeatable)."
+BATCH = "Samples a batch; chosen if not given."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions(RunOptions):
+    """What to calibrate on."""
+
+    dataset: str = option(
+        "c4",
+        "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet) or hf:NAME with a text column.",
+        panel=SAMPLES,
+    )
+    nsamples: int = option(256, "Calibration samples.", panel=SAMPLES, check=positive)
+    seqlen: int | None = option(
+        None,
+        "Tokens a sample; the smaller of 2048 and the model's positions if not given.",
+        panel=SAMPLES,
+        check=at_least(2),
+    )
+    tokens: Path | None = option(
+        None,
+        "A safetensors file with an integer tensor `tokens` [nsamples, seqlen]: exactly these samples.",
+        panel=SAMPLES,
+    )
+    stats: tuple[str, ...] = option(
+        ("norms", "inputs"),
+        "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation); nothing keeps the tokens alone.",
+        choices=stored_statistics,
+    )
+    batch_size: int | None = option(None, BATCH, check=positive)
+    only: tuple[str, ...] = option((), ONLY, repeated=True)
+    skip: tuple[str, ...] = option((), SKIP, repeated=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocateOptions(RunOptions):
+    """How to distribute the target.
+
+    options: of the method, an instance of its class where they differ from the defaults. The seed is that of the one
+    metric that permutes weights.
+    """
+
+    method: str = option("uniform", "How layers share the target.", choices=lambda: ALLOCATIONS)
+    sparsity: float | None = option(None, "Target: the fraction of weights to prune, in [0, 1).", check=fraction)
+    calibration: Path | None = option(None, "A file of `trim calibrate`, for what reads activations (OWL).")
+    metrics_cache: Path | None = option(None, "Alpha: a JSON file of metrics, read and extended.")
+    import_file: Path | None = option(
+        None, "A published tool's .npy: OWL's keep ratios or Alpha's metrics.", "--import"
+    )
+    numerics: Numerics = option(
+        "exact",
+        "exact: the mean is the target, no linear above 0.99. reference: the published code's arithmetic.",
+    )
+    options: tuple[Any, ...] = ()
+
+    def document(self) -> dict[str, Any]:
+        """The options as a manifest records them, the method's own among them."""
+        own = self.own()
+        return {**super().document(), "options": None if own is None else asdict(own)}
+
+    @property
+    def allocating(self) -> LayerAllocation:
+        """The method's entry. Raises OptionError for an unknown one."""
+        return ALLOCATIONS[self.method]
+
+    def own(self) -> Any:
+        """The method's options: an instance of its class, None where it has none."""
+        kind = self.allocating.options
+        if kind is None:
+            return None
+        return next((given for given in self.options if type(given) is kind), kind())
+
+    def check(self, *, calibrates: bool = False) -> None:
+        """Raise OptionError for a value or a combination that cannot be used.
+
+        calibrates: whether a calibration is made on the way, so that none need be given.
+        """
+        super().check()
+        chosen, imported = self.allocating, self.import_file is not None
+        wrong = {flag: [owner] for flag, _, owner in misplaced(self.options, [chosen])}
+        for flag, given, trait in (
+            ("--calibration", self.calibration, "needs"),
+            ("--metrics-cache", self.metrics_cache, "remembers"),
+            ("--import", self.import_file, "imports"),
+        ):
+            if given is not None and not getattr(chosen, trait):
+                wrong[flag] = [name for name, entry in ALLOCATIONS.items() if getattr(entry, trait)]
+        for flag, owners in wrong.items():
+            raise OptionError(
+                f"{flag} does not go with --method {self.method}, only with {' or '.join(owners)}; leave one of them "
+                "out."
+            )
+        unread = {
+            "--calibration": self.calibration,
+            "--metrics-cache": self.metrics_cache,
+            "--group": getattr(self.own(), "group", None),
+        }
+        for flag, value in unread.items():
+            if imported and value is not None:
+                raise OptionError(f"{flag} and --import exclude each other; leave one of them out.")
+        if self.sparsity is None and not (imported and chosen.imports == "ratios"):
+            raise OptionError(f"--method {self.method} needs --sparsity, the share of weights to prune.")
+        if chosen.needs and self.calibration is None and not imported and not calibrates:
+            raise OptionError(
+                f"--method {self.method} needs --calibration, a file that trim calibrate made for this model."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneOptions(RunOptions):
+    """What to prune, and how.
+
+    recipe: the method. calibrate: how the calibration is made, through the stage cache, where no file is given.
+    allocate: layer allocation in one go.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    calibration: Path | None = option(None, "A file of `trim calibrate` for this model.")
+    save_model: Path | None = option(None, "Also write the pruned model to this directory.")
+    sparsity: float | None = option(None, "The fraction to prune, in [0, 1).", panel=TARGET, check=fraction)
+    sparsity_type: str = option(
+        "unstructured",
+        "unstructured, or N:M: N weights are KEPT of each M consecutive inputs (2:4, 4:8, ...).",
+        panel=TARGET,
+    )
+    ratios: Path | None = option(None, "Layer sparsities: a file of `trim alloc-layers`.", panel=TARGET)
+    only: tuple[str, ...] = option((), ONLY, panel=TARGET, repeated=True)
+    skip: tuple[str, ...] = option((), SKIP, panel=TARGET, repeated=True)
+    stats_out: Path | None = option(None, "Write what TRIM found: FILE.json, row vectors beside it.", panel="TRIM rows")
+    batch_size: int | None = option(None, BATCH, check=positive)
+    resume: bool = option(True, "Start over instead of going on with an interrupted run.", "--no-resume", off=True)
+    calibrate: CalibrateOptions | None = None
+    allocate: AllocateOptions | None = None
+
+    def check(self) -> None:
+        """Raise OptionError for values and combinations that cannot be used, before anything is read."""
+        super().check()
+        pattern = parse_pattern(self.sparsity_type)
+        self.recipe.check(pattern=pattern is not None)
+        kind = f"--sparsity-type {self.sparsity_type}"
+        refused = [
+            (self.ratios and self.sparsity is not None, "--ratios with --sparsity: the ratios file holds the target"),
+            (self.ratios and pattern, f"--ratios with {kind}: each says what goes"),
+            (self.ratios and self.allocate, "--ratios with --alloc: the ratios file is an allocation"),
+            (pattern and self.allocate, f"--alloc with {kind}: each says what goes"),
+            (self.calibration and self.calibrate, "--calibration with --dataset, --tokens, --nsamples or --seqlen"),
+            (
+                self.stats_out and self.recipe.rows == "even",
+                "--stats-out without --use-trim: it holds what TRIM found",
+            ),
+            (
+                self.recipe.changes_weights and not self.save_model,
+                f"--method {self.recipe.method} without --save-model: it changes the kept weights, so masks alone do "
+                "not carry its result; give --save-model DIR",
+            ),
+        ]
+        for wrong, what in refused:
+            if wrong:
+                raise OptionError(f"these options do not go together: {what}.")
+        if self.allocate:
+            one_of("--alloc", self.allocate.method, ALLOCATIONS)
+            self.allocate.check(calibrates=True)
+        elif not self.ratios:
+            uniform_target(self.sparsity, self.sparsity_type)
+
+
+def prune_words(options: PruneOptions) -> list[str]:
+    """The options of the `trim prune` command line that does what `options` say."""
+    recipe, calibrate, allocate = options.recipe, options.calibrate, options.allocate
+    found = words(options)
+    found += ["--method", recipe.method, *words(recipe, "method", "rows")]
+    found += {"even": [], "trim": ["--use-trim"], "variant": ["--use-variant"]}.get(
+        recipe.rows, ["--rows", recipe.rows]
+    )
+    found += [word for given in recipe.options for word in words(given)]
+    if recipe.barber is not None:
+        found += ["--prune-barber", *words(recipe.barber)]
+    if allocate is not None:
+        found += ["--alloc", allocate.method, *(word for given in allocate.options for word in words(given))]
+        found += ["--metrics-cache", str(allocate.metrics_cache)] if allocate.metrics_cache else []
+    if calibrate is not None and calibrate.tokens is not None:
+        found += ["--tokens", str(calibrate.tokens)]
+    elif calibrate is not None:
+        found += ["--dataset", calibrate.dataset, "--nsamples", str(calibrate.nsamples)]
+        found += ["--seqlen", str(calibrate.seqlen)] if calibrate.seqlen is not None else []
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApplyOptions(ModelOptions):
+    """How masks are applied."""
+
+    format: Literal["dense", "packed"] = option(
+        "dense", "dense: an ordinary directory with zeros in it. packed: keep bits and kept values, really smaller."
+    )
+    max_shard_size: str | None = option(None, "Shard anew, such as 5GB; the model's own shards if not given.")
+    other_weights: bool = option(False, "Accept other weights of the same structure: a fine-tuned model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(RunOptions):
+    """What to measure; only what is asked for is measured. fewshot_seed: None for lm-eval's own seeds."""
+
+    masks: Path | None = option(None, "Measure the model under these masks, without writing it.")
+    ppl: tuple[str, ...] = option((), "Perplexity on wikitext2, c4, ptb or files, separated by commas.")
+    seqlen: int | None = option(
+        None, "Tokens a window; the smaller of 2048 and the model's positions if not given.", check=at_least(2)
+    )
+    max_windows: int | None = option(None, "Only the first so many windows.", check=positive)
+    batch_size: int | None = option(None, "Windows or task sequences a batch; chosen if not given.", check=positive)
+    tasks: tuple[str, ...] = option((), "lm-eval tasks or groups: boolq,rte,hellaswag,winogrande,...", panel=TASKS)
+    include_path: Path | None = option(None, "A folder of local task files.", panel=TASKS)
+    num_fewshot: int | None = option(None, "Examples before each question.", panel=TASKS)
+    limit: float | None = option(None, "Documents a task, or their fraction if below 1.", panel=TASKS)
+    log_samples: Path | None = option(None, "A folder for one JSON lines file of answers a task.", panel=TASKS)
+    fewshot_seed: int | None = None
+
+    def check(self) -> None:
+        """Raise OptionError for values that cannot be used."""
+        super().check()
+        if not self.ppl and not self.tasks:
+            raise OptionError(
+                "nothing to measure was asked for; give --ppl wikitext2 (or a FILE) or --tasks boolq,rte."
+            )
+        for name in ("include_path", "num_fewshot", "limit", "log_samples"):
+            value = getattr(self, name)
+            if value is not None and not self.tasks:
+                flag = f"--{name.replace('_', '-')}"
+                raise OptionError(f"{flag} {value} does nothing without --tasks; give --tasks or leave it out.")
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What to hold a directory against; `trust_remote_code` counts where trim did not write it."""
+
+    masks: Path | None = option(None, "Hold the directory against these masks: zero wherever they are.")
+    trust_remote_code: bool = option(False, "Run code that the model brings.", panel=RUN)

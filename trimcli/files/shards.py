@@ -1,0 +1,93 @@
+"""The shards of a model directory: where its tensors come from, one at a time."""
+
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.errors import InputError, first_line
+from trimcli.files.tensors import TensorSpec, natural, open_tensors, spec_of
+
+
+def shard_names(names: Iterable[Any], record: Path) -> list[str]:
+    """The names of shards in the file `record`. Raises InputError unless each is a file's beside it."""
+    found = list(names)
+    for name in found:
+        # Windows takes either separator, and drives; a directory is to be as good everywhere.
+        if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
+            raise InputError(
+                f"{record} names the shard {name!r} outside the model directory; fetch or make the model anew."
+            )
+    return found
+
+
+class Shards(ABC):
+    """Tensors in the shards of one directory.
+
+    files: shard file name -> the names of the tensors in it.
+    """
+
+    files: dict[str, list[str]]
+
+    def keys(self) -> list[str]:
+        """Names of all tensors, in natural order."""
+        return sorted({key for keys in self.files.values() for key in keys}, key=natural)
+
+    @abstractmethod
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype and shape of a tensor, without reading it."""
+
+    @abstractmethod
+    def load(self, key: str) -> Tensor:
+        """A tensor in its stored dtype, mapped where the storage allows."""
+
+
+class SafeShards(Shards):
+    """Tensors in safetensors shards. Raises InputError for a shard that is missing, truncated or damaged."""
+
+    def __init__(self, directory: Path, names: Iterable[str]) -> None:
+        self._paths = {name: directory / name for name in names}
+        self._handles = {name: open_tensors(path) for name, path in self._paths.items()}
+        self.files = {name: list(handle.keys()) for name, handle in self._handles.items()}
+        self.home = {key: name for name, keys in self.files.items() for key in keys}
+
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype and shape, from the header alone. Raises InputError for a dtype that cannot be pruned."""
+        home = self.home[key]
+        return spec_of(self._handles[home], key, self._paths[home])
+
+    def load(self, key: str) -> Tensor:
+        """The tensor, mapped."""
+        return self._handles[self.home[key]].get_tensor(key)
+
+
+class BinShards(Shards):
+    """Tensors in `pytorch_model*.bin`, unpickled by the restricted reader and mapped."""
+
+    def __init__(self, directory: Path, names: Iterable[str]) -> None:
+        self._tensors: dict[str, Tensor] = {}
+        self.files = {}
+        for name in names:
+            path = directory / name
+            try:
+                # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+                found = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+            except Exception as problem:  # torch raises anything from RuntimeError to UnpicklingError here
+                raise InputError(
+                    f"{path} cannot be read as a plain weights file ({first_line(problem)}); give a safetensors one."
+                ) from None
+            tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
+            self._tensors.update(tensors)
+            self.files[name] = list(tensors)
+
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype and shape."""
+        return TensorSpec.of(self._tensors[key])
+
+    def load(self, key: str) -> Tensor:
+        """The tensor, mapped."""
+        return self._tensors[key]

@@ -1,0 +1,125 @@
+"""Which weights of a matrix go: a score and a budget, for the whole matrix or for a block of its columns."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from trimcli.errors import OptionError
+from trimcli.methods.stats import LinearStats
+from trimcli.options import Numerics, fraction
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trimcli.methods.scores import Score
+
+
+class Target(NamedTuple):
+    """What one matrix is to lose: a fraction, or N kept of M by `pattern` (whose sparsity then is 1 - N/M)."""
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rule that chooses which weights go.
+
+    score: with its comparison group. stats: all columns'. target: the budget, unless row allocation has chosen: then
+    `keep`, bool [D_out, D_in], is the mask. options: the score's, None for its defaults.
+    """
+
+    score: Score
+    stats: LinearStats
+    target: Target
+    numerics: Numerics = "exact"
+    options: object = None
+    keep: Tensor | None = None
+
+    @property
+    def pattern(self) -> tuple[int, int] | None:
+        """N:M, (kept, group), where that is the budget."""
+        return self.target.pattern if self.keep is None else None
+
+    def scores(self, weight: Tensor, columns: slice = slice(None)) -> Tensor:
+        """Scores of the columns `weight` [D_out, n], float32 like it."""
+        stats = self.stats if columns == slice(None) else self.stats.of(columns)
+        found: Tensor = self.score(weight, stats, options=self.options)
+        return found
+
+    def of_matrix(self, weight: Tensor) -> Tensor:
+        """The keep mask of the whole matrix, bool [D_out, D_in]."""
+        from trimcli.methods import masks
+
+        if self.keep is not None:
+            return self.keep
+        scores = self.scores(weight)
+        sparsity, pattern = self.target
+        if pattern is not None:
+            return masks.n_of_m(scores, *pattern)
+        if self.score.compare == "row":
+            return masks.lowest_per_row(
+                scores, masks.even_row_counts(weight.shape[0], weight.shape[1], sparsity, self.numerics)
+            )
+        return masks.lowest_overall(scores, sparsity, self.numerics)
+
+    def of_columns(self, weight: Tensor, start: int) -> Tensor:
+        """The keep mask of the columns `weight` [D_out, n] from `start` on, chosen as an update reaches them.
+
+        NaN is for the update to refuse, once at its end: to ask for it here is to wait for the device at every block.
+        Whenever a block ends at column c, the first c columns have lost round(sparsity * D_out * c) weights. In
+        reference numerics every block is pruned to the sparsity by itself, all its rows together, as published.
+        """
+        from trimcli.methods import masks
+
+        d_out, end = weight.shape[0], start + weight.shape[1]
+        scores = self.scores(weight, slice(start, end))
+        sparsity, pattern = self.target
+        if pattern is not None:
+            return masks.n_of_m(scores, *pattern, check=False)
+        if self.numerics == "reference":
+            return masks.lowest_overall(scores, sparsity, "reference", check=False)
+        if self.score.compare == "row":
+            before, after = (
+                masks.even_row_counts(d_out, width, sparsity, "exact", weight.device) for width in (start, end)
+            )
+            return masks.lowest_per_row(scores, after - before, check=False)
+        total = masks.matrix_budget(d_out, end, sparsity) - masks.matrix_budget(d_out, start, sparsity)
+        return masks.lowest_in_all(scores, total)
+
+
+def parse_pattern(text: str) -> tuple[int, int] | None:
+    """A sparsity type as (kept, group): "2:4" -> (2, 4), "unstructured" -> None.
+
+    Raises OptionError for anything else.
+    """
+    if text == "unstructured":
+        return None
+    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if found is None or not 0 < int(found[1]) < int(found[2]):
+        near = difflib.get_close_matches(text, ["unstructured"])
+        raise OptionError(
+            f"the sparsity type {text!r} is neither 'unstructured' nor N:M with 0 < N < M, where N is how many of "
+            f"every M consecutive weights are kept; {'did you mean unstructured?' if near else 'give one such as 2:4.'}"
+        )
+    return int(found[1]), int(found[2])
+
+
+def uniform_target(sparsity: float | None, sparsity_type: str) -> Target:
+    """The one target of --sparsity and --sparsity-type. Raises OptionError for none or contradictory ones."""
+    pattern = parse_pattern(sparsity_type)
+    if pattern:
+        implied = 1 - pattern[0] / pattern[1]
+        if sparsity is not None and abs(sparsity - implied) > 1e-9:
+            raise OptionError(
+                f"--sparsity {sparsity} with --sparsity-type {sparsity_type}: {pattern[0]} kept of {pattern[1]} "
+                f"implies {implied:g}; drop --sparsity."
+            )
+        return Target(implied, pattern)
+    if sparsity is None:
+        raise OptionError("no target was given; give --sparsity T, --sparsity-type N:M or --ratios FILE.")
+    fraction("--sparsity", sparsity)
+    return Target(sparsity)

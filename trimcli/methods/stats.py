@@ -1,0 +1,179 @@
+"""Statistics: what is collected from the inputs of a linear, how, and under which name it is stored.
+
+The inputs of one sample are X_j, [L, D_in]; there are N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from trimcli.options import option
+from trimcli.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistic(Entry):
+    """A statistic, called to start collecting it.
+
+    function(d_in, nsamples, device): the tensor it is gathered in. add(gathered, inputs [n, L, D_in], samples, N):
+    takes in a batch, `samples` its slice of 0..N-1; a batch may come again, unless it `sums`. finish(gathered): what
+    methods read. nbytes(d_in, nsamples): memory while it is gathered. stored: its name in `calibrate --stats`, and that
+    its tensor `<linear>.<name>` is kept in calibration files; None where it is only ever collected while pruning.
+    columns(tensor, slice): the part of it that belongs to some columns.
+    """
+
+    add: Callable[..., None]
+    nbytes: Callable[[int, int], int]
+    finish: Callable[[Tensor], Tensor] = lambda gathered: gathered
+    columns: Callable[[Tensor, slice], Tensor] = lambda tensor, place: tensor[place]
+    stored: str | None = None
+    sums: bool = False
+
+
+STATISTICS = Registry("statistic", "--stats", Statistic)
+
+
+def statistic(name: str, function: Callable[..., Tensor], *, help: str, **more: Any) -> Statistic:
+    """Register a statistic (see Statistic for what there is to say of it) and give its entry."""
+    entry = Statistic(name=name, function=function, help=help, title=name, **more)
+    STATISTICS.add(entry)
+    return entry
+
+
+def stored_statistics() -> dict[str, Statistic]:
+    """What a calibration file can hold, by its name in `calibrate --stats`; tensors are called `<linear>.<name>`."""
+    return {one.stored: one for one in STATISTICS.values() if one.stored}
+
+
+class LinearStats:
+    """The statistics of one linear; linears that share an input share them.
+
+    tensors: by statistic name, on one device. `of(columns)` is the part of some columns, whose `place` says
+    which; `once` keeps what is derived from them, for all who share them.
+    """
+
+    def __init__(self, **tensors: Tensor | None) -> None:
+        self.tensors: Mapping[str, Tensor] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self._derived: dict[Hashable, Any] = {}
+        self.place = slice(None)
+
+    def __contains__(self, statistic: Statistic) -> bool:
+        return statistic.name in self.tensors
+
+    def __getitem__(self, statistic: Statistic) -> Tensor:
+        """The tensor of `statistic`. Raises ValueError when it was not collected."""
+        return self._tensor(statistic.name)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            raise ValueError(f"the statistic {name!r} was not collected; name it in what the method needs.")
+        return self.tensors[name]
+
+    @property
+    def sqnorm(self) -> Tensor:
+        """Input square norm: float32 [D_in]."""
+        return self._tensor("sqnorm")
+
+    @property
+    def inputs(self) -> Tensor:
+        """Last-token inputs: [D_in, N]."""
+        return self._tensor("inputs")
+
+    @property
+    def gram(self) -> Tensor:
+        """Gram: [D_in, D_in]."""
+        return self._tensor("gram")
+
+    def with_(self, **tensors: Tensor | None) -> LinearStats:
+        """The same with other tensors in the place of some."""
+        found = LinearStats(**{**self.tensors, **tensors})
+        found._derived = self._derived
+        return found
+
+    def of(self, columns: slice) -> LinearStats:
+        """The part of some columns. What `once` gives belongs to all columns still."""
+        found = LinearStats(
+            **{name: STATISTICS[name].columns(tensor, columns) for name, tensor in self.tensors.items()}
+        )
+        found._derived, found.place = self._derived, columns
+        return found
+
+    def once(self, key: Hashable, make: Callable[[LinearStats], T]) -> T:
+        """What `make` derives from all columns' statistics, made the first time it is asked for under `key`."""
+        if key not in self._derived:
+            if self.place != slice(None):
+                raise ValueError(f"{key!r} is derived from all columns; ask for it before taking some.")
+            self._derived[key] = make(self)
+        found: T = self._derived[key]
+        return found
+
+
+def _zeros(shape: tuple[int, int], device: torch.device, dtype: str = "float32") -> Tensor:
+    import torch
+
+    return torch.zeros(shape, device=device, dtype=getattr(torch, dtype))
+
+
+def _add_sqnorm(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
+    import torch
+
+    gathered[samples] = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).square()
+
+
+def _add_inputs(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
+    gathered[:, samples] = inputs[:, -1].T.float()
+
+
+def _add_gram(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
+    flat = inputs.reshape(-1, inputs.shape[-1]).to(gathered.dtype)
+    gathered.addmm_(flat.T, flat, alpha=2.0 / nsamples)
+
+
+@dataclass(frozen=True)
+class GramOptions:
+    """How the Gram is accumulated."""
+
+    gram_dtype: Literal["float32", "float64"] = option(
+        "float32", "Accumulate the Gram in this dtype.", panel="SparseGPT"
+    )
+
+
+# Every sample has its own place, so that neither batch size nor order changes the sum.
+SQNORM = statistic(
+    "sqnorm",
+    lambda d_in, nsamples, device: _zeros((nsamples, d_in), device),
+    help="input square norms a_c = (1/N) * sum_j ||X_j[:, c]||^2, float32 [D_in]",
+    source="Sun et al. 2023, section 3",
+    add=_add_sqnorm,
+    finish=lambda gathered: gathered.double().mean(dim=0).float(),
+    nbytes=lambda d_in, nsamples: 4 * d_in * nsamples,
+    stored="norms",
+)
+INPUTS = statistic(
+    "inputs",
+    lambda d_in, nsamples, device: _zeros((d_in, nsamples), device),
+    help="last-token inputs: column j is the last token's input in sample j, float32 [D_in, N]",
+    source="Beck et al. 2025, section 3",
+    add=_add_inputs,
+    nbytes=lambda d_in, nsamples: 4 * d_in * nsamples,
+    stored="inputs",
+)
+GRAM = statistic(
+    "gram",
+    lambda d_in, nsamples, device, options: _zeros((d_in, d_in), device, options.gram_dtype),
+    help="Gram H = (2/N) * sum_j X_j^T X_j, [D_in, D_in]",
+    source="Frantar & Alistarh 2023, section 3",
+    add=_add_gram,
+    nbytes=lambda d_in, nsamples: 4 * d_in * d_in,
+    columns=lambda tensor, place: tensor[place, place],
+    options=GramOptions,
+    sums=True,
+)

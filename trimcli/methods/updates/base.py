@@ -1,0 +1,40 @@
+"""Updates: what the kept weights do about those that go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trimcli.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Updated:
+    """What an update made of a matrix.
+
+    keep: bool [D_out, D_in]. weight: float32 [D_out, D_in], zero wherever keep is False; None where the kept weights
+    stay as they were. remarks: sentences on what was out of the ordinary.
+    """
+
+    keep: Tensor
+    weight: Tensor | None = None
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update(Entry):
+    """An update: function(weight float32 [D_out, D_in], choice[, options]) gives Updated.
+
+    `choice` (see `trimcli.methods.choice`) gives the mask, beforehand or as columns are reached, and has the
+    statistics. changes: whether kept weights end with other values, so that masks alone do not carry the result.
+    """
+
+    changes: bool = True
+
+
+UPDATES = Registry("update", "--update", Update)
+update = UPDATES.register
+"""Register the decorated function as an update."""

@@ -1,0 +1,139 @@
+"""The arithmetic of OBS, column by column, and the factor of the Gram that it starts from.
+
+With U the upper Cholesky factor of H^-1, row c of U holds all that step c needs: U_cc^2 is the (c, c) entry of the
+inverse of the Hessian that remains at c.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimcli.errors import TrimError
+from trimcli.methods.choice import Choice
+
+_LAST_DAMPING = 1e3
+
+
+@dataclass(frozen=True)
+class DampingReport:
+    """What it took to factorise one Gram.
+
+    requested, damping: lambda / mean(diag H) as asked for and as used. added: lambda itself.
+    attempts: factorisations tried; the last one held. dtype: that one's, "float32" or "float64".
+    dead_columns: how many input channels never fire.
+    """
+
+    requested: float
+    damping: float
+    added: float
+    attempts: int
+    dtype: str
+    dead_columns: int
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences on what was out of the ordinary; empty when nothing was."""
+        found = []
+        if self.attempts > 1:
+            found.append(
+                f"the Gram could not be factorised with damping {self.requested:g}; "
+                f"damping {self.damping:g} in {self.dtype} held at attempt {self.attempts}."
+            )
+        if self.dead_columns:
+            found.append(f"{self.dead_columns} input channels never fire; their weights became zero.")
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A factorised Gram; linears that share an input share it.
+
+    upper: float32 [D_in, D_in], U with U^T U = (H + lambda I)^-1. dead: bool [D_in], True where H_cc = 0.
+    """
+
+    upper: Tensor
+    dead: Tensor
+    report: DampingReport
+
+
+@torch.no_grad()
+def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
+    """Upper Cholesky factor of the inverse of the damped Gram, with retries (section 3 of the paper).
+
+    gram: H, float32 or float64 [D_in, D_in], left as it is. damping: lambda / mean(diag H), the mean taken
+    after H_cc = 1 was set for the columns that never fire. The first attempt runs in the Gram's dtype; each
+    failure is followed by an attempt with ten times the damping, in float64.
+
+    Raises ValueError for a Gram that is not square, not
+    finite or negative on its diagonal, TrimError when even 1000 times the mean, or near it, does not help.
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
+        raise ValueError(f"the Gram has shape {tuple(gram.shape)} where a square matrix is needed.")
+    diagonal = gram.diagonal()
+    dead = diagonal == 0
+    facts = (torch.isfinite(gram).all(), diagonal.min(), diagonal.double().masked_fill(dead, 1.0).mean(), dead.sum())
+    finite, lowest, mean, dead_columns = torch.stack([fact.double() for fact in facts]).tolist()
+    if not finite:
+        raise ValueError("the Gram holds NaN or infinite values; the layer's inputs overflowed or are NaN themselves.")
+    if lowest < 0:
+        raise ValueError(f"the Gram's diagonal holds {lowest:g}, but sums of squares are never negative.")
+    used, dtype, attempts = damping, gram.dtype, 1
+    while (upper := _upper(gram, dead, used * mean, dtype)) is None:
+        if used * 10 > _LAST_DAMPING:
+            raise TrimError(
+                f"the Gram could not be factorised, not even in float64 with damping {used:g}; "
+                "calibrate with other or more samples, or prune with --method wanda, which needs no Gram."
+            )
+        used, dtype, attempts = used * 10, torch.float64, attempts + 1
+    report = DampingReport(
+        requested=damping,
+        damping=used,
+        added=used * mean,
+        attempts=attempts,
+        dtype=str(dtype).removeprefix("torch."),
+        dead_columns=int(dead_columns),
+    )
+    return Factor(upper, dead, report)
+
+
+def prune_block(
+    updated: Tensor, keep: Tensor, upper: Tensor, start: int, end: int, choice: Choice | None, stride: int
+) -> None:
+    """Prune columns start..end-1 in place and move what stays in them and to their right.
+
+    updated: float32 [D_out, D_in]. keep: bool, likewise. upper: U. choice: where given, the mask is chosen by it,
+    `stride` columns at a time as they are reached, and written to `keep`.
+    """
+    rows = updated[:, start:end].T.contiguous()  # the inner loop wants a column's weights side by side
+    stays = keep[:, start:end].T.contiguous()
+    corner = upper[start:end, start:end]
+    errors = torch.empty_like(rows)
+    for i in range(end - start):
+        if choice is not None and i % stride == 0:
+            reached = slice(i, i + stride)
+            stays[reached] = choice.of_columns(rows[reached].T, start + i).T
+        torch.div(rows[i].masked_fill(stays[i], 0.0), corner[i, i], out=errors[i])
+        rows[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+    updated[:, start:end] = rows.masked_fill_(~stays, 0.0).T
+    keep[:, start:end] = stays.T
+    updated[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
+
+
+def _upper(gram: Tensor, dead: Tensor, added: float, dtype: torch.dtype) -> Tensor | None:
+    """U with U^T U = (gram + added I)^-1 in float32, computed in `dtype`; None where that fails.
+
+    With J the reversal of the channels and J H J = L L^T, U is J L^-1 J: the factor that inverting H and
+    factorising the inverse would give, without that second factorisation, which fails sooner than the first.
+    """
+    flipped = gram.to(dtype).flip(0, 1)
+    diagonal = flipped.diagonal()
+    diagonal.masked_fill_(dead.flip(0), 1.0).add_(added)
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    del flipped, diagonal
+    if int(info) != 0:
+        return None
+    identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).float()
+    sound = torch.isfinite(upper).all() & (upper.diagonal() > 0).all()
+    return upper if sound else None

@@ -1,0 +1,174 @@
+"""Registries: the alternatives that a user can name, each with its options, needs, help and source.
+
+A score, a row allocation, a row metric, an update, a layer allocation, a statistic: each is one decorated function in
+one file. The command line, `--help`, `plan`, manifests, the model card, `sweep` and "did you mean" read the registries.
+Another package adds its own by an entry point in the group `trimcli.methods` that names a module to import:
+
+    [project.entry-points."trimcli.methods"]
+    mine = "my_package.methods"
+
+Nothing here, nor in a module of ours that registers, imports torch before a function runs: help stays quick.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from trimcli.errors import OptionError
+from trimcli.options import declared, one_of
+
+GROUP = "trimcli.methods"
+BUILT_IN = (
+    "trimcli.methods.stats",
+    "trimcli.methods.scores",
+    "trimcli.methods.rows.even",
+    "trimcli.methods.rows.trim",
+    "trimcli.methods.rows.variant",
+    "trimcli.methods.rows.metrics",
+    "trimcli.methods.updates.none",
+    "trimcli.methods.updates.obs",
+    "trimcli.methods.layers.uniform",
+    "trimcli.methods.layers.owl",
+    "trimcli.methods.layers.alpha",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One alternative.
+
+    name: on the command line and in files. function: what it does; its registry says how it is called. help: a
+    sentence. source: paper and section. title: in tables. options: a frozen dataclass of options, of which the
+    function is given an instance; None for none. needs: names of the statistics it reads.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    help: str
+    source: str
+    title: str
+    options: type[Any] | None = None
+    needs: frozenset[str] = frozenset()
+
+    def __call__(self, *arguments: Any, options: Any = None) -> Any:
+        """Call the function, with the options where it takes any: those given, else its own defaults."""
+        if self.options is None:
+            return self.function(*arguments)
+        return self.function(*arguments, self.options() if options is None else options)
+
+
+_everything: list[Entry] = []
+
+E = TypeVar("E", bound=Entry)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _place(entry: Entry) -> int:
+    module = entry.function.__module__
+    return BUILT_IN.index(module) if module in BUILT_IN else len(BUILT_IN)
+
+
+class Registry(Mapping[str, E], Generic[E]):
+    """The alternatives of one kind by name.
+
+    kind: what they are, in messages. flag: the option that names one. entry: their class. Looking one up raises
+    OptionError, which proposes the nearest name, for one that nobody registered.
+    """
+
+    def __init__(self, kind: str, flag: str, entry: type[E]) -> None:
+        self.kind = kind
+        self.flag = flag
+        self.entry = entry
+        self._entries: dict[str, E] = {}
+
+    def register(
+        self, name: str, *, needs: Iterable[Entry] = (), title: str = "", help: str = "", **fields: Any
+    ) -> Callable[[F], F]:
+        """Decorate a function: it becomes the alternative `name`.
+
+        needs: the statistics it reads. help: a sentence, else the docstring's first. fields: the entry's others, of
+        which `source` is always there. Raises ValueError when the name is taken.
+        """
+
+        def enter(function: F) -> F:
+            said = help or (function.__doc__ or "").strip().split("\n")[0]
+            names = frozenset(one.name for one in needs)
+            self.add(self.entry(name=name, function=function, help=said, title=title or name, needs=names, **fields))
+            return function
+
+        return enter
+
+    def add(self, entry: E) -> None:
+        """Register an alternative. Raises ValueError when its name is taken."""
+        if entry.name in self._entries:
+            raise ValueError(f"a {self.kind} named {entry.name!r} is registered already; choose another name.")
+        self._entries[entry.name] = entry
+        _everything.append(entry)
+
+    def __getitem__(self, name: str) -> E:
+        load_everything()
+        return self._entries[one_of(self.flag, name, self)]
+
+    def __iter__(self) -> Iterator[str]:
+        load_everything()
+        # Ours in their order, whichever module was imported first; then those of other packages.
+        return iter(sorted(self._entries, key=lambda name: _place(self._entries[name])))
+
+    def __len__(self) -> int:
+        load_everything()
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        load_everything()
+        return name in self._entries
+
+
+_loaded = False
+
+
+def load_everything() -> None:
+    """Import every module that registers, once: ours, then those of entry points. Raises OptionError for a broken one.
+
+    Looking something up while these modules are being imported finds what is there so far.
+    """
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    for module in BUILT_IN:
+        import_module(module)
+    for point in entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as problem:  # a package of somebody else's may raise anything
+            owner = point.dist.name if point.dist else point.value
+            _loaded = False
+            raise OptionError(
+                f"the methods {point.name!r} of the package {owner} cannot be loaded ({type(problem).__name__}: "
+                f"{problem}); mend or uninstall it."
+            ) from problem
+
+
+def misplaced(given: Iterable[Any], chosen: Iterable[Entry]) -> Iterator[tuple[str, Any, str]]:
+    """What was set of options whose owner was not chosen: flag, value and the owner's name.
+
+    Only of options that are unset by default: others may stand in a command line that serves several methods.
+    """
+    kinds = {entry.options for entry in chosen}
+    for options in given:
+        if type(options) not in kinds:
+            for one in declared(type(options)):
+                value = getattr(options, one.field)
+                if one.default is None and value is not None:
+                    yield (
+                        one.spelled,
+                        value,
+                        next(entry.name for entry in _everything if entry.options is type(options)),
+                    )
+
+
+def option_types(*entries: Entry) -> list[type[Any]]:
+    """The option classes of these entries, each once, in order."""
+    return list(dict.fromkeys(entry.options for entry in entries if entry.options is not None))
