@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 help:
 	@echo 'make demo    prune the embedded model and compare, offline, in a minute'
 	@echo 'make test    linters, types and tests'
-	@echo 'make lint    linters and types'
+	@echo 'make lint    linters, types, and which room imports which'
 	@echo 'make format  let ruff rewrite what it can'
 	@echo 'make bench   run every benchmark script'
 	@echo 'make clean   remove the environment and all caches'
@@ -34,16 +34,19 @@ lint: $(STAMP)
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports
 
+# The matrices of the tests are tiny, so one process a core is quicker than threads inside of one.
 test: lint
-	@$(BIN)/pytest
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in benchmarks/*.py; do \
+		name=$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import MASKS, manifest
@@ -42,6 +44,17 @@ def random_model(config: PretrainedConfig, *, dtype: torch.dtype = torch.float32
     for parameter in model.parameters():  # biases and norms too, so that none of them is a constant
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model.to(dtype).eval()
+
+
+def add_uncalled_linears(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Llama decoder layer that is made from now on has a linear `mlp.spare` that it never calls."""
+    made = LlamaDecoderLayer.__init__
+
+    def make(layer: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        made(layer, config, *args, **kwargs)
+        layer.mlp.spare = nn.Linear(config.hidden_size, 8, bias=False)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", make)
 
 
 def save(model: Any, directory: Path, *, max_shard_size: str = "5GB") -> Path:

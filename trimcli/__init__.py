@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from trimcli.methods.layers.alpha import AlphaOptions
     from trimcli.methods.layers.owl import OwlOptions
     from trimcli.methods.recipe import Recipe
-    from trimcli.methods.rows.trim import TrimOptions
+    from trimcli.methods.rows.options import TrimOptions
     from trimcli.methods.updates.obs import ObsOptions
 
 _HOMES = {
@@ -59,7 +59,7 @@ _HOMES = {
     "methods.layers.alpha": ("AlphaOptions",),
     "methods.layers.owl": ("OwlOptions",),
     "methods.recipe": ("Recipe",),
-    "methods.rows.trim": ("TrimOptions",),
+    "methods.rows.options": ("TrimOptions",),
     "methods.updates.obs": ("ObsOptions",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

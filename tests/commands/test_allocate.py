@@ -3,7 +3,7 @@
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trimcli.commands.allocate import AllocateOptions, allocate
-from trimcli.commands.calibrate import CalibrateOptions, calibrate
+from tests.trim_cli import COMPUTE, trim, trim_json
+from trimcli import AllocateOptions, AlphaOptions, CalibrateOptions, OwlOptions, allocate, calibrate
 from trimcli.console import Advance
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.masks import MaskFile
 from trimcli.files.ratios import LayerSparsity
-from trimcli.methods.layers.metrics import METRICS
+from trimcli.methods.layers.alpha import METRICS
 from trimcli.model.skeleton import Skeleton
 
 DATA = Path(__file__).parents[1] / "data"
@@ -76,7 +77,6 @@ def outliers(nano_qwen2: Path, calibration: Path) -> list[float]:
             module = "self_attn" if part in "qkvo" else "mlp"
             name = f"model.layers.{layer}.{module}.{part}_proj"
             sqnorm = norms.statistics(name).sqnorm
-            assert sqnorm is not None
             scores.append((weights[f"{name}.weight"].float().abs() * sqnorm.sqrt()).flatten())
         together = torch.cat(scores).double()
         found.append(100 * float((together > 5 * together.mean()).double().mean()))
@@ -133,7 +133,8 @@ def test_owl_follows_the_formula(
 
 
 def test_exact_owl_stays_within_bounds_where_reference_does_not(nano_qwen2: Path, calibration: Path) -> None:
-    options = AllocateOptions(method="owl", sparsity=0.1, lambda_=0.3, calibration=calibration)
+    own = OwlOptions(lambda_=0.3)
+    options = AllocateOptions(method="owl", sparsity=0.1, calibration=calibration, options=(own,))
     exact = np.array(list(allocate(str(nano_qwen2), None, options).sparsity.values()))
     weights = sizes(nano_qwen2)
     assert exact.min() == 0
@@ -142,21 +143,62 @@ def test_exact_owl_stays_within_bounds_where_reference_does_not(nano_qwen2: Path
     assert min(reference.sparsity.values()) == 0.01
 
 
-def test_mixed_patterns(nano_qwen2: Path, calibration: Path, outliers: list[float], tmp_path: Path) -> None:
-    options = AllocateOptions(method="owl", sparsity=0.625, lambda_=3, group=8, calibration=calibration)
+@pytest.mark.parametrize("special", [False, True])
+def test_mixed_patterns(
+    special: bool, nano_qwen2: Path, calibration: Path, outliers: list[float], tmp_path: Path
+) -> None:
+    own = OwlOptions(lambda_=3, group=8, special=special)
+    options = AllocateOptions(method="owl", sparsity=0.625, calibration=calibration, options=(own,))
     found = allocate(str(nano_qwen2), tmp_path / "ratios.json", options)
     low, high = min(outliers), max(outliers)
     ratios = np.array([(share - low) / (high - low) * 3 for share in outliers])
-    kept = [8 - (5 - int(extra)) for extra in np.round(ratios - ratios.mean())]
+    extras = [int(extra) for extra in np.round(ratios - ratios.mean())]
+    assert 1 in extras
+    kept = [8 - (5 - (2 if special and extra == 1 else extra)) for extra in extras]
     assert len(set(kept)) > 1
     assert found.pattern is not None
     assert list(found.pattern.values()) == [(count, 8) for count in kept for _ in PARTS]
     assert list(found.sparsity.values()) == [1 - count / 8 for count in kept for _ in PARTS]
     assert LayerSparsity.load(tmp_path / "ratios.json") == found
+    assert found.parameters == {"lambda": 3, "hyper_m": 5.0, "group": 8} | ({"special": True} if special else {})
+
+
+def test_the_special_form_on_the_command_line(nano_qwen2: Path, calibration: Path, tmp_path: Path) -> None:
+    mixed = ("--sparsity", 0.625, "--lambda", 3, "--group", 8)
+    owl = ("alloc-layers", nano_qwen2, "--method", "owl", "--calibration", calibration, *mixed)
+    plain = trim_json(*owl, "-o", tmp_path / "plain.json")["sparsity"]
+    special = trim_json(*owl, "-o", tmp_path / "special.json", "--special")["sparsity"]
+    kept = [{name: 8 - round(8 * share) for name, share in found.items()} for found in (plain, special)]
+    # 3 of 8 is the target: where one more was kept, two more are.
+    assert 4 in kept[0].values()
+    assert kept[1] == {name: 5 if count == 4 else count for name, count in kept[0].items()}
+    assert json.loads((tmp_path / "special.json").read_text())["parameters"]["special"] is True
+
+    masks, run = tmp_path / "masks", ("--cache-dir", tmp_path / "cache", *COMPUTE)
+    trim_json(
+        "prune", nano_qwen2, "-o", masks, "--ratios", tmp_path / "special.json", "--calibration", calibration, *run
+    )
+    trim_json(
+        "prune", nano_qwen2, "-o", tmp_path / "one-go", "--alloc", "owl", *mixed, "--special",
+        "--calibration", calibration, *run,
+    )  # fmt: skip
+    found, at_once = MaskFile.open(masks), MaskFile.open(tmp_path / "one-go")
+    for name, count in kept[1].items():
+        assert bool((found.keep(name).unflatten(1, (-1, 8)).sum(dim=2) == count).all()), name
+        assert torch.equal(found.keep(name), at_once.keep(name))
+
+    for refused in (
+        ("alloc-layers", nano_qwen2, "-o", tmp_path / "x", "--method", "owl", "--sparsity", 0.5, "--special"),
+        ("prune", nano_qwen2, "-o", tmp_path / "x", "--alloc", "owl", "--sparsity", 0.5, "--special"),
+        ("plan", nano_qwen2, "--alloc", "owl", "--sparsity", 0.5, "--special"),
+    ):
+        done = trim(*refused)
+        assert (done.status, done.out) == (2, "")
+        assert done.err == "trim: --special does nothing without --group, which makes the patterns mixed N:M; add it.\n"
 
 
 def test_groups_that_do_not_divide_are_refused(nano_qwen2: Path, calibration: Path) -> None:
-    options = AllocateOptions(method="owl", sparsity=0.5, group=64, calibration=calibration)
+    options = AllocateOptions(method="owl", sparsity=0.5, calibration=calibration, options=(OwlOptions(group=64),))
     with pytest.raises(OptionError, match=r"--group 64 does not divide the 352 inputs of .*down_proj"):
         allocate(str(nano_qwen2), None, options)
 
@@ -189,7 +231,7 @@ def test_alpha_agrees_with_the_published_metric_and_mapping(nano_qwen2: Path, tm
     assert list(found.sparsity.values()) == pytest.approx(expected, abs=1e-6)
     exact = allocate(str(nano_qwen2), None, replace(options, numerics="exact"))
     assert list(exact.sparsity.values()) == pytest.approx(list(found.sparsity.values()), abs=1e-12)
-    apart = allocate(str(nano_qwen2), None, replace(options, mapping_type="layer"))
+    apart = allocate(str(nano_qwen2), None, replace(options, options=(AlphaOptions(mapping_type="layer"),)))
     assert len(set(apart.sparsity.values())) == 28
 
 
@@ -202,7 +244,9 @@ def test_a_metrics_cache_is_used_and_extended(nano_qwen2: Path, tmp_path: Path) 
     again = allocate(str(nano_qwen2), None, options, progress=progress)
     assert progress.done == {"alpha_peak": 0}
     assert again.sparsity == first.sparsity
-    middle = allocate(str(nano_qwen2), None, replace(options, ww_metric="alpha_mid"), progress=progress)
+    middle = allocate(
+        str(nano_qwen2), None, replace(options, options=(AlphaOptions(ww_metric="alpha_mid"),)), progress=progress
+    )
     assert progress.done["alpha_mid"] == 0
     assert middle.metric != first.metric
     document = json.loads(cache.read_text())
@@ -234,7 +278,8 @@ def test_published_metrics_reproduce_the_mapping() -> None:
     assert list(found.sparsity.values()) == pytest.approx(expected, abs=1e-6)
     assert list(found.metric.values()) == np.load(ALPHA).tolist()
     assert found.model.content is None
-    exact = allocate(QWEN, None, replace(options, numerics="exact", sparsity=0.9, epsilon=0.5))
+    wider = (AlphaOptions(epsilon=0.5),)
+    exact = allocate(QWEN, None, replace(options, numerics="exact", sparsity=0.9, options=wider))
     weights = sizes(QWEN)
     achieved = np.array(list(exact.sparsity.values()))
     assert achieved.max() == 0.99
@@ -281,38 +326,59 @@ def test_an_output_is_replaced_only_under_force(tmp_path: Path) -> None:
 
 
 FILE = Path("file")
-REFUSED = [
-    (AllocateOptions(), "--method uniform needs --sparsity"),
-    (AllocateOptions(method="alpha", import_file=FILE), "--method alpha needs --sparsity"),
-    (AllocateOptions(method="owls", sparsity=0.5), "--method 'owls'"),
-    (AllocateOptions(sparsity=1.0), "--sparsity 1"),
-    (AllocateOptions(sparsity=-0.1), r"--sparsity -0\.1"),
-    (AllocateOptions(sparsity=float("nan")), "--sparsity nan"),
-    (AllocateOptions(method="owl", sparsity=0.5), "needs --calibration"),
-    (AllocateOptions(sparsity=0.5, calibration=FILE), "--calibration does not go with --method uniform"),
-    (AllocateOptions(sparsity=0.5, import_file=FILE), "--import does not go with --method uniform"),
-    (AllocateOptions(method="alpha", sparsity=0.5, group=8), "--group does not go with --method alpha"),
-    (AllocateOptions(sparsity=0.5, metrics_cache=FILE), "--metrics-cache does not go with --method uniform"),
-    (AllocateOptions(method="owl", import_file=FILE, calibration=FILE), "--calibration and --import"),
-    (AllocateOptions(method="owl", import_file=FILE, group=4), "--group and --import"),
+OWN = AllocateOptions(method="owl", sparsity=0.5, calibration=FILE)
+REFUSED: list[tuple[Callable[[], AllocateOptions], str]] = [
+    (lambda: AllocateOptions(), "--method uniform needs --sparsity"),
+    (lambda: AllocateOptions(method="alpha", import_file=FILE), "--method alpha needs --sparsity"),
+    (lambda: AllocateOptions(method="owls", sparsity=0.5), "--method 'owls' is none of .*did you mean 'owl'"),
+    (lambda: AllocateOptions(sparsity=1.0), "--sparsity 1"),
+    (lambda: AllocateOptions(sparsity=-0.1), r"--sparsity -0\.1"),
+    (lambda: AllocateOptions(sparsity=float("nan")), "--sparsity nan"),
+    (lambda: AllocateOptions(method="owl", sparsity=0.5), "needs --calibration"),
     (
-        AllocateOptions(method="alpha", sparsity=0.5, import_file=FILE, metrics_cache=FILE),
+        lambda: AllocateOptions(sparsity=0.5, calibration=FILE),
+        "--calibration does not go with --method uniform, only with owl",
+    ),
+    (
+        lambda: AllocateOptions(method="alpha", sparsity=0.5, calibration=FILE),
+        "--calibration does not go with --method alpha, only with owl",
+    ),
+    (
+        lambda: AllocateOptions(sparsity=0.5, import_file=FILE),
+        "--import does not go with --method uniform, only with owl or alpha",
+    ),
+    (
+        lambda: AllocateOptions(method="alpha", sparsity=0.5, options=(OwlOptions(group=8),)),
+        "--group does not go with --method alpha, only with owl",
+    ),
+    (
+        lambda: AllocateOptions(sparsity=0.5, metrics_cache=FILE),
+        "--metrics-cache does not go with --method uniform, only with alpha",
+    ),
+    (lambda: AllocateOptions(method="owl", import_file=FILE, calibration=FILE), "--calibration and --import"),
+    (lambda: AllocateOptions(method="owl", import_file=FILE, options=(OwlOptions(group=4),)), "--group and --import"),
+    (
+        lambda: AllocateOptions(method="alpha", sparsity=0.5, import_file=FILE, metrics_cache=FILE),
         "--metrics-cache and --import",
     ),
-    (AllocateOptions(method="owl", sparsity=0.5, calibration=FILE, group=1), "--group 1"),
-    (AllocateOptions(sparsity=0.5, lambda_=-1), "--lambda -1"),
-    (AllocateOptions(sparsity=0.5, hyper_m=float("inf")), "--hyper-m inf"),
-    (AllocateOptions(sparsity=0.5, epsilon=float("nan")), "--epsilon nan"),
-    (AllocateOptions(sparsity=0.5, ww_metric="alpha_top"), "--ww-metric 'alpha_top'"),
-    (AllocateOptions(sparsity=0.5, mapping_type="blocks"), "--mapping-type 'blocks'"),
-    (AllocateOptions(sparsity=0.5, numerics="rough"), "--numerics 'rough'"),  # type: ignore[arg-type]
+    (lambda: replace(OWN, options=(OwlOptions(group=1),)), "--group 1 must be at least 2"),
+    (lambda: replace(OWN, options=(OwlOptions(special=True),)), "--special does nothing without --group"),
+    (lambda: AllocateOptions(sparsity=0.5, options=(OwlOptions(lambda_=-1),)), "--lambda -1"),
+    (lambda: AllocateOptions(sparsity=0.5, options=(OwlOptions(hyper_m=float("inf")),)), "--hyper-m inf"),
+    (lambda: AllocateOptions(sparsity=0.5, options=(AlphaOptions(epsilon=float("nan")),)), "--epsilon nan"),
+    (lambda: AllocateOptions(sparsity=0.5, options=(AlphaOptions(ww_metric="alpha_top"),)), "--ww-metric 'alpha_top'"),
+    (
+        lambda: AllocateOptions(sparsity=0.5, options=(AlphaOptions(mapping_type="blocks"),)),  # type: ignore[arg-type]
+        "--mapping-type 'blocks'",
+    ),
+    (lambda: AllocateOptions(sparsity=0.5, numerics="rough"), "--numerics 'rough'"),  # type: ignore[arg-type]
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[message for _, message in REFUSED])
-def test_refusals(options: AllocateOptions, message: str, tmp_path: Path) -> None:
+def test_refusals(options: Callable[[], AllocateOptions], message: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=message):
-        allocate(str(tmp_path / "never read"), None, options)
+        allocate(str(tmp_path / "never read"), None, options())
 
 
 def test_twelve_metrics_are_offered() -> None:

@@ -9,14 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.interrupt import InterruptAt, Interrupted
-from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
-from tests.trim_cli import save_tokens, tree
+from tests.small_models import add_uncalled_linears, gpt2_config, llama_config, random_model, save, skeleton_of
+from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json
 from trimcli import CalibrateOptions, calibrate
 from trimcli.demo import write_texts
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.tensors import read_manifest
-from trimcli.methods.scores import Statistic
+from trimcli.methods.stats import INPUTS, SQNORM, STATISTICS
 from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.walk import Walk
 
@@ -47,14 +47,13 @@ def test_the_file_holds_tokens_and_statistics(base: Path) -> None:
     skeleton = skeleton_of(base / "model")
     walk = Walk(skeleton, tokens, batch_size=2)
     for layer in walk.layers():
-        collector = Collector(walk.groups(layer), frozenset(Statistic), 5, 16, skeleton.device)
+        collector = Collector(walk.groups(layer), frozenset(STATISTICS), 5, 16, skeleton.device)
         walk.advance(layer, collector)
         for name, expected in collector.by_linear().items():
             stats = found.statistics(name)
-            assert stats.sqnorm is not None
-            assert stats.inputs is not None
-            assert torch.equal(stats.sqnorm, expected[Statistic.SQNORM])
-            assert torch.equal(stats.inputs, expected[Statistic.INPUTS])
+            assert set(stats.tensors) == {"sqnorm", "inputs"}
+            assert torch.equal(stats.sqnorm, expected[SQNORM])
+            assert torch.equal(stats.inputs, expected[INPUTS])
 
 
 def test_linears_that_share_an_input_share_the_tensor(base: Path) -> None:
@@ -90,9 +89,10 @@ def test_only_the_statistics_asked_for(stats: tuple[str, ...], base: Path, tmp_p
     assert summary.stats == stats
     suffixes = {key.rpartition(".")[2] for key in load_file(tmp_path / "calib")}
     assert suffixes == {"tokens", *{"norms": ["sqnorm"], "inputs": ["inputs"]}.get("".join(stats), [])}
-    other = {"norms": Statistic.INPUTS, "inputs": Statistic.SQNORM}.get("".join(stats), Statistic.SQNORM)
-    with pytest.raises(InputError, match="calibrate again with --stats including"):
-        found.require(frozenset({other}))
+    other, asked = {"norms": (INPUTS, "inputs"), "inputs": (SQNORM, "norms")}.get("".join(stats), (SQNORM, "norms"))
+    with pytest.raises(InputError, match=f"calibrate again with --stats including {asked}"):
+        found.require(frozenset({other.name}))
+    found.require(frozenset(STATISTICS[name].name for name in suffixes - {"tokens"}))
 
 
 def test_text_is_drawn_with_the_seed(nano_qwen2: Path, tmp_path: Path) -> None:
@@ -136,6 +136,63 @@ def test_values_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
         with pytest.raises(OptionError, match=message):
             calibrate(str(base / "model"), tmp_path / "calib", CalibrateOptions(**fields))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_and_skip(base: Path, tmp_path: Path) -> None:
+    model, options = str(base / "model"), options_for(base)
+    whole = CalibrationFile(base / "calib")
+    summary = calibrate(
+        model, tmp_path / "some", replace(options, only=("*.layers.1.*", "*.q_proj", "*.k_proj"), skip=("*.1.mlp.*",))
+    )
+    expected = [f"model.layers.1.self_attn.{one}_proj" for one in "qkvo"] + [Q, K]
+    found = CalibrationFile(tmp_path / "some")
+    assert summary.linears == len(expected)
+    assert set(found.manifest["shares"]) == set(expected)
+    for name in expected:
+        for one in (SQNORM, INPUTS):
+            assert torch.equal(found.statistics(name)[one], whole.statistics(name)[one])
+    for name in (O, "model.layers.1.mlp.up_proj"):
+        with pytest.raises(InputError, match=f"holds no statistics of {name}"):
+            found.statistics(name)
+    with pytest.raises(OptionError, match=r"nothing matches: of 14 linears \(such as model\.layers\.0\.self_attn"):
+        calibrate(model, tmp_path / "none", replace(options, only=("*.attn.*",)))
+    with pytest.warns(UserWarning, match=r"--skip '\*\.attn\.\*' matches none of the 14 linears"):
+        calibrate(model, tmp_path / "all", replace(options, skip=("*.attn.*",)))
+    assert sorted(load_file(tmp_path / "all")) == sorted(load_file(base / "calib"))
+
+
+def test_a_run_with_other_linears_does_not_take_over(base: Path, tmp_path: Path) -> None:
+    options = replace(options_for(base), cache_dir=tmp_path / "cache")
+    with pytest.raises(Interrupted):
+        calibrate(str(base / "model"), tmp_path / "calib", options, progress=InterruptAt("layer 2/2"))
+    record = InterruptAt(None)
+    calibrate(str(base / "model"), tmp_path / "calib", replace(options, skip=("*.q_proj",)), progress=record)
+    assert "layer 1/2 collect" in record.seen
+    assert Q not in CalibrationFile(tmp_path / "calib").manifest["shares"]
+
+
+def test_a_linear_that_its_layer_never_calls_can_be_skipped(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = set(skeleton_of(base / "model").linears)
+    add_uncalled_linears(monkeypatch)
+    model = save(random_model(llama_config()), tmp_path / "model")
+    spare = "model.layers.0.mlp.spare"
+    assert spare in skeleton_of(model).linears
+    run = ("--tokens", base / "tokens.safetensors", "--cache-dir", tmp_path / "cache", *COMPUTE)
+    done = trim("calibrate", model, "-o", tmp_path / "calib", *run)
+    assert (done.status, done.out) == (1, "")
+    assert done.err == f"trim: {spare} is never called by its layer, so it has no inputs; name it in --skip.\n"
+    assert not (tmp_path / "calib").exists()
+    for globs in (("--skip", "*.spare"), ("--only", "*.self_attn.*", "--only", "*_proj")):
+        made = trim_json("calibrate", model, "-o", tmp_path / "calib", *globs, *run, "--force")
+        assert made["linears"] == 14
+        found = CalibrationFile(tmp_path / "calib")
+        assert set(found.manifest["shares"]) == called
+        with pytest.raises(InputError, match=f"holds no statistics of {spare}"):
+            found.statistics(spare)
+    # Tokens alone need no linear to be called.
+    trim_json("calibrate", model, "-o", tmp_path / "tokens", "--stats", "", *run)
 
 
 def test_an_existing_file_stays_without_force(base: Path) -> None:

@@ -4,17 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import trimcli.commands.export
 import trimcli.kernels.exported
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from trimcli.cli.export import export as command
+from tests.trim_cli import trim, trim_json
 from trimcli.commands.apply import apply_masks
 from trimcli.commands.export import export
 from trimcli.commands.options import ApplyOptions
@@ -317,29 +315,22 @@ def test_a_semi_structured_export_runs(tmp_path: Path, dtype: torch.dtype) -> No
     torch.testing.assert_close(logits(model), logits(dense), rtol=2e-2, atol=2e-2)
 
 
-def run(*arguments: Any) -> Any:
-    program = typer.Typer()
-    program.command()(command)
-    return CliRunner().invoke(program, [str(argument) for argument in arguments])
-
-
 @pytest.mark.usefixtures("sparse_wins")
 def test_the_command(llama: Path, tmp_path: Path) -> None:
-    found = run(llama, "--to", "csr", "-o", tmp_path / "csr")
-    assert found.exit_code == 0
+    found = trim("export", llama, "--to", "csr", "-o", tmp_path / "csr")
+    assert found.status == 0
     assert any(
-        line.startswith(UP) and "75.00% zeros" in line and line.endswith("csr") for line in found.stdout.splitlines()
+        line.startswith(UP) and "75.00% zeros" in line and line.endswith("csr") for line in found.out.splitlines()
     )
-    assert "14 of 14 as csr" in found.stdout
-    as_json = run(llama, "--to", "csr", "-o", tmp_path / "csr", "--json", "--force")
-    document = json.loads(as_json.stdout)
+    assert "14 of 14 as csr" in found.out
+    document = trim_json("export", llama, "--to", "csr", "-o", tmp_path / "csr", "--force")
     assert document["sparse"] == 14
     assert document["linears"][UP]["form"] == "csr"
-    assert run(llama, "--to", "csr", "-o", tmp_path / "csr", "--quiet").exit_code == 2
+    assert trim("export", llama, "--to", "csr", "-o", tmp_path / "csr", "--quiet").status == 2
 
 
 def test_the_command_says_when_nothing_is_gained(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trimcli.commands.export, "race", lambda *_: Race(1.0, 2.0))
-    found = run(llama, "--to", "csr", "-o", tmp_path / "csr")
-    assert "no matrix is faster as csr on this machine: nothing is gained" in found.stdout
-    assert "(not faster as csr)" in found.stdout
+    found = trim("export", llama, "--to", "csr", "-o", tmp_path / "csr")
+    assert "no matrix is faster as csr on this machine: nothing is gained" in found.out
+    assert "(not faster as csr)" in found.out

@@ -17,7 +17,6 @@ from trimcli import (
     CalibrateOptions,
     PruneOptions,
     Recipe,
-    RowOptions,
     UsageError,
     allocate,
     prune,
@@ -84,9 +83,11 @@ def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
         (Recipe(propagate=False), 0),
         (Recipe(), 1.75),
         (Recipe(method="sparsegpt"), 1.75),
-        (Recipe(rows=RowOptions(), input_recalc=True), 4.75),
+        (Recipe(rows="trim", input_recalc=True), 4.75),
         (Recipe(barber=BarberOptions(metric="W")), 2.5),
         (Recipe(barber=BarberOptions()), 4.5),
+        (Recipe(update="obs", propagate=True), 1.75),
+        (Recipe(rows="trim", propagate=False), 0),
     ],
 )
 def test_forward_passes(recipe: Recipe, passes: float) -> None:

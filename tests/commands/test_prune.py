@@ -1,27 +1,29 @@
 """The prune stage: exact counts for every method and allocation, propagation, and what it writes."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.interrupt import InterruptAt
-from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
-from tests.trim_cli import save_tokens, tree, zeros
+from tests.small_models import add_uncalled_linears, gpt2_config, llama_config, random_model, save, skeleton_of
+from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json, zeros
 from trimcli import (
     AllocateOptions,
+    AlphaOptions,
     BarberOptions,
     CalibrateOptions,
+    ObsOptions,
+    OwlOptions,
     PruneOptions,
     Recipe,
-    RowOptions,
-    UpdateOptions,
+    TrimOptions,
     allocate,
     apply_masks,
     calibrate,
@@ -33,30 +35,35 @@ from trimcli.files.tensors import read_manifest
 from trimcli.methods.masks import matrix_budget
 from trimcli.pipeline.walk import Walk
 
+Args = tuple[object, ...]
+
 UP = "model.layers.1.mlp.up_proj"
-TRIM = RowOptions(iterations=2)
+TRIM: dict[str, Any] = {"rows": "trim", "options": (TrimOptions(iterations=2),)}
 
 RECIPES: dict[str, Recipe] = {
     "magnitude": Recipe(method="magnitude"),
-    "magnitude + trim": Recipe(method="magnitude", rows=TRIM),
+    "magnitude + trim": Recipe(method="magnitude", **TRIM),
     "wanda": Recipe(),
     "wanda, no propagation": Recipe(propagate=False),
-    "wanda variant": Recipe(variant=True),
-    "wanda + trim": Recipe(rows=TRIM),
-    "wanda + trim, no propagation": Recipe(rows=TRIM, propagate=False),
-    "wanda + trim, inputs anew": Recipe(rows=TRIM, input_recalc=True),
+    "wanda variant": Recipe(rows="variant"),
+    "wanda + trim": Recipe(**TRIM),
+    "wanda + trim, no propagation": Recipe(**TRIM, propagate=False),
+    "wanda + trim, inputs anew": Recipe(**TRIM, input_recalc=True),
     "wanda + barber": Recipe(barber=BarberOptions(threshold=0.5)),
-    "wanda + trim + barber by columns": Recipe(rows=TRIM, barber=BarberOptions(granularity="input1", metric="W")),
+    "wanda + trim + barber by columns": Recipe(**TRIM, barber=BarberOptions(granularity="input1", metric="W")),
     "magnitude + barber by layer": Recipe(method="magnitude", barber=BarberOptions(granularity="layer")),
-    "sparsegpt": Recipe(method="sparsegpt", update=UpdateOptions(block_size=24)),
-    "sparsegpt by wanda": Recipe(method="sparsegpt", update=UpdateOptions(mask_score="wanda")),
-    "sparsegpt + trim": Recipe(method="sparsegpt", rows=TRIM),
+    "sparsegpt": Recipe(method="sparsegpt", options=(ObsOptions(block_size=24),)),
+    "sparsegpt by wanda": Recipe(method="sparsegpt", options=(ObsOptions(mask_score="wanda"),)),
+    "sparsegpt + trim": Recipe(method="sparsegpt", **TRIM),
     "sparsegpt + barber": Recipe(method="sparsegpt", barber=BarberOptions(retain_reconstruction=True)),
+    "obs, no update": Recipe(method="obs"),
+    "wanda + obs": Recipe(update="obs", options=(ObsOptions(block_size=24),)),
+    "variant + obs": Recipe(rows="variant", update="obs"),
 }
 ALLOCATIONS: dict[str, AllocateOptions] = {
     "uniform": AllocateOptions(sparsity=0.613),
-    "owl": AllocateOptions(method="owl", sparsity=0.55, hyper_m=3.0),
-    "alpha": AllocateOptions(method="alpha", sparsity=0.7, mapping_type="layer"),
+    "owl": AllocateOptions(method="owl", sparsity=0.55, options=(OwlOptions(hyper_m=3.0),)),
+    "alpha": AllocateOptions(method="alpha", sparsity=0.7, options=(AlphaOptions(mapping_type="layer"),)),
 }
 
 
@@ -132,11 +139,11 @@ def test_the_stored_dtype_does_not_choose_the_masks(recipe: str, base: Path, tmp
     narrow = run(base, tmp_path, "narrow", sparsity=0.6, recipe=RECIPES[recipe], save_model=tmp_path / "narrow-dir")
     found = run(tmp_path, tmp_path, "wide", sparsity=0.6, recipe=RECIPES[recipe], save_model=tmp_path / "wide-dir")
     same = [float((narrow.keep(name) == found.keep(name)).float().mean()) for name in found.names]
-    # SparseGPT's new weights are rounded as they are stored, which what follows sees.
-    assert min(same) >= (0.97 if "sparsegpt" in recipe else 1.0)
+    # New weights are rounded as they are stored, which what follows sees.
+    assert min(same) >= (0.97 if RECIPES[recipe].updating.changes else 1.0)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(method="magnitude"), Recipe(rows=TRIM), RECIPES["sparsegpt"]])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(method="magnitude"), Recipe(**TRIM), RECIPES["sparsegpt"]])
 @pytest.mark.parametrize("sparsity", [0.0, 0.001, 0.99])
 def test_the_ends_of_the_range(recipe: Recipe, sparsity: float, base: Path, tmp_path: Path) -> None:
     found = run(base, tmp_path, recipe=recipe, sparsity=sparsity, save_model=tmp_path / "pruned")
@@ -146,7 +153,7 @@ def test_the_ends_of_the_range(recipe: Recipe, sparsity: float, base: Path, tmp_
 
 @pytest.mark.parametrize("recipe", ["wanda", "magnitude", "wanda + barber", "sparsegpt", "sparsegpt + barber"])
 def test_n_of_m_patterns(recipe: str, base: Path, tmp_path: Path) -> None:
-    chosen = replace(RECIPES[recipe], update=UpdateOptions())
+    chosen = replace(RECIPES[recipe], options=())
     found = run(base, tmp_path, recipe=chosen, sparsity_type="2:4", save_model=tmp_path / "pruned")
     for name in found.names:
         assert bool((found.keep(name).unflatten(1, (-1, 4)).sum(dim=2) == 2).all()), name
@@ -164,7 +171,24 @@ def test_mixed_patterns_follow_the_ratios_file(recipe: Recipe, base: Path, tmp_p
         kept = 8 if "layers.0" in name else 3
         assert bool((found.keep(name).unflatten(1, (-1, 8)).sum(dim=2) == kept).all()), name
     with pytest.raises(OptionError, match="--use-trim with an N:M pattern"):
-        run(base, tmp_path, "other", recipe=Recipe(rows=TRIM), ratios=tmp_path / "ratios.json")
+        run(base, tmp_path, "other", recipe=Recipe(**TRIM), ratios=tmp_path / "ratios.json")
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer", "output1", "input1"])
+def test_barber_keeps_the_pattern_of_every_linear_of_a_block(granularity: Any, base: Path, tmp_path: Path) -> None:
+    kept = {"q": (2, 4), "k": (3, 8), "v": (8, 8), "o": (1, 2), "gate": (5, 8), "up": (1, 4), "down": (4, 8)}
+    ratios = json.loads((base / "uniform.json").read_text())
+    patterns = {name: kept[name.rpartition(".")[2].removesuffix("_proj")] for name in ratios["sparsity"]}
+    ratios["pattern"] = patterns
+    ratios["sparsity"] = {name: 1 - count / group for name, (count, group) in patterns.items()}
+    (tmp_path / "ratios.json").write_text(json.dumps(ratios))
+    before = run(base, tmp_path, "before", ratios=tmp_path / "ratios.json")
+    barber = BarberOptions(granularity=granularity, threshold=1.0)
+    after = run(base, tmp_path, "after", ratios=tmp_path / "ratios.json", recipe=Recipe(barber=barber))
+    for name, (count, group) in patterns.items():
+        assert bool((after.keep(name).unflatten(1, (-1, group)).sum(dim=2) == count).all()), name
+        assert after.entry(name)["pattern"] == [count, group]
+    assert sum(not torch.equal(before.keep(name), after.keep(name)) for name in patterns) >= 10
 
 
 def test_conv1d_is_pruned_by_output_rows(tmp_path: Path) -> None:
@@ -264,7 +288,7 @@ def test_no_forward_pass_runs_without_propagation(base: Path, tmp_path: Path, mo
         raise AssertionError("a walk began")
 
     monkeypatch.setattr(Walk, "__init__", refuse)
-    run(base, tmp_path, sparsity=0.5, recipe=Recipe(rows=TRIM, propagate=False))
+    run(base, tmp_path, sparsity=0.5, recipe=Recipe(**TRIM, propagate=False))
     run(base, tmp_path, "magnitude", sparsity=0.5, recipe=Recipe(method="magnitude"), calibration=None)
 
 
@@ -286,15 +310,60 @@ def test_the_batch_size_does_not_choose_the_masks(base: Path, tmp_path: Path) ->
     assert min(same) >= 0.999
 
 
+def test_a_linear_that_its_layer_never_calls_can_be_skipped(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = save(random_model(llama_config()), tmp_path / "plain")
+    names = list(skeleton_of(plain).linears)
+    run_there: Args = ("--tokens", base / "tokens.safetensors", "--cache-dir", tmp_path / "cache", *COMPUTE)
+    trim_json("prune", plain, "-o", tmp_path / "plain-masks", "--sparsity", 0.5, *run_there)
+    weights = load_file(plain / "model.safetensors")
+
+    add_uncalled_linears(monkeypatch)
+    model = save(random_model(llama_config()), tmp_path / "model")
+    spares = {f"model.layers.{layer}.mlp.spare": torch.rand(8, 32) for layer in (0, 1)}
+    stored = {**weights, **{f"{name}.weight": weight for name, weight in spares.items()}}
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+
+    first = next(iter(spares))
+    for method in ("wanda", "sparsegpt"):
+        saved: Args = ("--save-model", tmp_path / method, "--method", method, "--sparsity", 0.5)
+        done = trim("prune", model, "-o", tmp_path / f"{method}-masks", *saved, *run_there)
+        assert (done.status, done.out) == (1, "")
+        sentence = f"trim: {first} is never called by its layer, so it has no inputs; name it in --skip."
+        assert done.err.splitlines()[-1] == sentence
+        trim_json("prune", model, "-o", tmp_path / f"{method}-masks", *saved, *run_there, "--skip", "*.spare")
+        assert MaskFile.open(tmp_path / f"{method}-masks").names == names
+        found = load_file(tmp_path / method / "model.safetensors")
+        assert all(torch.equal(found[f"{name}.weight"], weight) for name, weight in spares.items())
+    one, other = MaskFile.open(tmp_path / "plain-masks"), MaskFile.open(tmp_path / "wanda-masks")
+    assert all(torch.equal(one.keep(name), other.keep(name)) for name in names)
+    # Magnitude asks for no inputs, so nothing keeps it from pruning what is never called.
+    magnitude = trim_json("prune", model, "-o", tmp_path / "m", "--method", "magnitude", "--sparsity", 0.5, *run_there)
+    assert magnitude["linears"] == 16
+    trim_json("calibrate", model, "-o", tmp_path / "calib", "--skip", "*.spare", *run_there)
+    dense: Args = ("prune", model, "-o", tmp_path / "dense", "--no-propagate", "--sparsity", 0.5)
+    dense = (*dense, "--calibration", tmp_path / "calib", "--cache-dir", tmp_path / "cache", *COMPUTE)
+    done = trim(*dense)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.splitlines()[-1].startswith(f"trim: {tmp_path / 'calib'} holds no statistics of {first}")
+    trim_json(*dense, "--skip", "*.spare")
+    assert MaskFile.open(tmp_path / "dense").names == names
+
+
 # --- what is written -------------------------------------------------------------------------------------
 
 
 def test_the_manifest_says_what_was_done(base: Path, tmp_path: Path) -> None:
-    run(base, tmp_path, ratios=base / "owl.json", recipe=Recipe(rows=TRIM), save_model=tmp_path / "pruned")
+    run(base, tmp_path, ratios=base / "owl.json", recipe=Recipe(**TRIM), save_model=tmp_path / "pruned")
     manifest = read_manifest(tmp_path / "masks", "trim.masks/1")
     assert manifest["model"] == skeleton_of(base / "model").fingerprint.document()
     assert set(manifest["sources"]) == {"calibration", "ratios"}
-    assert manifest["options"]["recipe"]["rows"]["iterations"] == 2
+    recipe = manifest["options"]["recipe"]
+    assert (recipe["method"], recipe["score"], recipe["rows"], recipe["update"]) == ("wanda", "wanda", "trim", "none")
+    assert recipe["options"] == {"trim": asdict(TRIM["options"][0])}
+    assert recipe["options"]["trim"]["iterations"] == 2
+    assert manifest["allocation"] == {"method": "owl", "lambda": 0.08, "hyper_m": 3.0}
     assert not manifest["changes_weights"]
     mark = json.loads((tmp_path / "pruned" / "trim.json").read_text())
     assert mark["schema"] == "trim.pruned/1"
@@ -361,7 +430,7 @@ def test_barber_returns_and_keeps_stored_values(base: Path, tmp_path: Path) -> N
 
 
 def test_what_trim_found(base: Path, tmp_path: Path) -> None:
-    found = run(base, tmp_path, sparsity=0.7, recipe=Recipe(rows=TRIM), stats_out=tmp_path / "rows.json")
+    found = run(base, tmp_path, sparsity=0.7, recipe=Recipe(**TRIM), stats_out=tmp_path / "rows.json")
     document, tensors = json.loads((tmp_path / "rows.json").read_text()), load_file(tmp_path / "rows.safetensors")
     assert list(document["linears"]) == found.names
     for name, facts in document["linears"].items():
@@ -376,8 +445,8 @@ def test_what_trim_found(base: Path, tmp_path: Path) -> None:
 
 def test_outputs_that_would_meet_are_refused(base: Path, tmp_path: Path) -> None:
     for fields in (
-        {"stats_out": tmp_path / "masks.json", "recipe": Recipe(rows=TRIM)},  # its rows go to masks.safetensors
-        {"stats_out": tmp_path / "rows.safetensors", "recipe": Recipe(rows=TRIM)},
+        {"stats_out": tmp_path / "masks.json", "recipe": Recipe(**TRIM)},  # its rows go to masks.safetensors
+        {"stats_out": tmp_path / "rows.safetensors", "recipe": Recipe(**TRIM)},
         {"save_model": tmp_path / "masks.safetensors"},
         {"save_model": tmp_path / "sub" / ".." / "masks.safetensors"},
     ):
@@ -392,7 +461,7 @@ def test_existing_outputs_are_refused_before_any_pass(base: Path, tmp_path: Path
     (tmp_path / "directory" / "file").touch()
     before = tree(tmp_path)
     for fields in (
-        {"stats_out": tmp_path / "rows.json", "recipe": Recipe(rows=TRIM)},
+        {"stats_out": tmp_path / "rows.json", "recipe": Recipe(**TRIM)},
         {"save_model": tmp_path / "directory"},
     ):
         with pytest.raises(OutputExists):
@@ -406,9 +475,9 @@ def test_existing_outputs_are_refused_before_any_pass(base: Path, tmp_path: Path
 
 
 def test_the_stages_in_one_go_are_the_stages_one_by_one(base: Path, tmp_path: Path) -> None:
-    by_hand = run(base, tmp_path, "one-by-one", ratios=base / "owl.json", recipe=Recipe(rows=TRIM))
+    by_hand = run(base, tmp_path, "one-by-one", ratios=base / "owl.json", recipe=Recipe(**TRIM))
     fields = {
-        "recipe": Recipe(rows=TRIM),
+        "recipe": Recipe(**TRIM),
         "calibration": None,
         "calibrate": CalibrateOptions(tokens=base / "tokens.safetensors", **RUN, cache_dir=tmp_path / "cache"),
         "allocate": replace(ALLOCATIONS["owl"], **RUN, cache_dir=tmp_path / "cache"),
@@ -441,8 +510,8 @@ def test_statistics_that_the_file_lacks_are_named(base: Path, tmp_path: Path) ->
     norms = CalibrateOptions(tokens=base / "tokens.safetensors", stats=("norms",), **RUN, cache_dir=tmp_path / "c")
     calibrate(str(base / "model"), tmp_path / "norms", norms)
     with pytest.raises(InputError, match=r"holds no inputs \(it was made with --stats norms\)"):
-        run(base, tmp_path, sparsity=0.5, calibration=tmp_path / "norms", recipe=Recipe(rows=TRIM, propagate=False))
-    run(base, tmp_path, sparsity=0.5, calibration=tmp_path / "norms", recipe=Recipe(rows=TRIM))
+        run(base, tmp_path, sparsity=0.5, calibration=tmp_path / "norms", recipe=Recipe(**TRIM, propagate=False))
+    run(base, tmp_path, sparsity=0.5, calibration=tmp_path / "norms", recipe=Recipe(**TRIM))
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -454,7 +523,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "calibrate": CalibrateOptions()}, "--calibration with --dataset"),
     ({"sparsity": 0.5, "stats_out": Path("rows.json")}, "--stats-out without --use-trim"),
     ({"sparsity": 0.5, "recipe": Recipe(method="sparsegpt")}, "--method sparsegpt without --save-model"),
-    ({"sparsity": 0.5, "gram_dtype": "float16"}, "--gram-dtype 'float16' is none of float32, float64"),
     ({"sparsity": 0.5, "batch_size": 0}, "--batch-size 0 must be at least 1"),
     ({"allocate": AllocateOptions(method="owll", sparsity=0.5)}, "--alloc 'owll' is none of .*did you mean 'owl'"),
 ]

@@ -13,19 +13,20 @@ from safetensors.torch import load_file
 from tests.interrupt import InterruptAt, Interrupted
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import save_tokens, tree
-from trimcli import BarberOptions, CalibrateOptions, PruneOptions, Recipe, RowOptions, calibrate, prune
+from trimcli import BarberOptions, CalibrateOptions, PruneOptions, Recipe, TrimOptions, calibrate, prune
 from trimcli.commands.prune import PruneSummary
 from trimcli.console import NO_PROGRESS, Progress
 
 RUN: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 LAYERS = 3
+TRIM: dict[str, Any] = {"rows": "trim", "options": (TrimOptions(iterations=2),)}
 # Recipe, the task that is cut off when it begins for the n-th time, and how many layers are finished by then.
 CASES: dict[str, tuple[Recipe, str, int, int]] = {
     "at the first layer": (Recipe(), "layer 1/3", 1, 0),
     "at the last layer": (Recipe(), "layer 3/3", 1, 2),
     "between a layer's masks and its outputs": (Recipe(), "layer 2/3 forward", 1, 2),
-    "trim": (Recipe(rows=RowOptions(iterations=2)), "layer 3/3", 1, 2),
-    "trim, inputs anew": (Recipe(rows=RowOptions(iterations=2), input_recalc=True), "layer 2/3 collect", 3, 1),
+    "trim": (Recipe(**TRIM), "layer 3/3", 1, 2),
+    "trim, inputs anew": (Recipe(**TRIM, input_recalc=True), "layer 2/3 collect", 3, 1),
     "sparsegpt": (Recipe(method="sparsegpt"), "layer 3/3", 1, 2),
     "the second pass": (Recipe(barber=BarberOptions(threshold=0.5)), "gradients of", 3, LAYERS + 1),
     "the second pass at its start": (Recipe(barber=BarberOptions()), "rebuilding layers", 1, LAYERS),
@@ -107,9 +108,10 @@ def test_no_resume_starts_over(base: Path, tmp_path: Path) -> None:
         {"sparsity": 0.6},
         {"sparsity": None, "sparsity_type": "2:4"},
         {"recipe": Recipe(numerics="reference")},
-        {"recipe": Recipe(variant=True)},
+        {"recipe": Recipe(rows="variant")},
         {"skip": ("*.q_proj",)},
         {"recipe": Recipe(propagate=False)},
+        {"recipe": Recipe(rows="trim")},
     ],
 )
 def test_another_command_does_not_take_over(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import contextlib
 import json
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -343,14 +344,22 @@ def test_memory_running_out_halves_the_batch(
     examples = prompts(tmp_path / "seasons.jsonl")
     call = HFLM._model_call
     room = 3
+    held: list[weakref.ref[torch.Tensor]] = []
 
     def small(self: Any, tokens: torch.Tensor, **kwargs: Any) -> Any:
         if tokens.shape[0] > room:
+            activations = tokens.clone()
+            held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("no room")
         return call(self, tokens, **kwargs)
 
+    class Listening(Spoken):
+        def warn(self, message: str) -> None:
+            super().warn(message)
+            assert held[-1]() is None, "the failed batch is gone before another one is tried"
+
     monkeypatch.setattr(HFLM, "_model_call", small)
-    spoken = Spoken()
+    spoken = Listening()
     found = evaluate_tasks(model, tokenizer, options, spoken)
     assert found["lm_eval"]["batch_size"] == 2
     assert len(spoken.warnings) == 2

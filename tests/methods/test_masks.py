@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trimcli.errors import OptionError
 from trimcli.methods import masks
-from trimcli.methods.choice import parse_pattern
 from trimcli.methods.ranking import ranks_of, row_order
+from trimcli.options import Numerics
 
 sparsities = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 0.6, 0.7, 1.0]))
 
@@ -68,7 +67,7 @@ def test_reference_counts_follow_floating_point() -> None:
 
 
 @pytest.mark.parametrize("numerics", ["exact", "reference"])
-def test_counts_stay_within_the_matrix(numerics: masks.Numerics) -> None:
+def test_counts_stay_within_the_matrix(numerics: Numerics) -> None:
     assert masks.even_row_counts(2, 5, 1.2, numerics).tolist() == [5, 5]
     assert masks.even_row_counts(2, 5, -0.3, numerics).tolist() == [0, 0]
 
@@ -225,18 +224,6 @@ def test_n_of_m_refuses_an_impossible_pattern(kept: int) -> None:
 def test_n_of_m_refuses_rows_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="2:4 does not fit rows of 10 weights, since 4 does not divide 10"):
         masks.n_of_m(torch.zeros(2, 10), 2, 4)
-
-
-def test_parse_pattern() -> None:
-    assert parse_pattern("unstructured") is None
-    assert parse_pattern("2:4") == (2, 4)
-    assert parse_pattern("7:16") == (7, 16)
-
-
-@pytest.mark.parametrize("text", ["4:2", "4:4", "0:4", "2-4", "2:4:8", "", " 2:4", "-1:4", "2:", "Unstructured"])
-def test_parse_pattern_refuses_and_says_what_is_kept(text: str) -> None:
-    with pytest.raises(OptionError, match="N is how many of every M consecutive weights are kept"):
-        parse_pattern(text)
 
 
 @untimed

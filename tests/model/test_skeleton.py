@@ -11,9 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.families import CONVERTS, save_family
 from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
-from trimcli.errors import InputError, OptionError
+from trimcli.errors import InputError
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import find_decoder_layers
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 
@@ -224,25 +223,6 @@ def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model.config.num_hidden_layers = 5
     with pytest.raises(InputError, match="has no list of 5 decoder layers"):
         find_decoder_layers(model)
-
-
-# --- dtype and device ------------------------------------------------------------------------------------
-
-
-def test_compute_dtype_and_device(nano_qwen2: Path) -> None:
-    checkpoint, cpu = Checkpoint.open(nano_qwen2), torch.device("cpu")
-    assert compute_dtype("float16", checkpoint, cpu) == torch.float16
-    assert compute_dtype("auto", checkpoint, torch.device("cuda")) == torch.float16
-    assert compute_device("cpu") == cpu
-    with pytest.raises(OptionError, match=r"--dtype 'flot32' is none of .*did you mean 'float32'"):
-        compute_dtype("flot32", checkpoint, cpu)
-    for name in ("cdua", "mps", "cuda:99"):
-        with pytest.raises(OptionError, match=f"--device '{name}'"):
-            compute_device(name)
-
-
-def test_a_float32_model_is_computed_in_float32(llama: Path) -> None:
-    assert compute_dtype("auto", Checkpoint.open(llama), torch.device("cpu")) == torch.float32
 
 
 def test_weights_are_converted_to_the_compute_dtype(nano_qwen2: Path) -> None:

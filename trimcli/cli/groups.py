@@ -14,7 +14,7 @@ from trimcli.methods.blocks.options import BarberOptions
 from trimcli.methods.layers.base import ALLOCATIONS
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.rows.base import ROWS
-from trimcli.methods.rows.trim import PANEL as TRIM
+from trimcli.methods.rows.options import PANEL as TRIM
 from trimcli.methods.scores import SCORES
 from trimcli.methods.stats import STATISTICS
 from trimcli.methods.updates.base import UPDATES

@@ -96,11 +96,14 @@ def _refuse_outputs(output: Path, options: PruneOptions, *, force: bool) -> None
     """Raise UsageError for an output that exists already, or that two of them would be written to."""
     outputs = [output, *([options.save_model] if options.save_model else [])]
     outputs += stats_paths(options.stats_out) if options.stats_out else []
-    places: set[Path] = set()
+    places: list[Path] = []
     for target in outputs:
-        if target.resolve() in places:
+        place = target.resolve()
+        if place in places:
             raise OptionError(f"the run would write two outputs to {target}; name another file in -o or --stats-out.")
-        places.add(target.resolve())
+        if any(place in (other, *other.parents) or other in place.parents for other in places):
+            raise OptionError(f"the run would write an output inside another, at {target}; name another place for it.")
+        places.append(place)
         refuse_existing(target, force=force)
 
 

@@ -280,18 +280,21 @@ def _evaluate(scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions,
                     log_samples=options.log_samples is not None,
                 )
             )
-        except torch.OutOfMemoryError as problem:
-            if scorer.batch_size == 1:
-                raise ResourceError(
-                    "the zero-shot tasks do not fit into memory even one sequence at a time; use another device."
-                ) from problem
-            scorer.batch_size_per_gpu = scorer.batch_size // 2
-            progress.warn(f"out of memory: trying again with {scorer.batch_size} sequences at a time")
+        except torch.OutOfMemoryError:
+            pass  # what follows is outside the clause, whose traceback keeps the failed batch in memory
         except Exception as problem:
             raise TrimError(
                 f"lm-eval failed on {', '.join(loaded['tasks'])} ({type(problem).__name__}: {problem}); "
                 "check the task file, or try a smaller --limit to find the document."
             ) from problem
+        if scorer.batch_size == 1:
+            raise ResourceError(
+                "the zero-shot tasks do not fit into memory even one sequence at a time; use another device."
+            )
+        scorer.batch_size_per_gpu = scorer.batch_size // 2
+        if scorer.device.type != "cpu":
+            torch.get_device_module(scorer.device).empty_cache()
+        progress.warn(f"out of memory: trying again with {scorer.batch_size} sequences at a time")
 
 
 def _entry(found: Mapping[str, Any], name: str, limit: float | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from trimcli.files.documents import write_json
 from trimcli.files.manifest import ROWS, SEAL
 from trimcli.files.parts import Parts
 from trimcli.files.tensors import write_artifact
-from trimcli.methods.rows.search import RowResult
+from trimcli.methods.rows.base import RowResult
 
 FIGURES = ("quality_uniform", "quality_best", "step", "iteration", "variance_before", "variance_after")
 VECTORS = ("row_sparsity", "row_quality_before", "row_quality_after")

@@ -61,8 +61,9 @@ class Choice:
         if pattern is not None:
             return masks.n_of_m(scores, *pattern)
         if self.score.compare == "row":
+            d_out, d_in = weight.shape
             return masks.lowest_per_row(
-                scores, masks.even_row_counts(weight.shape[0], weight.shape[1], sparsity, self.numerics)
+                scores, masks.even_row_counts(d_out, d_in, sparsity, self.numerics, weight.device)
             )
         return masks.lowest_overall(scores, sparsity, self.numerics)
 

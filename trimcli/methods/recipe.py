@@ -22,7 +22,7 @@ from trimcli.registry import Entry, misplaced
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trimcli.methods.rows.search import RowResult
+    from trimcli.methods.rows.base import RowResult
 
 
 @dataclass(frozen=True)

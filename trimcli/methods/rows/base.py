@@ -10,7 +10,32 @@ from trimcli.registry import Entry, Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from trimcli.methods.rows.search import RowResult
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a search found for one matrix.
+
+    keep: bool [D_out, D_in] on the scores' device. Everything else is on the CPU.
+    counts: int64 [D_out], weights that go from each row. row_sparsity: float32 [D_out], what the counts were
+    rounded from, its mean the target.
+    quality_uniform, quality_best: the matrix's quality at uniform sparsity and at the winning iterate.
+    step, iteration: where it won, iterations counted from 1; both 0 where uniform sparsity stayed best.
+    variance_before, variance_after: sample variance over rows of the row cosine, at uniform sparsity and with
+    `counts` (0 for a single row).
+    row_quality_before, row_quality_after: float64 [D_out], the row metric at the same two points.
+    """
+
+    keep: Tensor
+    counts: Tensor
+    row_sparsity: Tensor
+    quality_uniform: float
+    quality_best: float
+    step: float
+    iteration: int
+    variance_before: float
+    variance_after: float
+    row_quality_before: Tensor
+    row_quality_after: Tensor
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def cosim_flat(outputs: Outputs) -> Tensor:
 @quality("cosim_dim", source=SOURCE)
 def cosim_dim(outputs: Outputs) -> Tensor:
     """Mean over rows of the row cosine."""
-    return outputs.row_cosine.mean()
+    return cosim_row(outputs).mean()
 
 
 @quality("cosim_sample", source=SOURCE)
@@ -101,7 +101,7 @@ def accept(outputs: Outputs) -> Tensor:
 @row_quality("cosim", source=SOURCE)
 def cosim_row(outputs: Outputs) -> Tensor:
     """Cosine of each row."""
-    return outputs.row_cosine
+    return cosine(outputs.dot, outputs.dense.sqnorm.sqrt(), outputs.sqnorm.sqrt())
 
 
 @row_quality("mse", source=SOURCE)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from trimcli.methods.ranking import row_blocks
-from trimcli.methods.rows.metrics import cosine
 
 
 class Dense:
@@ -78,11 +77,6 @@ class Outputs:
     def mse(self) -> Tensor:
         """Mean square error, a float64 scalar."""
         return self.row_error.sum() / self.pruned.numel()
-
-    @property
-    def row_cosine(self) -> Tensor:
-        """Cosine of each row, float64 [D_out]."""
-        return cosine(self.dot, self.dense.sqnorm.sqrt(), self.sqnorm.sqrt())
 
 
 def compare(dense: Dense, pruned: Tensor) -> Outputs:

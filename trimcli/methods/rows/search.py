@@ -10,42 +10,16 @@ import torch
 from torch import Tensor
 
 from trimcli.methods import masks
-from trimcli.methods.rows.metrics import QUALITIES, ROW_QUALITIES
+from trimcli.methods.rows.base import RowResult
+from trimcli.methods.rows.metrics import QUALITIES, ROW_QUALITIES, cosim_row
+from trimcli.methods.rows.options import TrimOptions
 from trimcli.methods.rows.product import Product, State
 from trimcli.methods.rows.quality import Outputs
-from trimcli.methods.rows.trim import TrimOptions
 from trimcli.options import Numerics
 
 _STEPS = (0.01, 0.02, 0.04, 0.08, 0.12, 0.16)
 _NEGATIVE_STEPS = (-0.01, -0.02, -0.04)
 _CAP = 0.95
-
-
-@dataclass(frozen=True)
-class RowResult:
-    """What a search found for one matrix.
-
-    keep: bool [D_out, D_in] on the scores' device. Everything else is on the CPU.
-    counts: int64 [D_out], weights that go from each row. row_sparsity: float32 [D_out], what the counts were
-    rounded from, its mean the target.
-    quality_uniform, quality_best: the matrix's quality at uniform sparsity and at the winning iterate.
-    step, iteration: where it won, iterations counted from 1; both 0 where uniform sparsity stayed best.
-    variance_before, variance_after: sample variance over rows of the row cosine, at uniform sparsity and with
-    `counts` (0 for a single row).
-    row_quality_before, row_quality_after: float64 [D_out], the row metric at the same two points.
-    """
-
-    keep: Tensor
-    counts: Tensor
-    row_sparsity: Tensor
-    quality_uniform: float
-    quality_best: float
-    step: float
-    iteration: int
-    variance_before: float
-    variance_after: float
-    row_quality_before: Tensor
-    row_quality_after: Tensor
 
 
 @torch.no_grad()
@@ -207,5 +181,5 @@ def _direction(rows: Tensor, step: float) -> Tensor:
 
 
 def _cosine_variance(outputs: Outputs) -> float:
-    cosine = outputs.row_cosine
+    cosine: Tensor = cosim_row(outputs)
     return float(cosine.var()) if cosine.numel() > 1 else 0.0

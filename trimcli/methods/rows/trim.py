@@ -2,42 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trimcli.methods.rows.base import Rows, row_allocation
-from trimcli.methods.rows.metrics import QUALITIES, ROW_QUALITIES
+from trimcli.methods.rows.options import TrimOptions
 from trimcli.methods.stats import INPUTS
-from trimcli.options import check_fields, option, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trimcli.methods.choice import Choice
-
-PANEL = "TRIM rows"
-
-
-@dataclass(frozen=True)
-class TrimOptions:
-    """How rows are searched. Raises OptionError for an unknown metric and for no iterations."""
-
-    qmetric: str = option(
-        "cosim_flat",
-        "Quality of a whole matrix's outputs that the search maximises.",
-        panel=PANEL,
-        choices=lambda: QUALITIES,
-    )
-    qmetric_dimwise: str = option(
-        "cosim", "Quality of each row that steers the search.", panel=PANEL, choices=lambda: ROW_QUALITIES
-    )
-    iterations: int = option(10, "Iterations of a search.", panel=PANEL, check=positive)
-    forbid_negative: bool = option(
-        False, "Never try negative steps, which take from the rows that suffer most.", "--forbid-neg-lr", panel=PANEL
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @row_allocation("trim", needs={INPUTS}, title="TRIM", source="Beck et al. 2025, section 3", options=TrimOptions)

@@ -1,0 +1,63 @@
+"""Peak memory of runs that follow each other and lie within each other."""
+
+import pytest
+import torch
+
+from trimcli.memory import PeakMemory
+
+
+class Cards:
+    """Two CUDA devices, as far as their memory is concerned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.peaks = [0, 0]
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peaks[device])
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: self.hold(device, 0))
+
+    def hold(self, device: int, peak: int) -> None:
+        self.peaks[device] = peak
+
+
+def test_a_run_counts_from_its_start_on_whichever_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = Cards(monkeypatch)
+    cards.hold(0, 100)
+    with PeakMemory() as first:
+        cards.hold(1, 30)
+    with PeakMemory() as second:
+        cards.hold(0, 20)
+    assert first.document()["cuda"] == 30
+    assert second.document()["cuda"] == 20
+    assert second.document()["anonymous"] > 0
+
+
+@pytest.mark.parametrize(("before", "inside", "after", "outer"), [(50, 40, 10, 50), (10, 40, 20, 40), (1, 2, 3, 3)])
+def test_a_run_within_a_run_is_a_part_of_it(
+    before: int, inside: int, after: int, outer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = Cards(monkeypatch)
+    with PeakMemory() as whole:
+        cards.hold(0, before)
+        with PeakMemory() as part:
+            cards.hold(1, inside)
+        cards.hold(0, after)
+    assert part.document()["cuda"] == inside
+    assert whole.document()["cuda"] == outer
+
+
+def test_without_cuda_there_is_no_figure_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    with PeakMemory() as memory:
+        pass
+    assert set(memory.document()) == {"anonymous"}
+
+
+def test_a_run_that_fails_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = Cards(monkeypatch)
+    with pytest.raises(RuntimeError, match="broken"), PeakMemory() as failed:
+        cards.hold(0, 5)
+        raise RuntimeError("broken")
+    with PeakMemory():
+        cards.hold(0, 90)
+    assert failed.document()["cuda"] == 5
