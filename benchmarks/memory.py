@@ -159,9 +159,7 @@ def stages(model: Path, folder: Path, given: argparse.Namespace) -> Iterable[Sta
     for name, words in commands.items():
         where = [] if name == "apply-masks" else ["--cache-dir", str(folder / "cache"), "--device", "cpu"]
         stage = watch(
-            f"trim {name}",
-            [*name.split(" ")[:1], str(model), *words, *name.split(" ")[1:], *where],
-            given.threads,
+            f"trim {name}", [*name.split(" ")[:1], str(model), *words, *name.split(" ")[1:], *where], given.threads
         )
         print(f"{stage.name}: {mebibytes(stage.peak)}, {stage.seconds:.0f} s", file=sys.stderr, flush=True)
         yield stage
@@ -175,14 +173,7 @@ def mebibytes(number: int) -> str:
 def main() -> None:
     """Make the model, run the stages, write the table; status 1 where a stage took more than allowed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    shapes = {
-        "layers": 28,
-        "hidden": 1536,
-        "intermediate": 8960,
-        "heads": 12,
-        "kv-heads": 2,
-        "vocabulary": 151936,
-    }
+    shapes = {"layers": 28, "hidden": 1536, "intermediate": 8960, "heads": 12, "kv-heads": 2, "vocabulary": 151936}
     for name, number in shapes.items():
         parser.add_argument(f"--{name}", type=int, default=number, help=f"default {number}")
     parser.add_argument("--samples", type=int, default=8, help="calibration samples (default 8)")
@@ -208,13 +199,7 @@ def main() -> None:
         "allowed": told,
     }
     rows = [
-        (
-            f"`{stage.name}`",
-            mebibytes(stage.peak),
-            mebibytes(allowed),
-            f"{stage.seconds:.0f}",
-            verdict(stage, allowed),
-        )
+        (f"`{stage.name}`", mebibytes(stage.peak), mebibytes(allowed), f"{stage.seconds:.0f}", verdict(stage, allowed))
         for stage in found
     ]
     columns = ("command", "peak RssAnon", "allowed", "seconds", "")

@@ -83,11 +83,7 @@ class Setting:
 
     def prune_options(self, study: Study) -> PruneOptions:
         """The same as the library takes it, without outputs."""
-        recipe = Recipe(
-            method=self.method,
-            rows=RowOptions() if self.rows else None,
-            barber=self.barber,
-        )
+        recipe = Recipe(method=self.method, rows=RowOptions() if self.rows else None, barber=self.barber)
         allocated = not self.pattern and self.allocation != "uniform"
         walks = self.method != "magnitude" or self.rows or self.barber
         return PruneOptions(

@@ -207,17 +207,7 @@ def main() -> None:
     given = parser.parse_args()
     # Threads that spin long while they wait stall whatever shares their cores; the measured processes inherit this.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
-    heads = (
-        "matrix",
-        "W V, s",
-        "direct, s",
-        "search, s",
-        "ratio",
-        "searches",
-        "step",
-        "equal rows",
-        "memory",
-    )
+    heads = ("matrix", "W V, s", "direct, s", "search, s", "ratio", "searches", "step", "equal rows", "memory")
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     for size in given.sizes:
         d_out, d_in = map(int, size.split("x"))

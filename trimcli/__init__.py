@@ -10,32 +10,7 @@ first use.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from trimcli.commands.allocate import allocate
-    from trimcli.commands.apply import apply_masks
-    from trimcli.commands.calibrate import calibrate
-    from trimcli.commands.evaluate import evaluate
-    from trimcli.commands.options import (
-        AllocateOptions,
-        ApplyOptions,
-        CalibrateOptions,
-        EvaluateOptions,
-        PruneOptions,
-        VerifyOptions,
-    )
-    from trimcli.commands.prune import prune
-    from trimcli.commands.unpack import load_packed, unpack
-    from trimcli.commands.verify import verify
-    from trimcli.errors import TrimError, UsageError
-    from trimcli.kernels.exported import load_exported
-    from trimcli.methods.blocks.options import BarberOptions
-    from trimcli.methods.layers.alpha import AlphaOptions
-    from trimcli.methods.layers.owl import OwlOptions
-    from trimcli.methods.recipe import Recipe
-    from trimcli.methods.rows.options import TrimOptions
-    from trimcli.methods.updates.obs import ObsOptions
+from typing import Any
 
 _HOMES = {
     "commands.allocate": ("allocate",),
@@ -63,38 +38,12 @@ _HOMES = {
     "methods.updates.obs": ("ObsOptions",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "AllocateOptions",
-    "AlphaOptions",
-    "ApplyOptions",
-    "BarberOptions",
-    "CalibrateOptions",
-    "EvaluateOptions",
-    "ObsOptions",
-    "OwlOptions",
-    "PruneOptions",
-    "Recipe",
-    "TrimError",
-    "TrimOptions",
-    "UsageError",
-    "VerifyOptions",
-    "allocate",
-    "apply_masks",
-    "calibrate",
-    "evaluate",
-    "load_exported",
-    "load_packed",
-    "prune",
-    "unpack",
-    "verify",
-]
+__all__ = list(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME_OF.get(name)
-    if home is None:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'trimcli' has no attribute {name!r}")
-    found = getattr(import_module(f"trimcli.{home}"), name)
+    found = getattr(import_module(f"trimcli.{_HOME_OF[name]}"), name)
     globals()[name] = found
     return found

@@ -64,38 +64,24 @@ class RichProgress:
         from rich.console import Console
 
         self.console = Console(stderr=True, quiet=quiet)
-        self._bars = self._make()
+        self._bars: Any = None
         self._depth = 0
         self._said: set[str] = set()
 
     def _make(self) -> Any:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            ProgressColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import Progress as Bars
+        from rich import progress
         from rich.text import Text
 
-        class Rate(ProgressColumn):
+        class Rate(progress.ProgressColumn):
             def render(self, task: Any) -> Any:
                 speed = task.finished_speed or task.speed
                 return Text(f"{speed:,.1f}/s" if speed else "", style="progress.data.speed")
 
-        return Bars(
-            TextColumn("[progress.description]{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            Rate(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal or self.console.quiet,
-        )
+        title, bar = progress.TextColumn("[progress.description]{task.description}"), progress.BarColumn(bar_width=28)
+        times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
+        hidden = not self.console.is_terminal or self.console.quiet
+        columns = (title, bar, progress.MofNCompleteColumn(), Rate(), *times)
+        return progress.Progress(*columns, console=self.console, transient=True, disable=hidden)
 
     @contextlib.contextmanager
     def task(self, description: str, total: int) -> Iterator[Advance]:

@@ -2,18 +2,13 @@
 
 import threading
 from pathlib import Path
-from types import TracebackType
 
 STATUS = Path("/proc/self/status")
 INTERVAL = 0.02
 
 
 class PeakMemory:
-    """Samples this process's memory while it is entered.
-
-    Anonymous memory (RssAnon) is what counts: mapped shard pages are the kernel's to drop. Where the system
-    does not tell the two apart, the largest resident size stands in.
-    """
+    """Samples this process's anonymous memory while it is entered: mapped shard pages are the kernel's to drop."""
 
     def __init__(self) -> None:
         self.peak = self.cuda = 0
@@ -30,9 +25,7 @@ class PeakMemory:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         self.peak = max(self.peak, anonymous_bytes())
@@ -48,10 +41,7 @@ _running: list[PeakMemory] = []
 
 
 def _note_cuda() -> None:
-    """Tell every run going on what the CUDA devices held at most since this was last called.
-
-    Runs follow each other in one process, and lie within each other: a prune that calibrates.
-    """
+    """Tell every run going on (a prune, and a calibration in it) what CUDA devices held at most since the last call."""
     from torch import cuda
 
     for device in range(cuda.device_count() if cuda.is_initialized() else 0):

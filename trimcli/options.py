@@ -1,7 +1,7 @@
 """Options: declared once, as fields of frozen dataclasses that say how they are given on the command line.
 
-A field's type, default, flag, help, panel and check stand together; `trimcli.cli.options` makes the command line of
-them, library callers fill the same classes. Here are what every stage needs to know about the run, and the checks.
+`trimcli.cli.options` makes the command line of them, library callers fill the same classes. Here are what every stage
+needs to know about the run, and the checks.
 """
 
 import dataclasses
@@ -26,9 +26,8 @@ RUN = "Run"
 class Flag:
     """How a field is given on the command line.
 
-    name: the flag, where it is not the field's name with dashes. choices: the names to choose from, where the type
-    does not say. off: a flag that sets a field that is True by default to False. repeated: a
-    tuple given one value at a time, not separated by commas.
+    name: the flag, where it is not the field's name with dashes. choices: where the type does not say. off: the flag
+    sets a field to False that is True by default. repeated: a tuple given one value at a time, not with commas.
     """
 
     help: str
@@ -64,9 +63,8 @@ class Declared:
     def described(self) -> list[str]:
         """A sentence for each alternative, where they are entries of a registry."""
         known = self.flag.choices() if self.flag.choices is not None else ()
-        if not isinstance(known, Mapping):
-            return []
-        return [f"{name}: {entry.help.rstrip('.')} ({entry.source})." for name, entry in known.items()]
+        entries = known.items() if isinstance(known, Mapping) else ()
+        return [f"{name}: {entry.help.rstrip('.')} ({entry.source})." for name, entry in entries]
 
     @property
     def choices(self) -> list[str] | None:

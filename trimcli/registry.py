@@ -1,11 +1,8 @@
 """Registries: the alternatives that a user can name, each with its options, needs, help and source.
 
-A score, a row allocation, a row metric, an update, a layer allocation, a statistic: each is one decorated function in
-one file. The command line, `--help`, `plan`, manifests, the model card, `sweep` and "did you mean" read the registries.
-Another package adds its own by an entry point in the group `trimcli.methods` that names a module to import:
-
-    [project.entry-points."trimcli.methods"]
-    mine = "my_package.methods"
+A score, a row allocation, an update, a statistic: each is one decorated function in one file. The command line, `plan`,
+manifests, the model card, `sweep` and "did you mean" read the registries. Another package adds its own by an entry
+point in the group `trimcli.methods` that names a module to import.
 
 Nothing here, nor in a module of ours that registers, imports torch before a function runs: help stays quick.
 """
@@ -37,11 +34,10 @@ BUILT_IN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One alternative.
+    """One alternative, by name on the command line and in files.
 
-    name: on the command line and in files. function: what it does; its registry says how it is called. help: a
-    sentence. source: paper and section. title: in tables. options: a frozen dataclass of options, of which the
-    function is given an instance; None for none. needs: names of the statistics it reads.
+    function: its registry says how it is called. help: a sentence. source: paper and section. title: in tables.
+    options: a frozen dataclass, of which the function is given an instance. needs: names of the statistics it reads.
     """
 
     name: str
@@ -54,9 +50,9 @@ class Entry:
 
     def __call__(self, *arguments: Any, options: Any = None) -> Any:
         """Call the function, with the options where it takes any: those given, else its own defaults."""
-        if self.options is None:
-            return self.function(*arguments)
-        return self.function(*arguments, self.options() if options is None else options)
+        if self.options is not None:
+            arguments = (*arguments, self.options() if options is None else options)
+        return self.function(*arguments)
 
 
 _everything: list[Entry] = []
@@ -65,31 +61,22 @@ E = TypeVar("E", bound=Entry)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _place(entry: Entry) -> int:
-    module = entry.function.__module__
-    return BUILT_IN.index(module) if module in BUILT_IN else len(BUILT_IN)
-
-
 class Registry(Mapping[str, E], Generic[E]):
-    """The alternatives of one kind by name.
+    """The alternatives of one kind by name; looking up one that there is not raises OptionError.
 
-    kind: what they are, in messages. flag: the option that names one. entry: their class. Looking one up raises
-    OptionError, which proposes the nearest name, for one that nobody registered.
+    kind: what they are, in messages. flag: the option that names one. entry: their class.
     """
 
     def __init__(self, kind: str, flag: str, entry: type[E]) -> None:
-        self.kind = kind
-        self.flag = flag
-        self.entry = entry
+        self.kind, self.flag, self.entry = kind, flag, entry
         self._entries: dict[str, E] = {}
 
     def register(
         self, name: str, *, needs: Iterable[Entry] = (), title: str = "", help: str = "", **fields: Any
     ) -> Callable[[F], F]:
-        """Decorate a function: it becomes the alternative `name`.
+        """Decorate a function: it becomes the alternative `name`. Raises ValueError when the name is taken.
 
-        needs: the statistics it reads. help: a sentence, else the docstring's first. fields: the entry's others, of
-        which `source` is always there. Raises ValueError when the name is taken.
+        needs: the statistics it reads. help: else the docstring's first sentence. fields: the entry's others.
         """
 
         def enter(function: F) -> F:
@@ -114,7 +101,10 @@ class Registry(Mapping[str, E], Generic[E]):
     def __iter__(self) -> Iterator[str]:
         load_everything()
         # Ours in their order, whichever module was imported first; then those of other packages.
-        return iter(sorted(self._entries, key=lambda name: _place(self._entries[name])))
+        order = {module: place for place, module in enumerate(BUILT_IN)}
+        return iter(
+            sorted(self._entries, key=lambda name: order.get(self._entries[name].function.__module__, len(order)))
+        )
 
     def __len__(self) -> int:
         load_everything()
@@ -151,6 +141,11 @@ def load_everything() -> None:
             ) from problem
 
 
+def title_of(registry: Mapping[str, Any], name: str) -> str:
+    """What tables call an alternative: its title, or its name where nobody here has registered it."""
+    return str(registry[name].title) if name in registry else name
+
+
 def misplaced(given: Iterable[Any], chosen: Iterable[Entry]) -> Iterator[tuple[str, Any, str]]:
     """What was set of options whose owner was not chosen: flag, value and the owner's name.
 
@@ -162,11 +157,8 @@ def misplaced(given: Iterable[Any], chosen: Iterable[Entry]) -> Iterator[tuple[s
             for one in declared(type(options)):
                 value = getattr(options, one.field)
                 if one.default is None and value is not None:
-                    yield (
-                        one.spelled,
-                        value,
-                        next(entry.name for entry in _everything if entry.options is type(options)),
-                    )
+                    owner = next(entry.name for entry in _everything if entry.options is type(options))
+                    yield one.spelled, value, owner
 
 
 def option_types(*entries: Entry) -> list[type[Any]]:

@@ -16,12 +16,12 @@ import trimcli.commands.prune
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json, zeros
 from trimcli.cli.app import app
-from trimcli.cli.common import explain
+from trimcli.cli.boundary import explain
 from trimcli.demo import write_texts
 from trimcli.files.manifest import COMMAND_LINE
 
 PROGRAM: Any = typer.main.get_command(app)
-COMMANDS: dict[str, Any] = dict(PROGRAM.commands)
+COMMANDS: dict[str, Any] = {name: PROGRAM.get_command(None, name) for name in PROGRAM.list_commands(None)}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,10 @@ def test_the_help_names_every_command_and_where_to_start() -> None:
         assert name in shown.out or command.hidden
     assert "trim demo" in shown.out
     assert {"calibrate", "alloc-layers", "prune", "apply-masks", "eval", "plan", "verify", "cache"} <= set(COMMANDS)
+    for topic in ("Stages, each with a file:", "Measure and check:", "More:"):
+        assert shown.out.count(topic) == 1
+    order = [shown.out.index(f"\n  {name} ") for name in COMMANDS]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -71,17 +75,43 @@ def test_every_command_takes_the_options_of_all(command: str) -> None:
     assert everywhere | {"--trust-remote-code"} <= taken
 
 
-def test_help_and_start_import_no_torch() -> None:
+HEAVY = {"torch", "transformers", "numpy", "safetensors", "datasets", "huggingface_hub", "lm_eval", "plotly", "jinja2"}
+
+
+def started(*args: str) -> tuple[int, str, str]:
+    """The program in a process of its own: exit status, stdout, stderr; it must not import anything heavy."""
     script = (
         "import sys\n"
         "from trimcli.cli.app import app\n"
-        "try:\n    app(['--help'])\nexcept SystemExit as end:\n    assert not end.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'safetensors', 'datasets', 'huggingface_hub'} & set(sys.modules)\n"
+        f"try:\n    app({list(args)!r}, prog_name='trim')\nexcept SystemExit as end:\n    status = end.code or 0\n"
+        f"heavy = {HEAVY!r} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
+        "sys.exit(status)\n"
     )
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    assert "prune" in found.stdout
+    assert "AssertionError" not in found.stderr, found.stderr
+    return found.returncode, found.stdout, found.stderr
+
+
+def test_help_and_start_import_no_torch() -> None:
+    status, out, err = started("--help")
+    assert (status, err) == (0, "")
+    assert "prune" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_imports_nothing_heavy(command: str) -> None:
+    """What every alternative is for, and the options of each, come from the registries: these import no torch."""
+    status, out, err = started(command, "--help")
+    assert (status, err) == (0, "")
+    assert f"Usage: trim {command}" in out
+
+
+def test_what_typer_refuses_it_refuses_at_once() -> None:
+    status, out, err = started("prune", "model", "-o", "masks", "--method", "wandaa", "--sparsity", "0.5")
+    assert (status, out) == (2, "")
+    assert err == "trim: --method 'wandaa' is none of wanda, magnitude, obs, sparsegpt; did you mean 'wanda'?\n"
+    assert started("--version")[0] == 0
 
 
 def test_the_version() -> None:

@@ -11,16 +11,7 @@ import torch
 from tests.families import CONVERTS, save_family
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
-from trimcli import (
-    AllocateOptions,
-    BarberOptions,
-    CalibrateOptions,
-    PruneOptions,
-    Recipe,
-    UsageError,
-    allocate,
-    prune,
-)
+from trimcli import AllocateOptions, BarberOptions, CalibrateOptions, PruneOptions, Recipe, UsageError, allocate, prune
 from trimcli.commands.plan import foresee
 from trimcli.errors import InputError, OptionError
 from trimcli.pipeline.plan import forward_passes

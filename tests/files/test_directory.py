@@ -19,14 +19,7 @@ from trimcli.commands.options import ApplyOptions
 from trimcli.errors import InputError, OptionError, OutputExists
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.directory import (
-    PrunedLinear,
-    PrunedTensors,
-    commands_so_far,
-    parse_size,
-    plan_shards,
-    write_model,
-)
+from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, parse_size, plan_shards, write_model
 from trimcli.files.manifest import COMMAND_LINE, PRUNED, manifest
 from trimcli.files.masks import MaskFile, keep_digest
 from trimcli.methods.masks import pack
@@ -83,14 +76,7 @@ def masked(directory: Path, masks: Path) -> Any:
 
 @pytest.mark.parametrize(
     ("size", "nbytes"),
-    [
-        ("5GB", 5 * 10**9),
-        ("500 mb", 500 * 10**6),
-        ("1.5GiB", 3 * 2**29),
-        ("2K", 2000),
-        ("7", 7),
-        ("1TB", 10**12),
-    ],
+    [("5GB", 5 * 10**9), ("500 mb", 500 * 10**6), ("1.5GiB", 3 * 2**29), ("2K", 2000), ("7", 7), ("1TB", 10**12)],
 )
 def test_sizes(size: str, nbytes: int) -> None:
     assert parse_size(size) == nbytes

@@ -256,11 +256,7 @@ REFUSED: list[tuple[dict[str, Any], bool, str]] = [
     ({"propagate": False, "method": "obs"}, False, "--no-propagate with --method obs: its gram comes from"),
     ({"propagate": False, "update": "obs"}, False, "--no-propagate with --method wanda: its gram comes from"),
     ({"propagate": False, "barber": BarberOptions()}, False, "--no-propagate with --prune-barber"),
-    (
-        {"propagate": False, "rows": "trim", "input_recalc": True},
-        False,
-        "--no-propagate with --input-recalc",
-    ),
+    ({"propagate": False, "rows": "trim", "input_recalc": True}, False, "--no-propagate with --input-recalc"),
     (
         {"options": (ObsOptions(mask_score="wanda"),)},
         False,

@@ -80,6 +80,8 @@ def test_the_gram_is_accumulated_in_the_dtype_asked_for() -> None:
     flat = x.double().reshape(-1, 6)
     torch.testing.assert_close(wide, 2 / 5 * flat.T @ flat)
     assert GRAM.options is GramOptions
+    with pytest.raises(OptionError, match="--gram-dtype 'float16' is none of float32, float64"):
+        GramOptions("float16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])

@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.families import VOCABULARY, save_family
-from tests.small_models import llama_config, random_model, save, skeleton_of
+from tests.small_models import add_uncalled_linears, llama_config, random_model, save, skeleton_of
 from trimcli.errors import InputError, TrimError
-from trimcli.methods.scores import LinearStats, Statistic
+from trimcli.methods.stats import GRAM, STATISTICS, GramOptions, LinearStats
 from trimcli.pipeline.collector import Collector, find_groups, refuse_unusable
 from trimcli.pipeline.walk import Walk
 
-ALL = frozenset(Statistic)
+ALL = frozenset(STATISTICS)
 
 
 def own_inputs(model_directory: Path, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
@@ -46,9 +46,7 @@ def test_statistics_are_the_formulas(family: str, batch_size: int, tmp_path: Pat
             x = inputs[name].double()
             sqnorm = x.square().sum(dim=(0, 1)) / len(tokens)
             gram = 2 / len(tokens) * torch.einsum("nli,nlj->ij", x, x)
-            assert found.sqnorm is not None
-            assert found.inputs is not None
-            assert found.gram is not None
+            assert set(found.tensors) == {"sqnorm", "inputs", "gram"}
             assert (found.sqnorm.dtype, found.inputs.dtype) == (torch.float32, torch.float32)
             torch.testing.assert_close(found.sqnorm.double(), sqnorm, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(found.inputs.double(), x[:, -1].T, rtol=1e-4, atol=1e-5)
@@ -60,11 +58,32 @@ def test_the_gram_in_float64(tmp_path: Path) -> None:
     walk = Walk(skeleton, torch.arange(24).reshape(2, 12))
     layer = walk.skeleton.layers[0]
     walk.skeleton.load_layer(layer)
-    collector = Collector(walk.groups(layer), ALL, 2, 12, skeleton.device, torch.float64)
+    wide = {GRAM: GramOptions("float64")}
+    collector = Collector(walk.groups(layer), ALL, 2, 12, skeleton.device, wide.get)
     walk.collect(layer, collector)
-    gram = collector.by_linear()[layer.linears[0].name].gram
-    assert gram is not None
-    assert gram.dtype == torch.float64
+    found = collector.by_linear()[layer.linears[0].name]
+    assert found.gram.dtype == torch.float64
+    assert found.sqnorm.dtype == torch.float32
+    narrow = Collector(walk.groups(layer), ALL, 2, 12, skeleton.device)
+    walk.collect(layer, narrow)
+    close = narrow.by_linear()[layer.linears[0].name].gram
+    assert close.dtype == torch.float32
+    torch.testing.assert_close(close.double(), found.gram, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("needs", [set(), {"sqnorm"}, {"gram", "inputs"}])
+def test_what_is_not_needed_is_not_gathered(needs: set[str], tmp_path: Path) -> None:
+    skeleton = skeleton_of(save(random_model(llama_config()), tmp_path / "llama"))
+    walk = Walk(skeleton, torch.arange(24).reshape(2, 12))
+    layer = walk.skeleton.layers[0]
+    walk.skeleton.load_layer(layer)
+    collector = Collector(walk.groups(layer), frozenset(needs), 2, 12, skeleton.device)
+    walk.collect(layer, collector)
+    stats = collector.by_linear()
+    assert len(stats) == len(layer.linears)
+    assert all(set(found.tensors) == needs for found in stats.values())
+    q, k = (stats[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
+    assert q is k
 
 
 GROUPS = {
@@ -96,6 +115,47 @@ def test_a_linear_that_its_layer_never_calls_is_named(tmp_path: Path) -> None:
     walk.skeleton.load_layer(layer)
     with pytest.raises(TrimError, match=r"model\.layers\.0\.mlp\.down_proj is never called by its layer"):
         find_groups(layer, lambda: None)
+    with pytest.raises(TrimError, match=r"model\.layers\.0\.mlp\.up_proj is never called by its layer"):
+        find_groups(layer, lambda: None, {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"})
+    assert find_groups(layer, lambda: None, {"model.layers.1.mlp.up_proj"}) == []
+
+
+def test_a_linear_that_its_layer_never_calls_is_no_obstacle_where_it_is_not_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_uncalled_linears(monkeypatch)
+    skeleton = skeleton_of(save(random_model(llama_config()), tmp_path / "llama"))
+    tokens = torch.arange(24).reshape(2, 12)
+    names = list(skeleton.linears)
+    spares = [name for name in names if name.endswith(".spare")]
+    assert len(spares) == 2
+    for wanted in (None, names):
+        walk = Walk(skeleton, tokens, wanted=wanted)
+        for layer in walk.layers():
+            with pytest.raises(TrimError, match=rf"{layer.name}\.mlp\.spare is never called .* name it in --skip"):
+                walk.groups(layer)
+    wanted = [name for name in names if name not in spares]
+    walk = Walk(skeleton, tokens, wanted=wanted)
+    seen = []
+    for layer in walk.layers():
+        collector = Collector(walk.groups(layer), ALL, 2, 12, skeleton.device)
+        walk.advance(layer, collector)
+        seen += list(collector.by_linear())
+    assert sorted(seen) == sorted(wanted)
+
+
+def test_a_group_is_of_the_wanted_linears_alone(tmp_path: Path) -> None:
+    walk = Walk(
+        skeleton_of(save_family("llama", tmp_path / "llama")),
+        torch.arange(2, 10)[None],
+        wanted={f"model.layers.0.self_attn.{name}_proj" for name in "kvo"},
+    )
+    layer = walk.skeleton.layers[0]
+    walk.skeleton.load_layer(layer)
+    assert [[one.name.rpartition(".")[2] for one in group.linears] for group in walk.groups(layer)] == [
+        ["k_proj", "v_proj"],
+        ["o_proj"],
+    ]
 
 
 def test_unusable_statistics_are_named() -> None:

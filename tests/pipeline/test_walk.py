@@ -13,12 +13,12 @@ from tests.families import save_family
 from tests.small_models import llama_config, random_model, save, skeleton_of
 from trimcli.console import Advance
 from trimcli.errors import InputError, ResourceError
-from trimcli.methods.scores import Statistic
+from trimcli.methods.stats import STATISTICS
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.walk import Walk, default_seqlen, max_positions, refuse_foreign_tokens
 
-ALL = frozenset(Statistic)
+ALL = frozenset(STATISTICS)
 
 
 class Warnings:

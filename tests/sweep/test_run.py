@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -16,12 +15,17 @@ from typer.testing import CliRunner
 import trimcli.sweep.run
 from tests.small_models import llama_config, random_model, save, skeleton_of
 from trimcli.cli.app import app
-from trimcli.cli.sweep import sweep as command
 from trimcli.commands.evaluate import open_masks
 from trimcli.commands.prune import prune
 from trimcli.errors import InputError, OptionError
 from trimcli.evaluation.perplexity import perplexity
-from trimcli.sweep.grid import SweepOptions, settings_of
+from trimcli.methods.layers.alpha import AlphaOptions
+from trimcli.methods.layers.owl import OwlOptions
+from trimcli.methods.rows.options import TrimOptions
+from trimcli.methods.stats import GramOptions
+from trimcli.methods.updates.obs import ObsOptions
+from trimcli.options import declared
+from trimcli.sweep.grid import SweepOptions, axes, settings_of
 from trimcli.sweep.run import SweepPlan, held_out, sweep
 
 SEQLEN = 20
@@ -42,27 +46,21 @@ def save_tokens(path: Path, tokens: torch.Tensor) -> Path:
 
 
 def options_for(base: Path, cache: Path, **fields: Any) -> SweepOptions:
-    given: dict[str, Any] = {
-        "sparsity": 0.5,
-        "tokens": base / "tokens",
-        "holdout": 4,
-        "cache_dir": cache,
-        "iterations": (2,),
-    }
-    given.update(fields)
-    if True not in given.get("trim", (True,)):
-        given.pop("iterations")
-    return SweepOptions(**given)
+    given: dict[str, Any] = {"sparsity": 0.5, "tokens": base / "tokens", "holdout": 4, "cache_dir": cache, **fields}
+    settings = {"iterations": (2,)} if True in given.get("trim", (True,)) else {}
+    return SweepOptions(**{**given, "settings": {**settings, **given.get("settings", {})}})
 
 
 def test_a_choice_brings_its_own_settings() -> None:
     found = settings_of(
         SweepOptions(
             sparsity=0.5,
-            lambda_=(0.02, 0.05),
-            hyper_m=(3.0, 5.0),
-            epsilon=(0.1, 0.3),
-            qmetric=("cosim_flat", "mse"),
+            settings={
+                "lambda_": (0.02, 0.05),
+                "hyper_m": (3.0, 5.0),
+                "epsilon": (0.1, 0.3),
+                "qmetric": ("cosim_flat", "mse"),
+            },
         )
     )
     # Without TRIM or with one of two metrics: uniform, OWL at two by two, Alpha at two.
@@ -72,16 +70,59 @@ def test_a_choice_brings_its_own_settings() -> None:
         values = one.values
         assert ("lambda" in values) == ("hyper_m" in values) == (values["alloc"] == "owl")
         assert ("epsilon" in values) == ("mapping_type" in values) == (values["alloc"] == "alpha")
-        assert ("qmetric" in values) == ("iterations" in values) == values["trim"] == (one.recipe.rows is not None)
+        assert ("qmetric" in values) == ("iterations" in values) == values["trim"] == (one.recipe.rows == "trim")
         assert (one.allocate is None) == (values["alloc"] == "uniform")
-        if one.allocate and one.owl:
-            assert (one.allocate.lambda_, one.allocate.hyper_m) == (values["lambda"], values["hyper_m"])
-        if one.recipe.rows:
-            assert one.recipe.rows.qmetric == values["qmetric"]
+        if one.allocate and values["alloc"] == "owl":
+            assert one.allocate.own() == OwlOptions(lambda_=values["lambda"], hyper_m=values["hyper_m"])
+            assert one.needs == {"sqnorm"}
+        elif one.allocate:
+            assert one.allocate.own() == AlphaOptions(epsilon=values["epsilon"])
+            assert one.needs == frozenset()
+        else:
+            assert one.needs == frozenset()
+        if one.recipe.rows == "trim":
+            assert one.recipe.options_of(one.recipe.allocating) == TrimOptions(qmetric=values["qmetric"])
+            assert values["iterations"] == 10
+
+
+def test_every_option_of_a_method_is_an_axis() -> None:
+    values: dict[str, tuple[Any, ...]] = {
+        "damping": (0.01, 0.1),
+        "block_size": (8, 16),
+        "mask_score": ("wanda", "obs"),
+        "gram_dtype": ("float64",),
+        "group": (4, 8),
+        "special": (True,),
+    }
+    options = SweepOptions(
+        sparsity=0.5, method=("sparsegpt",), alloc=("uniform", "owl"), trim=(False,), settings=values
+    )
+    found = settings_of(options)
+    assert len(found) == 2 * 2 * 2 * (1 + 2)
+    assert {(one.values["damping"], one.values["block_size"]) for one in found} == {
+        (damping, size) for damping in (0.01, 0.1) for size in (8, 16)
+    }
+    for one in found:
+        given = one.recipe.options_of(one.recipe.updating)
+        assert (given.damping, given.block_size) == (one.values["damping"], one.values["block_size"])
+        assert one.recipe.scoring.name == one.values["mask_score"] == given.mask_score
+        assert GramOptions("float64") in one.recipe.options
+        assert one.values["gram_dtype"] == "float64"
+        assert ("group" in one.values) == ("special" in one.values) == (one.allocate is not None)
+        if one.allocate:
+            assert one.allocate.own() == OwlOptions(group=one.values["group"], special=True)
+
+
+def test_the_axes_are_the_options_of_every_method_and_allocation() -> None:
+    names = [one.field for kind in axes() for one in declared(kind)]
+    assert len(names) == len(set(names))
+    own = {one.field for one in declared(SweepOptions)}
+    assert not own & set(names)
+    assert {TrimOptions, ObsOptions, GramOptions, OwlOptions, AlphaOptions} == set(axes())
 
 
 def test_a_setting_named_twice_is_tried_once() -> None:
-    options = SweepOptions(sparsity=0.5, alloc=("owl", "owl"), lambda_=(0.05, 0.05), trim=(True, True))
+    options = SweepOptions(sparsity=0.5, alloc=("owl", "owl"), settings={"lambda_": (0.05, 0.05)}, trim=(True, True))
     assert len(settings_of(options)) == 1
 
 
@@ -92,13 +133,34 @@ def test_a_setting_named_twice_is_tried_once() -> None:
         ({"alloc": ("owl", "alhpa")}, "did you mean 'alpha'"),
         ({"alloc": ()}, "--alloc names nothing to try"),
         ({"method": ("wnada",)}, "did you mean 'wanda'"),
-        ({"alloc": ("alpha",), "lambda_": (0.1,)}, "--lambda does nothing without --alloc owl"),
-        ({"alloc": ("owl",), "epsilon": (0.1,)}, "--epsilon does nothing without --alloc alpha"),
-        ({"trim": (False,), "qmetric": ("mse",)}, "--qmetric does nothing without --trim on"),
+        (
+            {"alloc": ("alpha",), "settings": {"lambda_": (0.1,)}},
+            "--lambda does nothing without --alloc owl; add it or leave --lambda out",
+        ),
+        (
+            {"alloc": ("owl",), "settings": {"epsilon": (0.1,)}},
+            "--epsilon does nothing without --alloc alpha; add it or leave --epsilon out",
+        ),
+        (
+            {"trim": (False,), "settings": {"qmetric": ("mse",)}},
+            "--qmetric does nothing without --trim on; add it or leave --qmetric out",
+        ),
+        (
+            {"settings": {"damping": (0.1,)}},
+            "--damping does nothing without a --method that takes it, such as sparsegpt; add it or leave --damping out",
+        ),
+        ({"settings": {"gram_dtype": ("float64",)}}, "--gram-dtype does nothing without a --method that takes it"),
         ({"trim": (False,), "input_recalc": True}, "--input-recalc does nothing without --trim on"),
-        ({"qmetric": ("cosine",)}, "cosine"),
-        ({"ww_metric": ("beta",)}, "'beta' is none of"),
-        ({"lambda_": (-1.0,)}, "--lambda -1 is not usable"),
+        ({"settings": {"qmetric": ("cosine",)}}, "--qmetric 'cosine' is none of"),
+        ({"settings": {"ww_metric": ("beta",)}}, "--ww-metric 'beta' is none of"),
+        ({"settings": {"lambda_": (-1.0,)}}, "--lambda -1 is not usable"),
+        ({"settings": {"special": (True,)}}, "--special does nothing without --group"),
+        ({"settings": {"iterations": (0,)}}, "--iterations 0 must be at least 1"),
+        ({"settings": {"lamda": (0.1,)}}, "the setting 'lamda' is none of .*; did you mean 'lambda_'"),
+        ({"trim": ()}, "--trim names nothing to try"),
+        ({"method": ()}, "--method names nothing to try"),
+        ({"seqlen": 1}, "--seqlen 1 must be at least 2"),
+        ({"numerics": "exat"}, "did you mean 'exact'"),
         ({"holdout": 0}, "--holdout 0 must be at least 1"),
         ({"nsamples": 0}, "--nsamples 0 must be at least 1"),
         ({"method": ("sparsegpt",), "propagate": False}, "--no-propagate with --method sparsegpt"),
@@ -117,7 +179,7 @@ def test_a_sweep_measures_what_prune_and_eval_would(
     temporary.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     plans: list[SweepPlan] = []
-    options = options_for(base, tmp_path / "cache", lambda_=(0.05, 0.1))
+    options = options_for(base, tmp_path / "cache", settings={"lambda_": (0.05, 0.1)})
     result = sweep(str(base / "model"), options, tmp_path / "sweep.json", announce=plans.append)
     assert list(temporary.iterdir()) == []
     assert [plans[0].settings, plans[0].nsamples, plans[0].holdout, plans[0].seqlen] == [8, 8, 4, SEQLEN]
@@ -153,8 +215,14 @@ def test_the_command_line_says_everything(base: Path, tmp_path: Path, monkeypatc
         method=("sparsegpt",),
         alloc=("owl",),
         trim=(True,),
-        qmetric=("cosim_dim",),
-        forbid_negative=True,
+        settings={
+            "qmetric": ("cosim_dim",),
+            "forbid_negative": (True,),
+            "block_size": (16,),
+            "mask_score": ("wanda",),
+            "gram_dtype": ("float64",),
+            "hyper_m": (3.0,),
+        },
         input_recalc=True,
         only=("*.mlp.*",),
         skip=("*.0.*", "*.down_proj"),
@@ -173,6 +241,15 @@ def test_the_command_line_says_everything(base: Path, tmp_path: Path, monkeypatc
     heldout = held_out(skeleton_of(base / "model"), options, torch.zeros(1, SEQLEN, dtype=torch.int32))
     assert perplexity(skeleton_of(tmp_path / "pruned"), heldout) == run.perplexity
     assert str(tmp_path / "the cache") in words
+    said = dict(zip(words, [*words[1:], ""], strict=True))
+    assert (said["--method"], said["--alloc"], said["--qmetric"]) == ("sparsegpt", "owl", "cosim_dim")
+    assert (said["--block-size"], said["--mask-score"], said["--gram-dtype"]) == ("16", "wanda", "float64")
+    assert (said["--iterations"], said["--hyper-m"], said["--numerics"]) == ("2", "3.0", "reference")
+    assert {"--use-trim", "--forbid-neg-lr", "--input-recalc"} <= set(words)
+    assert [words[place + 1] for place, word in enumerate(words) if word == "--skip"] == ["*.0.*", "*.down_proj"]
+    # What is as it would be anyway is left out.
+    assert not {"--lambda", "--damping", "--mask-update", "--qmetric-dimwise", "--group", "--special"} & set(words)
+    assert "--no-propagate" not in words
 
 
 def test_without_propagation_one_calibration_serves_all(base: Path, tmp_path: Path) -> None:
@@ -294,9 +371,7 @@ def test_samples_that_are_all_held_out_are_refused(base: Path, tmp_path: Path) -
 
 
 def run(*arguments: Any) -> Any:
-    program = typer.Typer()
-    program.command()(command)
-    return CliRunner().invoke(program, [str(argument) for argument in arguments])
+    return CliRunner().invoke(app, ["sweep", *(str(argument) for argument in arguments)])
 
 
 def test_the_command(base: Path, tmp_path: Path) -> None:
@@ -309,9 +384,13 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
     assert lines[1].split()[0] == "dense"
     assert {line.split()[0] for line in lines[2:4]} == {"0.05", "0.1"}
     assert "of no test set" in found.stdout
-    assert lines[-1].startswith(
-        f"trim prune {base / 'model'} -o masks.safetensors --sparsity 0.5 --method wanda --alloc owl"
-    )
+    best = lines[2].split()[0]
+    own = [] if best == "0.08" else ["--lambda", best]
+    assert shlex.split(lines[-1]) == [
+        *("trim", "prune", str(base / "model"), "-o", "masks.safetensors", "--cache-dir", str(tmp_path)),
+        *("--sparsity", "0.5", "--method", "wanda", "--alloc", "owl", *own),
+        *("--tokens", shlex.split(lines[-1])[-1]),
+    ]
     assert "2 settings and the dense model: 8 samples calibrate, 4 more measure, of 20 tokens each" in found.stderr
     as_json = run(*common, "--json", "--quiet", "-o", tmp_path / "sweep.json")
     document = json.loads(as_json.stdout)

@@ -17,21 +17,7 @@ from trimcli import demo
 from trimcli.errors import HubError, InputError, OptionError
 from trimcli.text.tokens import calibration_tokens, evaluation_windows, load_tokenizer, read_tokens
 
-WORDS = [
-    "the",
-    "a",
-    "of",
-    "one",
-    "two",
-    "sparse",
-    "dense",
-    "matrix",
-    "row",
-    "layer",
-    "weight",
-    "goes",
-    "under",
-]
+WORDS = ["the", "a", "of", "one", "two", "sparse", "dense", "matrix", "row", "layer", "weight", "goes", "under"]
 WriteDocuments = Callable[[Sequence[str], Path], Path]
 
 
@@ -199,8 +185,7 @@ class TestLocalEvaluation:
             evaluation_windows(str(path), tokenizer, seqlen=64)
 
     @pytest.mark.parametrize(
-        ("options", "message"),
-        [({"seqlen": 1}, "--seqlen 1"), ({"seqlen": 8, "max_windows": 0}, "--max-windows 0")],
+        ("options", "message"), [({"seqlen": 1}, "--seqlen 1"), ({"seqlen": 8, "max_windows": 0}, "--max-windows 0")]
     )
     def test_nothing_to_measure(self, tokenizer: Any, options: dict[str, int], message: str) -> None:
         with pytest.raises(OptionError, match=message):

@@ -65,4 +65,7 @@ def usage(problem: typer.TyperException, command: str) -> str:
         near = difflib.get_close_matches(wrong["value"], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"see {command} --help."
         return f"{wrong['flag']} {wrong['value']!r} is none of {', '.join(known)}; {hint}"
+    proposal = re.fullmatch(r"(?P<wrong>.*?)\.? Did you mean (?P<near>.*)\?", message)
+    if proposal is not None:
+        return f"{proposal['wrong']}; did you mean {proposal['near']}?"
     return f"{message}; see {command} --help."

@@ -45,12 +45,7 @@ def demo(
                 raise OutputExists(f"{directory} exists already; name another directory.")
             directory.mkdir()
         found = run(
-            directory,
-            sparsity,
-            seed=seed,
-            device=device,
-            progress=say.progress,
-            say=lambda line: say.note(f"$ {line}"),
+            directory, sparsity, seed=seed, device=device, progress=say.progress, say=lambda line: say.note(f"$ {line}")
         )
         say.result(lambda: asdict(found), lambda: _print(found, kept=output is not None))
 

@@ -96,10 +96,7 @@ def _parameter(one: Declared, *, unset: bool, axis: bool, panel: str | None) -> 
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
     said = typer.Option(
-        one.spelled,
-        help=plain(text),
-        rich_help_panel=panel or one.flag.panel,
-        metavar="" if one.type is bool else None,
+        one.spelled, help=plain(text), rich_help_panel=panel or one.flag.panel, metavar="" if one.type is bool else None
     )
     return inspect.Parameter(
         one.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, said]

@@ -26,12 +26,7 @@ def prune(model: Model, output: Annotated[Path, output("masks file")], options: 
     from trimcli.commands.prune import prune as run
 
     found = run(
-        model,
-        output,
-        options,
-        force=say.force,
-        progress=say.progress,
-        announce=lambda plan: say.note(head(plan)),
+        model, output, options, force=say.force, progress=say.progress, announce=lambda plan: say.note(head(plan))
     )
     say.result(lambda: asdict(found), lambda: _print(found))
 

@@ -28,18 +28,12 @@ T = TypeVar("T")
 
 
 def allocate(
-    model: str,
-    output: Path | None,
-    options: AllocateOptions,
-    *,
-    progress: Progress = NO_PROGRESS,
-    force: bool = False,
+    model: str, output: Path | None, options: AllocateOptions, *, progress: Progress = NO_PROGRESS, force: bool = False
 ) -> LayerSparsity:
-    """Distribute a target over the linears of a model, and write the layer ratios file.
+    """Distribute a target over the linears of a model, and write the layer ratios file, if `output` is given.
 
-    model: a directory or a hub id; `uniform` and `import_file` need no more of it than its config.json.
-    output: where the JSON file goes, None for nowhere. Raises OptionError, InputError, MismatchError,
-    OutputExists and HubError.
+    model: a directory or a hub id, of which `uniform` and `import_file` need only the config.json. Raises UsageError
+    and HubError.
     """
     options.check()
     if output is not None:
@@ -48,19 +42,20 @@ def allocate(
     skeleton = open_model(model, options, weights=not chosen.config_only and options.import_file is None)
     if not skeleton.linears:
         raise InputError(f"{model} has no linears in its decoder layers to prune; give another model.")
-    with _ModelSurvey(skeleton, options, progress) as survey:
+    survey = _ModelSurvey(skeleton, options, progress)
+    try:
         target = _target(survey, options)
         proposed = chosen(survey, target, options=options.own())
+    finally:
+        survey.metrics.save()
     final = proposed.sparsity
     if proposed.pattern is None:
         final = settle(final, survey.counts, target, options.numerics)
     names = survey.names
     beyond = int((final > 1).sum())
     if beyond:
-        progress.warn(
-            f"reference numerics leave {beyond} of {len(names)} linears a sparsity above 1, the largest "
-            f"{float(final.max()):.4g}: all their weights would go."
-        )
+        what = f"{beyond} of {len(names)} linears a sparsity above 1, the largest {float(final.max()):.4g}"
+        progress.warn(f"reference numerics leave {what}: all their weights would go.")
     imported = {} if options.import_file is None else {"import": options.import_file.name}
     result = LayerSparsity(
         method=options.method,
@@ -74,7 +69,7 @@ def allocate(
     )
     if output is not None:
         used = {"calibration": options.calibration, "import": options.import_file}
-        sources = {role: path for role, path in used.items() if path is not None}
+        sources = {role: path for role, path in used.items() if path}
         write_json(output, result.document(options.document(), sources), force=force)
     return result
 
@@ -86,9 +81,8 @@ class _ModelSurvey:
         self._skeleton, self._options, self._progress = skeleton, options, progress
         self.shapes: Mapping[str, tuple[int, int]] = skeleton.shapes
         self.names: Sequence[str] = list(self.shapes)
-        self.layers: Sequence[Sequence[str]] = [
-            [linear.name for linear in layer.linears] for layer in skeleton.layers if layer.linears
-        ]
+        layers = [[linear.name for linear in layer.linears] for layer in skeleton.layers]
+        self.layers: Sequence[Sequence[str]] = [names for names in layers if names]
         self.counts = torch.tensor([d_out * d_in for d_out, d_in in self.shapes.values()], dtype=torch.float64)
         self.seed = options.seed
         self.imported: Tensor | None = None
@@ -101,13 +95,7 @@ class _ModelSurvey:
             self._calibration = CalibrationFile(options.calibration)
             self._calibration.check(skeleton.fingerprint)
             self._calibration.require(options.allocating.needs)
-        self._metrics = MetricsCache(options.metrics_cache, skeleton.fingerprint)
-
-    def __enter__(self) -> "_ModelSurvey":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._metrics.save()
+        self.metrics = MetricsCache(options.metrics_cache, skeleton.fingerprint)
 
     def weight(self, name: str) -> Tensor:
         """A linear's weight [D_out, D_in] as stored, on the compute device."""
@@ -121,16 +109,14 @@ class _ModelSurvey:
 
     def remembered(self, metric: str, find: Callable[[str], Mapping[str, float]]) -> list[float]:
         """Every linear's metric, from the metrics file or measured and kept there."""
-        missing = [name for name in self.names if self._metrics.get(metric, name) is None]
+        missing = [name for name in self.names if self.metrics.get(metric, name) is None]
         for name in self.each(metric, missing):
             for other, value in find(name).items():
-                self._metrics.put(other, name, value)
-            if self._metrics.get(metric, name) is None:
-                raise InputError(
-                    f"the metric {metric} of {name} in {self._skeleton.checkpoint.directory} is not a finite number; "
-                    "choose another --ww-metric."
-                )
-        return [self._metrics.values[metric][name] for name in self.names]
+                self.metrics.put(other, name, value)
+            if self.metrics.get(metric, name) is None:
+                what = f"the metric {metric} of {name} in {self._skeleton.checkpoint.directory}"
+                raise InputError(f"{what} is not a finite number; choose another --ww-metric.")
+        return [self.metrics.values[metric][name] for name in self.names]
 
     def each(self, title: str, items: Sequence[T]) -> Iterator[T]:
         """The items, with progress."""
@@ -147,8 +133,6 @@ def _target(survey: _ModelSurvey, options: AllocateOptions) -> float:
         return options.sparsity
     mean = weighted_mean(spread(survey, 1 - survey.imported), survey.counts)
     if options.sparsity is not None and abs(options.sparsity - mean) > IMPORT_TOLERANCE:
-        raise OptionError(
-            f"{options.import_file} holds keep ratios for a sparsity of {mean:.4g}, not for --sparsity "
-            f"{options.sparsity:g}; leave --sparsity out."
-        )
+        what = f"{options.import_file} holds keep ratios for a sparsity of {mean:.4g}"
+        raise OptionError(f"{what}, not for --sparsity {options.sparsity:g}; leave --sparsity out.")
     return mean if options.sparsity is None else options.sparsity

@@ -26,11 +26,7 @@ WeightOf = Callable[[str], Tensor | None]
 
 @dataclass(frozen=True)
 class AppliedMasks:
-    """What apply-masks wrote.
-
-    dense_bytes: the tensors' size as a dense model. nbytes: size of the shards written. linears: matrices.
-    zeros: weights in them that are zero. sparsity: that as a fraction.
-    """
+    """What apply-masks wrote: bytes as a dense model and of the shards written, matrices, and zeros in them."""
 
     output: str
     format: str
@@ -52,10 +48,8 @@ def apply_masks(
 ) -> AppliedMasks:
     """Write `model`, a local directory or a hub id, with the weights that `masks` takes set to zero.
 
-    Streamed shard by shard with one tensor in memory. Masks of a prune that changed the kept weights too
-    (SparseGPT, retained reconstruction) apply only to the directory that prune wrote, to pack it. Raises
-    MismatchError (masks of another model, masks alone where weights changed), InputError, OutputExists,
-    OptionError (a format or size that is none), HubError.
+    One tensor in memory. Masks of a prune that changed the kept weights too apply only to the directory that it wrote,
+    to pack it. Raises MismatchError (another model, or masks alone where weights changed), UsageError and HubError.
     """
     options = options or ApplyOptions()
     check_fields(options)
@@ -65,15 +59,15 @@ def apply_masks(
     checkpoint = Checkpoint.open(model, revision=options.revision)
     skeleton = Skeleton(checkpoint, trust_remote_code=options.trust_remote_code)
     changed = bool(found.manifest.get("changes_weights"))
-    structure_only = options.other_weights or changed
-    check_model(found.manifest, skeleton.fingerprint, masks, structure_only=structure_only)
-    linears = pruned_linears(found, skeleton)
+    check_model(found.manifest, skeleton.fingerprint, masks, structure_only=options.other_weights or changed)
+    linears = _pruned_linears(found, skeleton)
     weights = masked_weights(checkpoint, (skeleton.linears[name] for name in found.names), found.keep)
     if changed and linears:
         weights = _unchanged(weights, checkpoint, masks)
         weights(next(iter(linears.values())).key)  # fails before anything is written
+    packed = options.format == "packed"
     document = manifest(
-        PACKED if options.format == "packed" else PRUNED,
+        PACKED if packed else PRUNED,
         "apply-masks",
         asdict(options),
         skeleton.fingerprint,
@@ -81,10 +75,8 @@ def apply_masks(
         pruning={key: value for key, value in found.manifest.items() if key != "linears"},
         commands=commands_so_far(found.manifest),
     )
-    if options.format == "packed":
-        tensors: PrunedTensors = PackedTensors(checkpoint, weights, linears, found.keep)
-    else:
-        tensors = PrunedTensors(checkpoint, weights, linears)
+    what = checkpoint, weights, linears
+    tensors = PackedTensors(*what, found.keep) if packed else PrunedTensors(*what)
     written = write_model(tensors, output, document, force=force, max_shard_size=max_shard_size, progress=progress)
     return AppliedMasks(
         output=str(output),
@@ -97,22 +89,19 @@ def apply_masks(
     )
 
 
-def pruned_linears(found: MaskFile, skeleton: Skeleton) -> dict[str, PrunedLinear]:
-    """The masked linears as a directory records them. Raises MismatchError for one the model lacks."""
+def _pruned_linears(found: MaskFile, skeleton: Skeleton) -> dict[str, PrunedLinear]:
     linears = {}
     for name in found.names:
         linear = skeleton.linears.get(name)
         if linear is None or linear.key is None or linear.shape != found.shape(name):
-            raise MismatchError(
-                f"{found.path} has a mask of shape {list(found.shape(name))} for {name}, which "
-                f"{skeleton.checkpoint.id} does not have; give the model it was made for."
-            )
+            what = f"{found.path} has a mask of shape {list(found.shape(name))} for {name}"
+            raise MismatchError(f"{what}, which {skeleton.checkpoint.id} lacks; give the model it was made for.")
         linears[name] = pruned_linear(linear, found.entry(name))
     return linears
 
 
 def pruned_linear(linear: Matrix, entry: Mapping[str, Any]) -> PrunedLinear:
-    """A matrix as a directory records it. entry: what the manifest of its masks says of it under `linears`."""
+    """A matrix as a directory records it. entry: of its masks' manifest."""
     assert linear.key is not None
     pattern = tuple(entry["pattern"]) if entry.get("pattern") else None
     return PrunedLinear(linear.key, linear.shape, linear.transposed, entry["zeros"], entry.get("target"), pattern)

@@ -25,7 +25,7 @@ from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What calibrate did: the file, samples, tokens a sample, statistics kept, seconds and peak memory in bytes."""
+    """What calibrate did: the file, samples of seqlen tokens, statistics kept, seconds and peak memory in bytes."""
 
     path: Path
     nsamples: int
@@ -36,8 +36,8 @@ class CalibrationSummary:
     peak_memory: dict[str, int]
 
 
-def draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> Tensor:
-    """The calibration samples, int32 [nsamples, seqlen]: those of --tokens, or drawn from the data set."""
+def _draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> Tensor:
+    """The calibration samples, int32 [nsamples, seqlen]."""
     if options.tokens is not None:
         return read_tokens(options.tokens)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
@@ -55,8 +55,7 @@ def calibrate(
 ) -> CalibrationSummary:
     """Gather the statistics of a dense model on calibration samples (Sun et al. 2023, section 3).
 
-    model: a directory or hub id. output: the calibration file. Unfinished runs resume: finished layers'
-    statistics lie in the cache and are replayed forward. Raises InputError, OptionError, OutputExists.
+    model: a directory or hub id. output: the calibration file. Unfinished runs go on. Raises UsageError, HubError.
     """
     options = options or CalibrateOptions()
     options.check()
@@ -64,39 +63,21 @@ def calibrate(
     started = time.monotonic()
     with PeakMemory() as memory:
         skeleton = open_model(model, options)
-        tokens = draw_tokens(skeleton, options)
-        shares = _gather(skeleton, tokens, output, options, force, progress)
-    return CalibrationSummary(
-        output,
-        tokens.shape[0],
-        tokens.shape[1],
-        len(shares),
-        options.stats,
-        time.monotonic() - started,
-        memory.document(),
-    )
+        tokens = _draw_tokens(skeleton, options)
+        linears = _gather(skeleton, tokens, output, options, force, progress)
+    seconds, (nsamples, seqlen) = time.monotonic() - started, tokens.shape
+    return CalibrationSummary(output, nsamples, seqlen, linears, options.stats, seconds, memory.document())
 
 
 def _gather(
-    skeleton: Skeleton,
-    tokens: Tensor,
-    output: Path,
-    options: CalibrateOptions,
-    force: bool,
-    progress: Progress,
-) -> dict[str, str]:
-    kept = {option: one for option, one in stored_statistics().items() if option in options.stats}
-    needs = frozenset(one.name for one in kept.values())
+    skeleton: Skeleton, tokens: Tensor, output: Path, options: CalibrateOptions, force: bool, progress: Progress
+) -> int:
+    """Write the calibration file; returns how many linears have statistics."""
+    needs = frozenset(one.name for option, one in stored_statistics().items() if option in options.stats)
     wanted = [linear.name for linear in chosen_linears(skeleton, options.only, options.skip, progress)]
-    key = {
-        "stage": "calibrate",
-        "model": skeleton.fingerprint.document(),
-        "tokens": tokens.tolist(),
-        "stats": options.stats,
-        "dtype": str(skeleton.dtype),
-        "device": skeleton.device.type,
-        "linears": wanted,
-    }
+    compute = {"dtype": str(skeleton.dtype), "device": skeleton.device.type}
+    what = {"model": skeleton.fingerprint.document(), "tokens": tokens.tolist(), "linears": wanted}
+    key = {"stage": "calibrate", **what, **compute, "stats": options.stats}
     shares: dict[str, str] = {}
     homes: dict[str, Part] = {}
     specs = {"tokens": TensorSpec(torch.int32, tuple(tokens.shape))}
@@ -106,20 +87,18 @@ def _gather(
             walk = Walk(skeleton, tokens, batch_size=options.batch_size, wanted=set(wanted), progress=progress)
             with progress.task("calibrating layers", len(skeleton.layers)) as step:
                 for layer in walk.layers():
-                    if layer.index < done:
-                        if done < len(skeleton.layers):
-                            walk.advance(layer)
-                    else:
+                    if layer.index >= done:
                         collector = Collector(walk.groups(layer), needs, walk.nsamples, walk.seqlen, skeleton.device)
                         walk.advance(layer, collector)
                         _write_part(parts, layer.index, collector)
+                    elif done < len(skeleton.layers):
+                        walk.advance(layer)
                     step()
             for layer in skeleton.layers:
                 part = parts.read(layer.index)
                 shares.update(part.facts["shares"])
-                for name in part.names:
-                    homes[name] = part
-                    specs[name] = part.spec(name)
+                homes.update(dict.fromkeys(part.names, part))
+                specs.update({name: part.spec(name) for name in part.names})
         document = manifest(
             CALIBRATION,
             "calibrate",
@@ -138,15 +117,12 @@ def _gather(
 
         write_artifact(output, document, specs, tensor, force=force)
         parts.discard()
-    return shares
+    return len(shares)
 
 
 def _write_part(parts: Parts, index: int, collector: Collector) -> None:
-    stats = collector.by_linear()
-    tensors = {
-        f"{group.name}.{kind}": tensor
-        for group in collector.groups
-        for kind, tensor in stats[group.name].tensors.items()
-    }
+    stats, tensors = collector.by_linear(), {}
+    for group in collector.groups:
+        tensors.update({f"{group.name}.{kind}": tensor for kind, tensor in stats[group.name].tensors.items()})
     shares = {linear.name: group.name for group in collector.groups for linear in group.linears}
     parts.write(index, tensors, {"shares": shares})

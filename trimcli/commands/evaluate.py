@@ -8,8 +8,8 @@ from trimcli.commands.options import EvaluateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, MismatchError, OptionError
 from trimcli.evaluation.perplexity import apply_masks_to_layer, perplexity
-from trimcli.files.atomic import MARK, refuse_existing
-from trimcli.files.documents import read_json, write_json
+from trimcli.files.atomic import refuse_existing
+from trimcli.files.documents import read_mark, write_json
 from trimcli.files.manifest import RESULTS, check_model, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import dtype_name
@@ -27,11 +27,7 @@ def evaluate(
     force: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> dict[str, Any]:
-    """Measure a model directory (dense, pruned or packed), or a model under masks.
-
-    Returns the results document (`trim.results/1`), which is also written to `output` if given: `perplexity`, `tasks`,
-    `sparsity`, `seconds`, `peak_memory` and provenance. The measured directory is left untouched.
-    """
+    """Measure a model, or it under masks; returns the document (`trim.results/1`) that `output` receives, if given."""
     options.check()
     if output is not None:
         refuse_existing(output, force=force)
@@ -41,15 +37,16 @@ def evaluate(
         mask = open_masks(options.masks, skeleton) if options.masks else None
         tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
         measured = _perplexities(skeleton, tokenizer, mask, options, progress)
-        sparsity = measured_sparsity(skeleton, mask)
-        tasks = _tasks(skeleton, tokenizer, mask, options, progress, force=force) if options.tasks else {}
+        sparsity = _sparsity(skeleton, mask)
+        tasks = _tasks(skeleton, tokenizer, mask, options, progress, force) if options.tasks else {}
+    name = Path(skeleton.checkpoint.id).name or skeleton.checkpoint.id
     document = manifest(
         RESULTS,
         "eval",
         options.document(),
         skeleton.fingerprint,
         {"masks": options.masks} if options.masks else None,
-        label=label_of(skeleton, mask),
+        label=f"{name} + {mask.path.stem}" if mask else name,
         perplexity=measured,
         **tasks,
         sparsity=sparsity,
@@ -82,17 +79,14 @@ def _perplexities(
     seqlen = options.seqlen or default_seqlen(skeleton.config)
     positions = max_positions(skeleton.config)
     if positions is not None and seqlen > positions:
-        raise OptionError(
-            f"--seqlen {seqlen} is beyond the {positions} positions of {skeleton.checkpoint.id}; give less."
-        )
-    texts = [
-        evaluation_windows(dataset, tokenizer, seqlen=seqlen, max_windows=options.max_windows)
-        for dataset in options.ppl
-    ]
+        what = f"--seqlen {seqlen} is beyond the {positions} positions of {skeleton.checkpoint.id}"
+        raise OptionError(f"{what}; give less.")
+    windows, batch_size = options.max_windows, options.batch_size
+    texts = [evaluation_windows(name, tokenizer, seqlen=seqlen, max_windows=windows) for name in options.ppl]
     return [
         {
             "dataset": text.dataset,
-            "value": perplexity(skeleton, text.windows, mask=mask, batch_size=options.batch_size, progress=progress),
+            "value": perplexity(skeleton, text.windows, mask=mask, batch_size=batch_size, progress=progress),
             "seqlen": seqlen,
             "windows": len(text.windows),
             "tokens": text.tokens,
@@ -102,13 +96,12 @@ def _perplexities(
     ]
 
 
-def measured_sparsity(skeleton: Skeleton, mask: MaskFile | None = None) -> dict[str, Any]:
+def _sparsity(skeleton: Skeleton, mask: MaskFile | None) -> dict[str, Any]:
     """Zeros read from the weights: `total` fraction over the linears, `zeros`, `weights`, and per linear."""
-    masked = set(mask.names) if mask else set()
     zeros = {}
     for name, linear in skeleton.linears.items():
         stays = linear.read(skeleton.checkpoint) != 0
-        if mask is not None and name in masked:
+        if mask is not None and name in mask.names:
             stays = stays & mask.keep(name)
         zeros[name] = stays.numel() - int(stays.count_nonzero())
     weights = sum(linear.numel for linear in skeleton.linears.values())
@@ -121,56 +114,24 @@ def measured_sparsity(skeleton: Skeleton, mask: MaskFile | None = None) -> dict[
 
 
 def _tasks(
-    skeleton: Skeleton,
-    tokenizer: Any,
-    mask: MaskFile | None,
-    options: EvaluateOptions,
-    progress: Progress,
-    *,
-    force: bool,
+    skeleton: Skeleton, tokenizer: Any, mask: MaskFile | None, options: EvaluateOptions, progress: Progress, force: bool
 ) -> dict[str, Any]:
+    """The zero-shot part of the document, measured on the skeleton filled in place: the model is in memory once."""
     from trimcli.evaluation.zeroshot import ZeroShotOptions, evaluate_tasks
 
-    whole = load_whole(skeleton, mask)
-    asked = ZeroShotOptions(
-        tasks=options.tasks,
-        include_path=options.include_path,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        batch_size=options.batch_size or 8,
-        log_samples=options.log_samples,
-        seed=options.fewshot_seed,
-        force=force,
-    )
-    return evaluate_tasks(whole, tokenizer, asked, progress)
-
-
-def load_whole(skeleton: Skeleton, mask: MaskFile | None = None) -> Any:
-    """The skeleton's transformers model with all its weights in memory, masked if asked to: what lm-eval needs.
-
-    The skeleton is filled in place, so a model is in memory once. Dense, pruned and packed directories alike.
-    """
     skeleton.load_everything()
     if mask is not None:
         for layer in skeleton.layers:
             apply_masks_to_layer(layer, mask)
-    return skeleton.model
-
-
-def label_of(skeleton: Skeleton, mask: MaskFile | None) -> str:
-    """A short name for the run: the model's, and the masks' or the pruning's."""
-    name = Path(skeleton.checkpoint.id).name or skeleton.checkpoint.id
-    return f"{name} + {mask.path.stem}" if mask else name
+    shared = {name: getattr(options, name) for name in ("tasks", "include_path", "num_fewshot", "limit", "log_samples")}
+    asked = ZeroShotOptions(**shared, batch_size=options.batch_size or 8, seed=options.fewshot_seed, force=force)
+    return evaluate_tasks(skeleton.model, tokenizer, asked, progress)
 
 
 def _pruning(skeleton: Skeleton, mask: MaskFile | None) -> dict[str, Any] | None:
     """How the measured model was pruned, as the masks or the directory tell; None for a dense one."""
-    if mask is not None:
-        return {key: value for key, value in mask.manifest.items() if key != "linears"}
-    mark = skeleton.checkpoint.directory / MARK
-    if not mark.is_file():
-        return None
     try:
-        return {key: value for key, value in read_json(mark).items() if key != "linears"}
+        found = mask.manifest if mask else read_mark(skeleton.checkpoint.directory)
     except InputError:
         return None
+    return {key: value for key, value in found.items() if key != "linears"} if found else None

@@ -1,9 +1,8 @@
 """`trim export`: a pruned model with its matrices in the forms that sparse kernels read.
 
-An export is a directory with the model's config and tokenizer, shards called `export-00001-of-0000N.safetensors`
-(so that nothing takes them for a model's) and `trim.json` (`trim.export/1`). A matrix whose checkpoint name is
-`K` lies there as `K.crow_indices`, `K.col_indices` (int32) and `K.values`, or as `K.packed` and, where the
-backend keeps it apart, `K.meta`, always of [D_out, D_in]; every other tensor as it was.
+An export is a directory with the model's config and tokenizer, shards `export-00001-of-0000N.safetensors` and
+`trim.json` (`trim.export/1`). A matrix whose checkpoint name is `K` lies there as `K.crow_indices`, `K.col_indices`
+(int32) and `K.values`, or as `K.packed` and, where the backend keeps it apart, `K.meta`, always of [D_out, D_in].
 """
 
 import json
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from trimcli.console import NO_PROGRESS, Progress
+from trimcli.console import NO_PROGRESS, Advance, Progress
 from trimcli.errors import InputError
 from trimcli.files.atomic import atomic_directory, refuse_existing
 from trimcli.files.checkpoint import Checkpoint
@@ -31,8 +30,6 @@ from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 
 NOT_PRUNED, NOT_PATTERN = "not pruned", "not 2:4"
-# Matrices that a refusal names.
-NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,7 @@ class ExportedLinear:
     """One matrix of an export.
 
     key: its name in the checkpoint. shape: (D_out, D_in). transposed: stored as [D_in, D_out] where it is dense.
-    form: dense, csr or semi-structured; reason: why it stays dense. dense_seconds, sparse_seconds: medians of a
-    product with one input row, None where nothing was timed.
+    reason: why it stays dense. dense_seconds, sparse_seconds: medians of a product with one input row, if timed.
     """
 
     key: str
@@ -54,6 +50,10 @@ class ExportedLinear:
     dense_seconds: float | None = None
     sparse_seconds: float | None = None
     specs: dict[str, TensorSpec] = field(default_factory=dict, compare=False)
+
+    def stored_as(self, form: Form, sparse: Tensor) -> "ExportedLinear":
+        """The same in a sparse form."""
+        return replace(self, form=form, specs={kind: TensorSpec.of(part) for kind, part in parts_of(sparse).items()})
 
     def document(self) -> dict[str, Any]:
         """The entry in `trim.json`."""
@@ -77,12 +77,7 @@ class ExportSummary:
 
 
 def export(
-    model: str,
-    output: Path,
-    options: ExportOptions,
-    *,
-    force: bool = False,
-    progress: Progress = NO_PROGRESS,
+    model: str, output: Path, options: ExportOptions, *, force: bool = False, progress: Progress = NO_PROGRESS
 ) -> ExportSummary:
     """Write a pruned model (dense or packed directory, or a hub id) in a form that sparse kernels read.
 
@@ -97,14 +92,13 @@ def export(
     dtype = compute_dtype(options.dtype, checkpoint, device)
     packer = SemiStructured(device, dtype) if options.to == "semi-structured" else None
     skeleton = Skeleton(checkpoint, trust_remote_code=options.trust_remote_code)
-    found = pruned_names(checkpoint)
+    recorded = pruned_names(checkpoint)
     linears = {}
     with progress.task(f"trying {options.to}", len(skeleton.linears)) as step:
         for name, linear in skeleton.linears.items():
-            weight = linear.read(skeleton.checkpoint)
-            linears[name] = _decide(linear, weight, dtype, packer, found)
+            linears[name] = _decide(linear, linear.read(checkpoint), dtype, packer, recorded)
             step()
-    _refuse(linears, skeleton, found, packer)
+    _refuse(linears, checkpoint.directory, recorded, packer)
     document = manifest(
         EXPORT,
         "export",
@@ -116,8 +110,11 @@ def export(
         semi_structured=packer.document() if packer else None,
         commands=commands_so_far(read_mark(checkpoint.directory)),
     )
-    nbytes = _write(skeleton, output, document, linears, packer, force=force, progress=progress)
-    return ExportSummary(output, options.to, linears, nbytes_of(checkpoint, plan_shards(checkpoint)), nbytes)
+    shards = plan_shards(checkpoint)
+    total = sum(map(len, shards.values()))
+    with atomic_directory(output, force=force) as directory, progress.task("writing", total) as step:
+        nbytes = _write(skeleton, directory, document, linears, packer, list(shards.values()), step)
+    return ExportSummary(output, options.to, linears, nbytes_of(checkpoint, shards), nbytes)
 
 
 def _decide(
@@ -130,27 +127,21 @@ def _decide(
     if not was_pruned(linear.name, zeros / linear.numel, recorded):
         return replace(dense, reason=NOT_PRUNED)
     if packer is None:
-        sparse = to_csr(weight)
-        timed = race(weight, sparse, dtype)
+        timed = race(weight, sparse := to_csr(weight), dtype)
         dense = replace(dense, dense_seconds=timed.dense, sparse_seconds=timed.sparse)
         if timed.sparse >= timed.dense:
             return replace(dense, reason="not faster as csr")
-        return replace(dense, form="csr", specs=_specs(sparse))
+        return dense.stored_as("csr", sparse)
     if not is_two_of_four(weight):
         return replace(dense, reason=NOT_PATTERN)
     if not packer.fits(linear.shape):
         return replace(dense, reason="a shape that the kernels do not take")
-    return replace(dense, form="semi-structured", dtype=dtype_name(dtype), specs=_specs(packer.pack(weight)))
-
-
-def _specs(sparse: Tensor) -> dict[str, TensorSpec]:
-    return {kind: TensorSpec.of(part) for kind, part in parts_of(sparse).items()}
+    return replace(dense, dtype=dtype_name(dtype)).stored_as("semi-structured", packer.pack(weight))
 
 
 def _refuse(
-    linears: Mapping[str, ExportedLinear], skeleton: Skeleton, recorded: set[str] | None, packer: SemiStructured | None
+    linears: Mapping[str, ExportedLinear], where: Path, recorded: set[str] | None, packer: SemiStructured | None
 ) -> None:
-    where = skeleton.checkpoint.directory
     if all(linear.reason == NOT_PRUNED for linear in linears.values()):
         raise InputError(f"no matrix of {where} is pruned, so there is nothing to export; prune the model first.")
     if packer is None:
@@ -158,9 +149,9 @@ def _refuse(
     # Where nothing tells which matrices were pruned, those that are not 2:4 stay dense.
     wrong = [name for name, linear in linears.items() if linear.reason == NOT_PATTERN and recorded is not None]
     if wrong:
-        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(
-            f"not 2:4 (at most 2 of every 4 consecutive inputs) in {where}: {', '.join(wrong[:NAMED])}{more}; prune "
+            f"not 2:4 (at most 2 of every 4 consecutive inputs) in {where}: {', '.join(wrong[:3])}{more}; prune "
             "with --sparsity-type 2:4, or export --to csr."
         )
     if all(linear.form == "dense" for linear in linears.values()):
@@ -169,17 +160,15 @@ def _refuse(
 
 def _write(
     skeleton: Skeleton,
-    target: Path,
+    directory: Path,
     document: Mapping[str, Any],
     linears: Mapping[str, ExportedLinear],
     packer: SemiStructured | None,
-    *,
-    force: bool,
-    progress: Progress,
+    shards: list[list[str]],
+    step: Advance,
 ) -> int:
     """Write the directory, one tensor in memory at a time; returns the bytes of its shards."""
-    checkpoint = skeleton.checkpoint
-    shards = list(plan_shards(checkpoint).values())
+    checkpoint, files = skeleton.checkpoint, numbered("export", len(shards))
     names = {linear.key: name for name, linear in linears.items() if linear.form != "dense"}
     homes = {f"{key}.{kind}": (key, kind) for key, name in names.items() for kind in linears[name].specs}
     metadata = {"format": "pt", "manifest": json.dumps(finite_or_none(document), ensure_ascii=False)}
@@ -196,24 +185,16 @@ def _write(
             latest[key] = parts_of(to_csr(weight) if packer is None else packer.pack(weight))
         return latest[key][kind]
 
-    total = sum(len(keys) for keys in shards)
-    with atomic_directory(target, force=force) as directory, progress.task("writing", total) as step:
-        files = numbered("export", len(shards))
-        for file, keys in zip(files, shards, strict=True):
-            specs = {key: checkpoint.spec(key) for key in keys if key not in names}
-            specs.update({part: linears[names[key]].specs[kind] for part, (key, kind) in homes.items() if key in keys})
-            write_tensors(directory / file, specs, tensor, metadata)
-            step(len(keys))
-        entries = {name: linear.document() for name, linear in linears.items()}
-        complete = sealed({**document, "shards": files, "linears": entries})
-        add_small_files(directory, checkpoint, _readme(document, linears), complete)
-        return sum((directory / file).stat().st_size for file in files)
-
-
-def _readme(document: Mapping[str, Any], linears: Mapping[str, ExportedLinear]) -> str:
-    sparse = sum(linear.form != "dense" for linear in linears.values())
-    return (
-        f"# Export of `{document['model']['id']}`\n\n{sparse} of {len(linears)} matrices are stored as "
+    for file, keys in zip(files, shards, strict=True):
+        specs = {key: checkpoint.spec(key) for key in keys if key not in names}
+        specs.update({part: linears[names[key]].specs[kind] for part, (key, kind) in homes.items() if key in keys})
+        write_tensors(directory / file, specs, tensor, metadata)
+        step(len(keys))
+    readme = (
+        f"# Export of `{document['model']['id']}`\n\n{len(names)} of {len(linears)} matrices are stored as "
         f"`{document['to']}`, for torch's sparse kernels. transformers alone does not load this directory:\n\n"
         "```python\nfrom trimcli import load_exported\n\nmodel = load_exported(DIRECTORY)\n```\n"
     )
+    entries = {name: linear.document() for name, linear in linears.items()}
+    add_small_files(directory, checkpoint, readme, sealed({**document, "shards": files, "linears": entries}))
+    return sum((directory / file).stat().st_size for file in files)

@@ -18,34 +18,21 @@ SAMPLES, TARGET, TASKS = "Samples", "Target", "Zero-shot tasks (lm-eval)"
 ONLY = "Only linears whose full name matches this glob (repeatable)."
 SKIP = "Leave linears that match this glob out (repeatable)."
 BATCH = "Samples a batch; chosen if not given."
+SEQLEN = "the smaller of 2048 and the model's positions if not given."
+DATASET = "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet) or hf:NAME with a text column."
+TOKENS = "A safetensors file with an integer tensor `tokens` [nsamples, seqlen]: exactly these samples."
+STATS = "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation); nothing keeps the tokens alone."
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrateOptions(RunOptions):
     """What to calibrate on."""
 
-    dataset: str = option(
-        "c4",
-        "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet) or hf:NAME with a text column.",
-        panel=SAMPLES,
-    )
+    dataset: str = option("c4", DATASET, panel=SAMPLES)
     nsamples: int = option(256, "Calibration samples.", panel=SAMPLES, check=positive)
-    seqlen: int | None = option(
-        None,
-        "Tokens a sample; the smaller of 2048 and the model's positions if not given.",
-        panel=SAMPLES,
-        check=at_least(2),
-    )
-    tokens: Path | None = option(
-        None,
-        "A safetensors file with an integer tensor `tokens` [nsamples, seqlen]: exactly these samples.",
-        panel=SAMPLES,
-    )
-    stats: tuple[str, ...] = option(
-        ("norms", "inputs"),
-        "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation); nothing keeps the tokens alone.",
-        choices=stored_statistics,
-    )
+    seqlen: int | None = option(None, f"Tokens a sample; {SEQLEN}", panel=SAMPLES, check=at_least(2))
+    tokens: Path | None = option(None, TOKENS, panel=SAMPLES)
+    stats: tuple[str, ...] = option(("norms", "inputs"), STATS, choices=stored_statistics)
     batch_size: int | None = option(None, BATCH, check=positive)
     only: tuple[str, ...] = option((), ONLY, repeated=True)
     skip: tuple[str, ...] = option((), SKIP, repeated=True)
@@ -53,11 +40,7 @@ class CalibrateOptions(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class AllocateOptions(RunOptions):
-    """How to distribute the target.
-
-    options: of the method, an instance of its class where they differ from the defaults. The seed is that of the one
-    metric that permutes weights.
-    """
+    """How to distribute the target. options: of the method, where they differ from the defaults."""
 
     method: str = option("uniform", "How layers share the target.", choices=lambda: ALLOCATIONS)
     sparsity: float | None = option(None, "Target: the fraction of weights to prune, in [0, 1).", check=fraction)
@@ -67,8 +50,7 @@ class AllocateOptions(RunOptions):
         None, "A published tool's .npy: OWL's keep ratios or Alpha's metrics.", "--import"
     )
     numerics: Numerics = option(
-        "exact",
-        "exact: the mean is the target, no linear above 0.99. reference: the published code's arithmetic.",
+        "exact", "exact: the mean is the target, no linear above 0.99. reference: the published code's arithmetic."
     )
     options: tuple[Any, ...] = ()
 
@@ -90,10 +72,7 @@ class AllocateOptions(RunOptions):
         return next((given for given in self.options if type(given) is kind), kind())
 
     def check(self, *, calibrates: bool = False) -> None:
-        """Raise OptionError for a value or a combination that cannot be used.
-
-        calibrates: whether a calibration is made on the way, so that none need be given.
-        """
+        """Raise OptionError for what cannot be used. calibrates: a calibration is made on the way."""
         super().check()
         chosen, imported = self.allocating, self.import_file is not None
         wrong = {flag: [owner] for flag, _, owner in misplaced(self.options, [chosen])}
@@ -105,33 +84,21 @@ class AllocateOptions(RunOptions):
             if given is not None and not getattr(chosen, trait):
                 wrong[flag] = [name for name, entry in ALLOCATIONS.items() if getattr(entry, trait)]
         for flag, owners in wrong.items():
-            raise OptionError(
-                f"{flag} does not go with --method {self.method}, only with {' or '.join(owners)}; leave one of them "
-                "out."
-            )
-        unread = {
-            "--calibration": self.calibration,
-            "--metrics-cache": self.metrics_cache,
-            "--group": getattr(self.own(), "group", None),
-        }
-        for flag, value in unread.items():
+            what = f"{flag} does not go with --method {self.method}, only with {' or '.join(owners)}"
+            raise OptionError(f"{what}; leave one of them out.")
+        unread = {"--calibration": self.calibration, "--metrics-cache": self.metrics_cache}
+        for flag, value in {**unread, "--group": getattr(self.own(), "group", None)}.items():
             if imported and value is not None:
                 raise OptionError(f"{flag} and --import exclude each other; leave one of them out.")
         if self.sparsity is None and not (imported and chosen.imports == "ratios"):
             raise OptionError(f"--method {self.method} needs --sparsity, the share of weights to prune.")
         if chosen.needs and self.calibration is None and not imported and not calibrates:
-            raise OptionError(
-                f"--method {self.method} needs --calibration, a file that trim calibrate made for this model."
-            )
+            raise OptionError(f"--method {self.method} needs --calibration, a file of trim calibrate for this model.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PruneOptions(RunOptions):
-    """What to prune, and how.
-
-    recipe: the method. calibrate: how the calibration is made, through the stage cache, where no file is given.
-    allocate: layer allocation in one go.
-    """
+    """What to prune, and how. calibrate: made through the stage cache where no file is given."""
 
     recipe: Recipe = field(default_factory=Recipe)
     calibration: Path | None = option(None, "A file of `trim calibrate` for this model.")
@@ -163,10 +130,7 @@ class PruneOptions(RunOptions):
             (self.ratios and self.allocate, "--ratios with --alloc: the ratios file is an allocation"),
             (pattern and self.allocate, f"--alloc with {kind}: each says what goes"),
             (self.calibration and self.calibrate, "--calibration with --dataset, --tokens, --nsamples or --seqlen"),
-            (
-                self.stats_out and self.recipe.rows == "even",
-                "--stats-out without --use-trim: it holds what TRIM found",
-            ),
+            (self.stats_out and self.recipe.rows == "even", "--stats-out without --use-trim: it holds what TRIM found"),
             (
                 self.recipe.changes_weights and not self.save_model,
                 f"--method {self.recipe.method} without --save-model: it changes the kept weights, so masks alone do "
@@ -188,9 +152,8 @@ def prune_words(options: PruneOptions) -> list[str]:
     recipe, calibrate, allocate = options.recipe, options.calibrate, options.allocate
     found = words(options)
     found += ["--method", recipe.method, *words(recipe, "method", "rows")]
-    found += {"even": [], "trim": ["--use-trim"], "variant": ["--use-variant"]}.get(
-        recipe.rows, ["--rows", recipe.rows]
-    )
+    flags = {"even": [], "trim": ["--use-trim"], "variant": ["--use-variant"]}
+    found += flags.get(recipe.rows, ["--rows", recipe.rows])
     found += [word for given in recipe.options for word in words(given)]
     if recipe.barber is not None:
         found += ["--prune-barber", *words(recipe.barber)]
@@ -222,9 +185,7 @@ class EvaluateOptions(RunOptions):
 
     masks: Path | None = option(None, "Measure the model under these masks, without writing it.")
     ppl: tuple[str, ...] = option((), "Perplexity on wikitext2, c4, ptb or files, separated by commas.")
-    seqlen: int | None = option(
-        None, "Tokens a window; the smaller of 2048 and the model's positions if not given.", check=at_least(2)
-    )
+    seqlen: int | None = option(None, f"Tokens a window; {SEQLEN}", check=at_least(2))
     max_windows: int | None = option(None, "Only the first so many windows.", check=positive)
     batch_size: int | None = option(None, "Windows or task sequences a batch; chosen if not given.", check=positive)
     tasks: tuple[str, ...] = option((), "lm-eval tasks or groups: boolq,rte,hellaswag,winogrande,...", panel=TASKS)
@@ -238,9 +199,7 @@ class EvaluateOptions(RunOptions):
         """Raise OptionError for values that cannot be used."""
         super().check()
         if not self.ppl and not self.tasks:
-            raise OptionError(
-                "nothing to measure was asked for; give --ppl wikitext2 (or a FILE) or --tasks boolq,rte."
-            )
+            raise OptionError("nothing to measure was asked for; give --ppl wikitext2 (or FILE) or --tasks boolq,rte.")
         for name in ("include_path", "num_fewshot", "limit", "log_samples"):
             value = getattr(self, name)
             if value is not None and not self.tasks:

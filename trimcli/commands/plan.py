@@ -13,10 +13,7 @@ from trimcli.text.tokens import read_tokens
 
 
 def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRESS) -> Plan:
-    """The plan of `prune(model, ...)` under these options, from the config and the files they name.
-
-    An allocation that is yet to be made (`allocate`) is planned with its target, uniform. Raises UsageError.
-    """
+    """The plan of `prune(model, ...)`. An allocation yet to be made is planned as uniform. Raises UsageError."""
     options.check()
     skeleton = open_model(model, options, weights=None)
     linears = chosen_linears(skeleton, options.only, options.skip, progress)
@@ -34,12 +31,5 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
         if skeleton.checkpoint.has_weights:
             calibration.check(skeleton.fingerprint)
         nsamples, seqlen = calibration.tokens.shape
-    return make_plan(
-        skeleton,
-        linears,
-        targets,
-        options.recipe,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        saves_model=options.save_model is not None,
-    )
+    saves = options.save_model is not None
+    return make_plan(skeleton, linears, targets, options.recipe, nsamples=nsamples, seqlen=seqlen, saves_model=saves)

@@ -1,5 +1,6 @@
 """The prune stage: the pipeline that composes statistics, scores, rows, masks and updates, written once."""
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.pipeline.walk import default_seqlen
 
 Announce = Callable[[Plan], None]
+KeepOf = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,40 +66,51 @@ def prune(
 ) -> PruneSummary:
     """Choose the masks of a model, one decoder layer resident, and write them (and, on request, the pruned model).
 
-    model: a directory or hub id. output: the masks file. announce: is given the plan before any pass. Raises
-    UsageError for what cannot be used, ResourceError when memory or disk run out.
+    model: a directory or hub id. announce: is given the plan before any pass. Raises any TrimError.
     """
     options.check()
     _refuse_outputs(output, options, force=force)
     started = time.monotonic()
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, contextlib.ExitStack() as stack:
         run = _Run(open_model(model, options), options, progress)
         plan = run.plan()
         if announce:
             announce(plan)
-        with Cache(options.cache_dir).parts(run.key("first")) as first:
-            if not options.resume:
-                first.discard()
-            resumed = run.passes.first(first)
-            if options.recipe.barber:
-                with Cache(options.cache_dir).parts(run.key("second")) as second:
-                    if not options.resume:
-                        second.discard()
-                    resumed += run.passes.second(first, second)
-                    results = run.write(second, output, force=force, rows=first)
-                    second.discard()
-            else:
-                results = run.write(first, output, force=force, rows=first)
-            first.discard()
-    return replace(results, resumed=resumed, seconds=time.monotonic() - started, peak_memory=memory.document())
+        stages = ["first", "second"] if options.recipe.barber else ["first"]
+        passes = [stack.enter_context(Cache(options.cache_dir).parts(run.key(stage))) for stage in stages]
+        for parts in [] if options.resume else passes:
+            parts.discard()
+        resumed = run.passes.first(passes[0])
+        if options.recipe.barber:
+            resumed += run.passes.second(*passes)
+        document, improved = run.write(passes[-1], output, force=force, rows=passes[0])
+        for parts in passes:
+            parts.discard()
+    found, layers = document["linears"], {}
+    for layer in run.skeleton.layers:
+        if mine := run.passes.mine(layer):
+            layers[layer.name] = sum(found[one.name]["zeros"] for one in mine) / sum(one.numel for one in mine)
+    return PruneSummary(
+        masks=output,
+        sparsity=document["sparsity"],
+        zeros=sum(entry["zeros"] for entry in found.values()),
+        weights=sum(linear.numel for linear in run.linears),
+        linears=len(found),
+        layers=layers,
+        model_directory=options.save_model,
+        rows_improved=improved,
+        remarks=tuple(document["remarks"]),
+        resumed=resumed,
+        seconds=time.monotonic() - started,
+        peak_memory=memory.document(),
+    )
 
 
 def _refuse_outputs(output: Path, options: PruneOptions, *, force: bool) -> None:
     """Raise UsageError for an output that exists already, or that two of them would be written to."""
-    outputs = [output, *([options.save_model] if options.save_model else [])]
-    outputs += stats_paths(options.stats_out) if options.stats_out else []
     places: list[Path] = []
-    for target in outputs:
+    stats = stats_paths(options.stats_out) if options.stats_out else []
+    for target in filter(None, [output, options.save_model, *stats]):
         place = target.resolve()
         if place in places:
             raise OptionError(f"the run would write two outputs to {target}; name another file in -o or --stats-out.")
@@ -114,8 +127,7 @@ class _Run:
         self.skeleton, self.options, self.progress = skeleton, options, progress
         self.recipe = options.recipe
         self.linears = chosen_linears(skeleton, options.only, options.skip, progress)
-        self.ratios: Path | None = options.ratios
-        self.calibration: CalibrationFile | None = None
+        self.ratios, self.calibration = options.ratios, None
         if options.calibration:
             self.calibration = CalibrationFile(options.calibration)
             self.calibration.check(skeleton.fingerprint)
@@ -128,8 +140,6 @@ class _Run:
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
         self.passes = Passes(skeleton, self.recipe, self.targets, self.calibration, progress, options.batch_size)
-
-    # --- what is asked for -------------------------------------------------------------------------------
 
     def _allocation(self, allocate: AllocateOptions) -> AllocateOptions:
         """The allocation with the calibration that it reads: the one given, or one made for it and for the prune."""
@@ -149,16 +159,10 @@ class _Run:
 
     def plan(self) -> Plan:
         """The plan, which also refuses patterns that do not fit."""
-        tokens = self.calibration.tokens.shape if self.calibration else (0, 0)
-        return make_plan(
-            self.skeleton,
-            self.linears,
-            self.targets,
-            self.recipe,
-            nsamples=tokens[0],
-            seqlen=tokens[1] or default_seqlen(self.skeleton.config),
-            saves_model=self.options.save_model is not None,
-        )
+        nsamples, seqlen = self.calibration.tokens.shape if self.calibration else (0, 0)
+        how = {"nsamples": nsamples, "seqlen": seqlen or default_seqlen(self.skeleton.config)}
+        saves = self.options.save_model is not None
+        return make_plan(self.skeleton, self.linears, self.targets, self.recipe, **how, saves_model=saves)
 
     def key(self, stage: str) -> dict[str, Any]:
         """What the part files of a pass depend on."""
@@ -175,19 +179,14 @@ class _Run:
             "device": self.skeleton.device.type,
         }
 
-    # --- the results -------------------------------------------------------------------------------------
-
-    def write(self, parts: Parts, output: Path, *, force: bool, rows: Parts) -> PruneSummary:
-        """The masks file, and on request the model directory and TRIM's findings, from the part files."""
-        found = self._parts(parts)
-        homes = {
-            linear.name: part
-            for layer, part in zip(self.skeleton.layers, found, strict=True)
-            for linear in self.passes.mine(layer)
-        }
-        remarks = tuple(remark for part in found for remark in part.facts["remarks"])
+    def write(self, parts: Parts, output: Path, *, force: bool, rows: Parts) -> tuple[dict[str, Any], int | None]:
+        """All outputs, from the part files; returns the masks' manifest and how many linears TRIM bettered."""
+        layers = [(layer, parts.read(layer.index)) for layer in self.skeleton.layers]
+        homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
         options = self.options
         sources = {"calibration": self.calibration.path if self.calibration else None, "ratios": self.ratios}
+        before = [self.calibration.manifest] if self.calibration else []
+        before += [read_json(self.ratios)] if self.ratios else []
         document = manifest(
             MASKS,
             "prune",
@@ -199,9 +198,9 @@ class _Run:
                 for name, target in self.targets.items()
             },
             changes_weights=self.recipe.changes_weights,
-            commands=commands_so_far(*self._made_before()),
+            commands=commands_so_far(*before),
             numerics=self.recipe.numerics,
-            remarks=list(remarks),
+            remarks=[remark for _, part in layers for remark in part.facts["remarks"]],
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
             compute_dtype=dtype_name(self.skeleton.dtype),
         )
@@ -210,32 +209,18 @@ class _Run:
             return masks.unpack(homes[name].load(f"{name}.keep"), self.skeleton.linears[name].d_in)
 
         shapes = {linear.name: linear.shape for linear in self.linears}
-        facts = {name: fact for part in self._parts(rows) for name, fact in part.facts["rows"].items()}
+        facts = {name: row for layer, _ in layers for name, row in rows.read(layer.index).facts["rows"].items()}
         improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows != "even" else None
         with all_or_none():  # where it fails, the same command writes them from the part files, which stay
             complete = write_masks(output, document, shapes, keep, force=force)
             if options.save_model:
                 self._write_model(options.save_model, complete, homes, keep, force=force)
             if options.stats_out:
-                write_row_stats(options.stats_out, complete, facts, rows, len(self.skeleton.layers), force=force)
-        return self._summary(output, complete, remarks, improved)
-
-    def _parts(self, parts: Parts) -> list[Part]:
-        return [parts.read(layer.index) for layer in self.skeleton.layers]
-
-    def _made_before(self) -> list[Mapping[str, Any]]:
-        """The manifests of the stages before this one."""
-        before: list[Mapping[str, Any]] = [read_json(self.ratios)] if self.ratios else []
-        return [self.calibration.manifest, *before] if self.calibration else before
+                write_row_stats(options.stats_out, complete, facts, rows, len(layers), force=force)
+        return complete, improved
 
     def _write_model(
-        self,
-        target: Path,
-        document: Mapping[str, Any],
-        homes: Mapping[str, Part],
-        keep: Callable[[str], Tensor],
-        *,
-        force: bool,
+        self, target: Path, document: Mapping[str, Any], homes: Mapping[str, Part], keep: KeepOf, *, force: bool
     ) -> None:
         def new(name: str) -> Tensor | None:
             key = f"{name}.weight"
@@ -253,27 +238,3 @@ class _Run:
             commands=commands_so_far(document),
         )
         write_model(tensors, target, described, force=force, progress=self.progress)
-
-    def _summary(
-        self, output: Path, document: Mapping[str, Any], remarks: tuple[str, ...], improved: int | None
-    ) -> PruneSummary:
-        zeros = {name: entry["zeros"] for name, entry in document["linears"].items()}
-        layers = {}
-        for layer in self.skeleton.layers:
-            mine = self.passes.mine(layer)
-            if mine:
-                layers[layer.name] = sum(zeros[one.name] for one in mine) / sum(one.numel for one in mine)
-        return PruneSummary(
-            masks=output,
-            sparsity=document["sparsity"],
-            zeros=sum(zeros.values()),
-            weights=sum(linear.numel for linear in self.linears),
-            linears=len(self.linears),
-            layers=layers,
-            model_directory=self.options.save_model,
-            rows_improved=improved,
-            remarks=remarks,
-            resumed=0,
-            seconds=0.0,
-            peak_memory={},
-        )

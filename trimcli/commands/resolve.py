@@ -21,10 +21,7 @@ def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: 
     """The calibration file of these options for this model, made if the cache lacks it."""
     options.check()
     key = _key(skeleton, options.document())
-    for field in ("dataset", "tokens"):
-        named = getattr(options, field)
-        if named is not None and Path(named).is_file():
-            key[field] = file_digest(Path(named))
+    key |= _digests(options, "dataset", "tokens")
     # The device and its dtype leave their mark on the statistics; the batch size does not.
     key["compute"] = [skeleton.device.type, str(skeleton.dtype)]
     key["options"].pop("batch_size")
@@ -37,11 +34,9 @@ def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: 
 def cached_ratios(skeleton: Skeleton, options: AllocateOptions, cache_dir: Path | None, progress: Progress) -> Path:
     """The layer ratios file of these options for this model, made if the cache lacks it."""
     key = _key(skeleton, asdict(options))
-    for field in ("calibration", "import_file"):
-        named = getattr(options, field)
-        if named is not None and Path(named).is_file():
-            key[field] = file_digest(Path(named))
-            key["options"].pop(field)
+    for field, found in _digests(options, "calibration", "import_file").items():
+        key[field] = found
+        key["options"].pop(field)
     key["options"].pop("metrics_cache", None)
     path = Cache(cache_dir).file("ratios", key, ".json")
     if not path.is_file():
@@ -52,16 +47,19 @@ def cached_ratios(skeleton: Skeleton, options: AllocateOptions, cache_dir: Path 
 def targets_of(
     skeleton: Skeleton, linears: Sequence[Matrix], options: PruneOptions, ratios: LayerSparsity | None
 ) -> dict[str, Target]:
-    """Full module name -> what the linear is to lose: of the ratios file where there is one, else the one target.
-
-    Raises MismatchError for ratios of another model, OptionError for what does not go with the recipe.
-    """
+    """Full module name -> what the linear is to lose. Raises MismatchError (ratios of another model), OptionError."""
     if ratios is None:
         return dict.fromkeys((one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type))
     ratios.check(skeleton.shapes, skeleton.fingerprint)
     pattern = ratios.pattern or {}
     options.recipe.check(pattern=bool(pattern))
     return {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}
+
+
+def _digests(options: Any, *fields: str) -> dict[str, str]:
+    """Of the files that these options name."""
+    named = {field: Path(value) for field in fields if (value := getattr(options, field)) is not None}
+    return {field: file_digest(path) for field, path in named.items() if path.is_file()}
 
 
 def _key(skeleton: Skeleton, options: dict[str, Any]) -> dict[str, Any]:

@@ -19,21 +19,11 @@ if TYPE_CHECKING:
 
 
 def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progress = NO_PROGRESS) -> WrittenModel:
-    """Write the ordinary directory of a packed one: the same tensors and shards as apply-masks writes dense.
-
-    Memory of one tensor. Raises InputError (not a packed directory, truncated or altered), OutputExists.
-    """
+    """Write the ordinary directory of a packed one, one tensor in memory. Raises InputError and OutputExists."""
     refuse_existing(output, force=force)
     checkpoint, found = _open_packed(packed)
-    document = manifest(
-        PRUNED,
-        "unpack",
-        {},
-        ModelFingerprint(**found["model"]),
-        {"packed": packed / MARK},
-        pruning=found["pruning"],
-        commands=commands_so_far(found),
-    )
+    more = {"pruning": found["pruning"], "commands": commands_so_far(found)}
+    document = manifest(PRUNED, "unpack", {}, ModelFingerprint(**found["model"]), {"packed": packed / MARK}, **more)
     linears = {name: PrunedLinear.from_entry(entry) for name, entry in found["linears"].items()}
     tensors = PrunedTensors(checkpoint, lambda _: None, linears)
     return write_model(tensors, output, document, force=force, progress=progress)

@@ -1,8 +1,8 @@
 """verify: sparsity read back from saved files, tensor by tensor, and held against what they claim.
 
-Of a directory that trim wrote, every pruned matrix must have the zeros `trim.json` counts, where it says they
-are, follow its N:M pattern in every group, and under exact numerics lie within one weight of its target; of a
-masks file likewise. A directory trim did not write claims nothing: its sparsity is reported.
+Every pruned matrix of a directory or masks file must have the zeros its manifest counts, where it says they are, follow
+its N:M pattern in every group, and under exact numerics lie within one weight of its target. A directory that trim did
+not write claims nothing: its sparsity is reported.
 """
 
 import math
@@ -34,9 +34,9 @@ BINS = 20
 class LinearReport:
     """One matrix as saved.
 
-    zeros: of its D_out * D_in weights (a masks file: that go). target, pattern: what was asked for, if known.
-    row_min, row_median, row_max: of the rows' sparsities. kept_zeros: weights that are zero though the mask
-    keeps them, where that is known. rows: number of rows by sparsity, `BINS` equal bins of [0, 1].
+    zeros: of its D_out * D_in weights (a masks file: that go). target, pattern: if known. row_min, row_median, row_max:
+    of the rows' sparsities. kept_zeros: zeros that the mask keeps, if known. rows: how many by sparsity, in
+    `BINS` equal bins of [0, 1].
     """
 
     name: str
@@ -75,11 +75,7 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` read and found.
-
-    schema: of the file; None for a directory that trim did not write, of which nothing is checked. failures:
-    a sentence for each thing that does not hold.
-    """
+    """What `verify` found: a sentence for each of `failures`. schema: None where nothing was claimed."""
 
     path: str
     schema: str | None
@@ -129,16 +125,10 @@ class VerifyReport:
 
 
 def verify(path: Path, options: VerifyOptions | None = None, *, progress: Progress = NO_PROGRESS) -> VerifyReport:
-    """Read a pruned, packed or plain model directory or a masks file back; one matrix in memory at a time.
-
-    Returns the report, whose `check()` raises CheckFailed. Raises InputError (missing, truncated) and
-    MismatchError (`options.masks` belongs to another model).
-    """
+    """Read a model directory or a masks file back, one matrix in memory. Raises InputError and MismatchError."""
     options = options or VerifyOptions()
     if path.is_dir():
-        if (path / MARK).is_file():
-            return _verify_written(path, options, progress)
-        return _verify_plain(path, options, progress)
+        return (_verify_written if (path / MARK).is_file() else _verify_plain)(path, options, progress)
     if options.masks is not None:
         raise InputError(f"{path} is a file, which cannot be held against masks; give a model directory.")
     return _verify_masks(path, progress)
@@ -149,20 +139,20 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
     schema = document.get("schema")
     if schema not in (PRUNED, PACKED):
         raise MismatchError(f"{path / MARK} is of schema {schema!r}, neither {PRUNED!r} nor {PACKED!r}.")
-    failures = []
+    report = VerifyReport(str(path), schema, [])
     if not is_intact(document):
-        failures.append(f"{MARK} is not what trim wrote: its manifest was edited")
+        report.failures.append(f"{MARK} is not what trim wrote: its manifest was edited")
         if schema == PACKED:  # what the tensors are is in there, so nothing can be read by it
-            return VerifyReport(str(path), schema, [], failures)
+            return report
     found = MaskFile.open(options.masks) if options.masks else None
     if found is not None:
         theirs = ModelFingerprint(**document["model"])
         other_weights = document["options"].get("other_weights") or found.manifest.get("changes_weights")
         check_model(found.manifest, theirs, found.path, structure_only=bool(other_weights))
         missing = [name for name in found.names if name not in document["linears"]]
-        failures += [f"{name} has a mask but was not pruned" for name in missing]
+        report.failures.extend(f"{name} has a mask but was not pruned" for name in missing)
     checkpoint = Checkpoint.open(path)
-    stored = {key for keys in checkpoint.shards().values() for key in keys}
+    stored = set(checkpoint.keys())
 
     def read(name: str) -> Tensor:
         entry = document["linears"][name]
@@ -171,8 +161,7 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
         weight = checkpoint.load(entry["key"])
         return (weight.T if entry["transposed"] else weight) != 0
 
-    report = VerifyReport(str(path), schema, [], failures)
-    return _read_back(report, document["linears"], read, progress, found=found, exact=_is_exact(document))
+    return _read_back(report, document, read, progress, found)
 
 
 def _verify_plain(path: Path, options: VerifyOptions, progress: Progress) -> VerifyReport:
@@ -185,7 +174,7 @@ def _verify_plain(path: Path, options: VerifyOptions, progress: Progress) -> Ver
         return skeleton.linears[name].read(skeleton.checkpoint) != 0
 
     report = VerifyReport(str(path), MASKS if found else None, [])
-    return _read_back(report, {name: {} for name in skeleton.linears}, read, progress, found=found)
+    return _read_back(report, {"linears": {name: {} for name in skeleton.linears}}, read, progress, found)
 
 
 def _verify_masks(path: Path, progress: Progress) -> VerifyReport:
@@ -202,25 +191,24 @@ def _verify_masks(path: Path, progress: Progress) -> VerifyReport:
 
     edited = [] if is_intact(document) else ["its manifest is not what trim wrote: it was edited"]
     report = VerifyReport(str(path), MASKS, [], edited)
-    return _read_back(report, document["linears"], read, progress, exact=_is_exact(document))
+    return _read_back(report, document, read, progress)
 
 
 def _read_back(
     report: VerifyReport,
-    claims: Mapping[str, Mapping[str, Any]],
+    document: Mapping[str, Any],
     read: Callable[[str], Tensor],
     progress: Progress,
-    *,
     found: MaskFile | None = None,
-    exact: bool = False,
 ) -> VerifyReport:
     """`report` with every matrix, and what does not hold of it.
 
-    claims: linear -> what its file says of it; nothing, of a directory that trim did not write. read(name): which
-    weights are not zero as saved, bool [D_out, D_in]; raises InputError where they cannot be read.
+    document: whose `linears` say what the file claims: nothing, where trim did not write it. read(name): which weights
+    are not zero as saved, bool [D_out, D_in]; raises InputError where they cannot be read.
     """
-    with progress.task("verifying", len(claims)) as advance:
-        for name, claim in claims.items():
+    exact = (document.get("pruning") or document).get("numerics") == "exact"
+    with progress.task("verifying", len(document["linears"])) as advance:
+        for name, claim in document["linears"].items():
             advance()
             try:
                 keep = read(name)
@@ -231,10 +219,12 @@ def _read_back(
                 continue
             wrong = list(_disagreements(keep, claim, exact=exact)) if claim else []
             mask = found.keep(name) if found and name in found.names else None
-            if mask is not None:
-                wrong += _against(mask, keep)
-            elif found and claim:
-                wrong.append("the masks have none for it")
+            if mask is None:
+                wrong += ["the masks have none for it"] if found and claim else []
+            elif mask.shape != keep.shape:
+                wrong.append(f"its mask has the shape {list(mask.shape)}")
+            elif revived := int((keep & ~mask).count_nonzero()):
+                wrong.append(f"{revived:,} weights are not zero where the masks take them")
             report.failures.extend(f"{name}: {sentence}" for sentence in wrong)
             report.linears.append(_linear_report(name, keep, claim, mask))
     return report
@@ -252,8 +242,7 @@ def _disagreements(keep: Tensor, entry: Mapping[str, Any], *, exact: bool) -> It
         yield "as many weights are zero as recorded, but others"
     if entry.get("pattern"):
         yield from _broken_groups(keep, *entry["pattern"])
-    asked = entry.get("target")
-    if exact and asked is not None:
+    if exact and (asked := entry.get("target")) is not None:
         pruned = entry.get("pruned", zeros)  # a weight that was zero before was not taken to reach the target
         if abs(pruned - asked * keep.numel()) > 1:
             budget = round(asked * keep.numel())
@@ -271,18 +260,8 @@ def _broken_groups(keep: Tensor, kept: int, group: int) -> Iterator[str]:
     over = np.argwhere(counts > kept)
     if len(over):
         row, place = over[0].tolist()
-        columns = f"{place * group} to {place * group + group - 1}"
-        groups = keep.numel() // group
-        first = f"the first in row {row}, columns {columns}"
-        yield f"{len(over):,} of {groups:,} groups break {kept}:{group}, {first}"
-
-
-def _against(mask: Tensor, keep: Tensor) -> Iterator[str]:
-    """What of a saved matrix does not follow its mask."""
-    if mask.shape != keep.shape:
-        yield f"its mask has the shape {list(mask.shape)}"
-    elif revived := int((keep & ~mask).count_nonzero()):
-        yield f"{revived:,} weights are not zero where the masks take them"
+        first = f"the first in row {row}, columns {place * group} to {place * group + group - 1}"
+        yield f"{len(over):,} of {counts.size:,} groups break {kept}:{group}, {first}"
 
 
 def _linear_report(name: str, keep: Tensor, entry: Mapping[str, Any], mask: Tensor | None) -> LinearReport:
@@ -304,11 +283,6 @@ def _linear_report(name: str, keep: Tensor, entry: Mapping[str, Any], mask: Tens
         kept_zeros=kept_zeros,
         rows=tuple(np.bincount(np.minimum(zeros * BINS // d_in, BINS - 1), minlength=BINS).tolist()),
     )
-
-
-def _is_exact(document: Mapping[str, Any]) -> bool:
-    """Whether the prune behind a manifest promised exact counts."""
-    return (document.get("pruning") or document).get("numerics") == "exact"
 
 
 def _sparsity(linears: Iterable[LinearReport]) -> float:

@@ -23,12 +23,12 @@ class DemoTexts:
 
 def calibration_text() -> str:
     """The help topics that the model was trained on, in the order of their names."""
-    return _joined(held_back=False)
+    return "\n\n".join(topics[name] for name in sorted(topics) if not _is_held_back(name))
 
 
 def measurement_text() -> str:
     """The help topics that the model never saw, in the order of their names."""
-    return _joined(held_back=True)
+    return "\n\n".join(topics[name] for name in sorted(topics) if _is_held_back(name))
 
 
 def write_texts(directory: Path) -> DemoTexts:
@@ -37,10 +37,6 @@ def write_texts(directory: Path) -> DemoTexts:
     texts.calibration.write_text(calibration_text(), encoding="utf-8", newline="")
     texts.measurement.write_text(measurement_text(), encoding="utf-8", newline="")
     return texts
-
-
-def _joined(*, held_back: bool) -> str:
-    return "\n\n".join(topics[name] for name in sorted(topics) if _is_held_back(name) == held_back)
 
 
 def _is_held_back(name: str) -> bool:

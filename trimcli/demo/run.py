@@ -29,24 +29,15 @@ from trimcli.options import words
 SAMPLES, SEQLEN, WINDOWS = 64, 128, 240
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One row of the demo: its label, the method, the layer allocation and whether TRIM allocates rows."""
-
-    label: str
-    method: str
-    allocation: str | None = None
-    trim: bool = False
-
-
-VARIANTS = (
-    Variant("magnitude", "magnitude"),
-    Variant("wanda", "wanda"),
-    Variant("wanda + OWL", "wanda", "owl"),
-    Variant("wanda + Alpha", "wanda", "alpha"),
-    Variant("wanda + TRIM", "wanda", None, True),
-    Variant("wanda + OWL + TRIM", "wanda", "owl", True),
-)
+# A row of the demo each: label -> method, layer allocation, and how sparsity is shared among rows.
+VARIANTS = {
+    "magnitude": ("magnitude", None, "even"),
+    "wanda": ("wanda", None, "even"),
+    "wanda + OWL": ("wanda", "owl", "even"),
+    "wanda + Alpha": ("wanda", "alpha", "even"),
+    "wanda + TRIM": ("wanda", None, "trim"),
+    "wanda + OWL + TRIM": ("wanda", "owl", "trim"),
+}
 
 
 @dataclass(frozen=True)
@@ -110,19 +101,19 @@ def demo(
         allocate(model, ratios[method], options, progress=progress)
     rows = [measured("dense", None, 0.0)]
     masks = {}
-    for variant in VARIANTS:
-        masks[variant.label] = directory / f"masks-{_file(variant.label)}.safetensors"
-        recipe = Recipe(method=variant.method, rows="trim" if variant.trim else "even")
+    for label, (method, allocation, among) in VARIANTS.items():
+        masks[label] = directory / f"masks-{_file(label)}.safetensors"
+        recipe = Recipe(method=method, rows=among)
         choice = PruneOptions(
             recipe=recipe,
-            ratios=ratios.get(variant.allocation),
-            sparsity=None if variant.allocation else sparsity,
+            ratios=ratios.get(allocation),
+            sparsity=None if allocation else sparsity,
             calibration=calibration if recipe.needs else None,
             **run,
         )
-        tell("prune", masks[variant.label], *prune_words(choice))
-        summary = prune(model, masks[variant.label], choice, progress=progress)
-        rows.append(measured(variant.label, masks[variant.label], summary.seconds))
+        tell("prune", masks[label], *prune_words(choice))
+        summary = prune(model, masks[label], choice, progress=progress)
+        rows.append(measured(label, masks[label], summary.seconds))
     best = min(rows[1:], key=lambda row: row.perplexity)
     pruned, packed = directory / "pruned", directory / "packed"
     say(f"trim apply-masks MODEL {masks[best.label].name} -o {pruned.name}")

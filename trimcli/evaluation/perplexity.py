@@ -26,10 +26,9 @@ def perplexity(
     batch_size: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> float:
-    """Exp of the mean over windows of the mean cross-entropy of a window's seqlen - 1 predictions.
+    """Exp of the mean over windows, integer [n, seqlen], of the mean cross-entropy of their seqlen - 1 predictions.
 
-    windows: integer [n, seqlen]. mask: applied to each layer as it is loaded. Infinite where a model is that
-    damaged. Raises InputError naming the layer whose outputs are not finite.
+    mask: applied to each layer as it is loaded. Raises InputError naming the layer whose outputs are not finite.
     """
     width = skeleton.model.get_input_embeddings().embedding_dim
     per_round = max(1, ROUND_BYTES // (windows.shape[1] * width * skeleton.dtype.itemsize))

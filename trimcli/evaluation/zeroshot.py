@@ -1,7 +1,6 @@
-"""Zero-shot tasks through lm-eval, on a model that is already in memory: dense, masked or packed.
+"""Zero-shot tasks through lm-eval, on a model that is already in memory.
 
-What this returns goes into the results file. lm-eval's own command, given the written directory with the same
-tasks, batch size and dtype, finds the same accuracies.
+lm-eval's own command, given the written directory with the same tasks, batch size and dtype, finds the same accuracies.
 """
 
 import contextlib
@@ -55,14 +54,10 @@ RESAMPLES = 1000
 class ZeroShotOptions:
     """What to measure.
 
-    tasks: names of lm-eval tasks, groups or tags, patterns (`mmlu_*`), or task files (`x.yaml`).
-    include_path: a folder of task files, which win over lm-eval's tasks of the same name.
-    num_fewshot: examples before each question; None keeps each task's own number.
-    limit: documents a task, or the fraction of them if below 1; None is all.
-    batch_size: sequences a forward pass; halved and tried again when memory runs out.
-    log_samples: a folder that receives one `TASK.jsonl` a task, a line a document.
-    seed: of the few-shot draw; None keeps the seeds of lm-eval's own command.
-    force: replace sample files that exist.
+    tasks: names of lm-eval tasks, groups or tags, patterns (`mmlu_*`), or task files (`x.yaml`); those in the folder
+    include_path win. num_fewshot: None keeps each task's own. limit: documents a task, or their fraction if below 1.
+    batch_size: halved and tried again when memory runs out. log_samples: a folder for one `TASK.jsonl` a task. seed: of
+    the few-shot draw; None keeps lm-eval's own. force: replace sample files that exist.
     """
 
     tasks: tuple[str, ...]
@@ -83,27 +78,28 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Measure `model`, in its own dtype and on its own device, on the tasks of `options`.
 
-    Data files that a task file names by a relative path are looked up from the working directory, as lm-eval
-    does, and then from the task file's own folder.
+    Data files that a task file names are looked up from the working directory, then from the task file's folder.
 
     Returns, ready for a results document:
 
-    - `tasks`: name -> `{metric: value, metric_stderr: value or None, n_shot, limit, samples, documents,
-      version}`, where `samples` of the task's `documents` were measured. A metric behind a filter other than
-      "none" keeps lm-eval's `metric,filter` as its name. Groups that aggregate come with `subtasks`.
-    - `mean_acc_seven`: the mean of `acc` (not `acc_norm`) over the seven tasks of the papers, as Wanda, OWL
-      and TRIM report it; None unless all seven were measured.
-    - `lm_eval`: its `version`, the `batch_size` that fitted, and `truncated`, the number of requests longer
-      than the model's positions, which lose their beginning.
+    - `tasks`: name -> `{metric: value, metric_stderr: value or None, n_shot, limit, samples, documents, version}`,
+      where `samples` of the task's `documents` were measured. A metric behind a filter other than "none" keeps
+      lm-eval's `metric,filter` as its name. Groups that aggregate come with `subtasks`.
+    - `mean_acc_seven`: the mean of `acc` (not `acc_norm`) over the seven tasks, as Wanda, OWL and TRIM report it; None
+      unless all seven were measured.
+    - `lm_eval`: its `version`, the `batch_size` that fitted, and `truncated`: requests that lost their beginning.
 
-    Raises OptionError (unknown task, unusable value), InputError (a task file or its data), HubError (a
-    data set that cannot be reached), OutputExists, ResourceError (no memory even for single sequences) and
-    TrimError (lm-eval failed on its way).
+    Raises OptionError (unknown task, unusable value), InputError (a task file or its data), HubError (its data set),
+    OutputExists, ResourceError (no memory even for single sequences), TrimError (lm-eval failed on its way).
     """
     _check(options)
+    seed = DEFAULT_OTHER_SEED if options.seed is None else options.seed
     # Without the variable, lm-eval's resampling would fork this process, model and threads included, once a core.
     with quiet_libraries(), mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
-        _seed(options.seed)
+        # The generators that lm-eval's command seeds before loading tasks, some of which shuffle choices.
+        random.seed(DEFAULT_RANDOM_SEED if options.seed is None else seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
         loaded = _load_tasks(options, progress)
         for name in loaded["tasks"]:
             if options.log_samples:
@@ -111,26 +107,23 @@ def evaluate_tasks(
         _set_shots(loaded["tasks"], options, progress)
         scorer = _Scorer(model, backend="causal", tokenizer=tokenizer, batch_size=options.batch_size)
         scorer.progress = progress
-        found = _evaluate(scorer, loaded, options, progress)
+        found = _evaluate(scorer, loaded, options, seed, progress)
     if options.log_samples:
         for name, samples in found["samples"].items():
             _write_samples(_samples_file(options.log_samples, name), samples, force=options.force)
     if scorer.truncated:
-        progress.warn(
-            f"{scorer.truncated} requests were longer than the model's {scorer.max_length} positions and "
-            "lost their beginning"
-        )
+        longer = f"{scorer.truncated} requests were longer than the model's {scorer.max_length} positions"
+        progress.warn(f"{longer} and lost their beginning")
     tasks = {name: entry for name in found["results"] if (entry := _entry(found, name, options.limit))}
+    seven = [tasks[name]["acc"] for name in SEVEN_TASKS if "acc" in tasks.get(name, {})]
     return {
         "tasks": tasks,
-        "mean_acc_seven": _mean_acc_seven(tasks),
+        "mean_acc_seven": float(np.mean(seven)) if len(seven) == len(SEVEN_TASKS) else None,
         "lm_eval": {"version": version("lm_eval"), "batch_size": scorer.batch_size, "truncated": scorer.truncated},
     }
 
 
 def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of lm-eval's model that answers requests, reporting its progress."""
-
     def reporting(self: Any, requests: list[Any], disable_tqdm: bool = False) -> Any:
         with self.progress.task("zero-shot requests", len(requests)) as advance:
             # A cache hears of every answer; this one keeps none.
@@ -150,9 +143,7 @@ class _Scorer(HFLM):  # type: ignore[misc]
     generate_until = _reporting(HFLM.generate_until)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **options: Any) -> list[tuple[float, bool]]:
-        self.truncated += sum(
-            len(context) + len(continuation) > self.max_length + 1 for _, context, continuation in requests
-        )
+        self.truncated += sum(len(given) + len(asked) > self.max_length + 1 for _, given, asked in requests)
         return super()._loglikelihood_tokens(requests, **options)
 
 
@@ -168,25 +159,16 @@ def _check(options: ZeroShotOptions) -> None:
         raise OptionError(f"--seed {options.seed} is no seed for lm-eval; give one from 0 to {2**32 - 1}.")
     if options.include_path is not None and not options.include_path.is_dir():
         raise InputError(f"there is no folder {options.include_path} of task files; check --include-path.")
-    if options.log_samples is not None:
-        if options.log_samples.exists() and not options.log_samples.is_dir():
-            raise InputError(f"{options.log_samples} is no folder; name another for --log-samples.")
-        if not options.log_samples.parent.is_dir():
-            raise InputError(f"there is no folder {options.log_samples.parent}; create it for --log-samples.")
-
-
-def _seed(seed: int | None) -> None:
-    """The generators that lm-eval's command seeds before loading tasks, some of which shuffle choices."""
-    random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
-    np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
-    torch.manual_seed(DEFAULT_OTHER_SEED if seed is None else seed)
+    if (folder := options.log_samples) is not None:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is no folder; name another for --log-samples.")
+        if not folder.parent.is_dir():
+            raise InputError(f"there is no folder {folder.parent}; create it for --log-samples.")
 
 
 def _load_tasks(options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
     """lm-eval's `tasks`, `groups` and `group_map` of everything asked for."""
-    asked = [name.strip() for name in options.tasks if name.strip()]
-    manager = _task_manager(asked, options.include_path)
-    names = _names(asked, manager, options.include_path)
+    manager, names = _named(options)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with progress.task("loading tasks", len(names)) as advance:
         for name in names:
@@ -199,33 +181,26 @@ def _load_tasks(options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
     return loaded
 
 
-def _task_manager(names: Sequence[str], include_path: Path | None) -> TaskManager:
-    """An index of the tasks to choose from, no larger than needed: lm-eval's whole tree is slow to read."""
+def _named(options: ZeroShotOptions) -> tuple[TaskManager, list[str]]:
+    """A small index of tasks (lm-eval's whole tree is slow to read), and the asked names, patterns spelt out."""
+    asked, include_path = [name.strip() for name in options.tasks if name.strip()], options.include_path
     tree = Path(lm_eval.tasks.__file__).parent
-    folders = [tree / SEVEN_TASKS[name] for name in names if name in SEVEN_TASKS]
+    folders = [tree / SEVEN_TASKS[name] for name in asked if name in SEVEN_TASKS]
     local = [include_path.resolve()] if include_path else []
+    files = {name for name in asked if name.endswith((".yaml", ".yml")) and Path(name).is_file()}
     manager = TaskManager(include_path=[*folders, *local], include_defaults=False)
-    if all(name in manager.all_subtasks or _is_file(name) for name in names):
-        return manager
-    return TaskManager(include_path=local)
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) and Path(name).is_file()
-
-
-def _names(asked: Sequence[str], manager: TaskManager, include_path: Path | None) -> list[str]:
-    """The asked names once each, patterns spelt out. Raises OptionError for one that nothing answers to."""
+    if not all(name in manager.all_subtasks or name in files for name in asked):
+        manager = TaskManager(include_path=local)
     names: list[str] = []
     for name in asked:
-        matches = [name] if _is_file(name) else manager.match_tasks([name])
+        matches = [name] if name in files else manager.match_tasks([name])
         if not matches:
             where = f"lm-eval {version('lm_eval')}" + (f" or {include_path}" if include_path else "")
             close = difflib.get_close_matches(name, manager.all_tasks, 3, cutoff=0.75)
             hint = f"did you mean {' or '.join(close)}?" if close else "check the name, or --include-path."
             raise OptionError(f"{where} knows no task {name!r}; {hint}")
         names += matches
-    return list(dict.fromkeys(names))
+    return manager, list(dict.fromkeys(names))
 
 
 def _load_task(manager: TaskManager, name: str) -> dict[str, Any]:
@@ -241,15 +216,12 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Any]:
             with contextlib.chdir(source.parent):
                 return dict(manager.load([str(source.resolve()) if entry is None else name]))
     except (ConnectionError, TimeoutError, HfHubHTTPError, DatasetNotFoundError) as problem:
-        raise HubError(
-            f"the data of the task {name!r} cannot be reached ({problem}); go online, or give a task file "
-            "over local data with --include-path."
-        ) from problem
+        what = f"the data of the task {name!r} cannot be reached ({problem})"
+        raise HubError(f"{what}; go online, or give a task file over local data with --include-path.") from problem
     except Exception as problem:
         reason = problem.__cause__ or problem
-        raise InputError(
-            f"the task {name!r} cannot be loaded ({type(reason).__name__}: {reason}); check {source or 'it'}."
-        ) from problem
+        what = f"the task {name!r} cannot be loaded ({type(reason).__name__}: {reason})"
+        raise InputError(f"{what}; check {source or 'it'}.") from problem
 
 
 def _set_shots(tasks: Mapping[str, Any], options: ZeroShotOptions, progress: Progress) -> None:
@@ -264,22 +236,17 @@ def _set_shots(tasks: Mapping[str, Any], options: ZeroShotOptions, progress: Pro
             task.set_config(key="num_fewshot", value=0)
 
 
-def _evaluate(scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
+def _evaluate(
+    scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions, seed: int, progress: Progress
+) -> dict[str, Any]:
     """lm-eval's results; the batch is halved while it does not fit."""
     while True:
         scorer.truncated = 0
         for task in loaded["tasks"].values():  # at every try anew, so that each draws the same examples
-            task.set_fewshot_seed(DEFAULT_OTHER_SEED if options.seed is None else options.seed)
+            task.set_fewshot_seed(seed)
         try:
-            return dict(
-                evaluate(
-                    lm=scorer,
-                    task_dict=loaded,
-                    limit=options.limit,
-                    bootstrap_iters=RESAMPLES,
-                    log_samples=options.log_samples is not None,
-                )
-            )
+            logs = options.log_samples is not None
+            return dict(evaluate(scorer, loaded, options.limit, bootstrap_iters=RESAMPLES, log_samples=logs))
         except torch.OutOfMemoryError:
             pass  # what follows is outside the clause, whose traceback keeps the failed batch in memory
         except Exception as problem:
@@ -288,9 +255,7 @@ def _evaluate(scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions,
                 "check the task file, or try a smaller --limit to find the document."
             ) from problem
         if scorer.batch_size == 1:
-            raise ResourceError(
-                "the zero-shot tasks do not fit into memory even one sequence at a time; use another device."
-            )
+            raise ResourceError("the tasks do not fit into memory even one sequence at a time; use another device.")
         scorer.batch_size_per_gpu = scorer.batch_size // 2
         if scorer.device.type != "cpu":
             torch.get_device_module(scorer.device).empty_cache()
@@ -305,9 +270,8 @@ def _entry(found: Mapping[str, Any], name: str, limit: float | None) -> dict[str
         if not comma:
             continue
         base = metric.removesuffix("_stderr")
-        suffix = "_stderr" if metric.endswith("_stderr") else ""
         shown = base if filtered == "none" else f"{base},{filtered}"
-        entry[shown + suffix] = float(value) if isinstance(value, int | float | np.number) else None
+        entry[shown + metric[len(base) :]] = float(value) if isinstance(value, int | float | np.number) else None
     if not entry:
         return {}
     entry |= {"n_shot": found["n-shot"].get(name), "limit": limit, "version": found["versions"].get(name)}
@@ -326,18 +290,12 @@ def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
     return [leaf for child in found["group_subtasks"][name] for leaf in _leaves(found, child)]
 
 
-def _mean_acc_seven(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
-    found = [tasks[name]["acc"] for name in SEVEN_TASKS if "acc" in tasks.get(name, {})]
-    return float(np.mean(found)) if len(found) == len(SEVEN_TASKS) else None
-
-
 def _samples_file(folder: Path, task: str) -> Path:
     folder.mkdir(exist_ok=True)
     return folder / (re.sub(r"[^\w.-]", "_", task) + ".jsonl")
 
 
 def _write_samples(path: Path, samples: Sequence[Mapping[str, Any]], *, force: bool) -> None:
-    """One line a document: the document, the requests, the answers and the metrics."""
     with atomic_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as lines:
         for sample in samples:
             line = json.dumps(finite_or_none(sample), default=handle_non_serializable, ensure_ascii=False)

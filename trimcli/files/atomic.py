@@ -23,21 +23,13 @@ def file_digest(path: Path) -> str:
 
 
 def refuse_existing(target: Path, *, force: bool) -> None:
-    """Raise OutputExists unless `target` is free, or may be replaced.
-
-    A file is replaced under `force`; a directory under `force` only if it is empty or carries `trim.json`.
-    Raises InputError when the parent directory is missing.
-    """
+    """Raise OutputExists unless `target` is free, or a file or made by trim under `force`; InputError, no parent."""
     if not target.parent.is_dir():
         raise InputError(f"the directory {target.parent} for the output {target.name} does not exist; create it.")
-    if not target.exists():
-        return
-    if target.is_dir():
-        if not any(target.iterdir()):
-            return
-        if not (target / MARK).is_file():
-            raise OutputExists(f"{target} is a directory that trim did not make; name another output.")
-    if not force:
+    taken = any(target.iterdir()) if target.is_dir() else target.exists()
+    if taken and target.is_dir() and not (target / MARK).is_file():
+        raise OutputExists(f"{target} is a directory that trim did not make; name another output.")
+    if taken and not force:
         raise OutputExists(f"{target} exists already; give --force to replace it or name another output.")
 
 
@@ -77,26 +69,32 @@ _TOGETHER: contextvars.ContextVar[list[_Output] | None] = contextvars.ContextVar
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none() -> Iterator[list[_Output]]:
     """Within this, outputs of `atomic_file` and `atomic_directory` stay staged, and take their places when it ends.
 
-    What they replace stands until all of them are complete and synced. On any error, be it the last rename's, what
-    stood before stands again and nothing staged is left. One within another joins it. Raises OptionError for an
-    output inside another.
+    What they replace stands until all are complete and synced; on any error, be it the last rename's, it stands again.
+    One within another joins it. Yields what is staged. Raises OptionError for an output inside another.
     """
-    if _TOGETHER.get() is not None:
-        yield
+    if (around := _TOGETHER.get()) is not None:
+        yield around
         return
     outputs: list[_Output] = []
     token = _TOGETHER.set(outputs)
     try:
-        yield
+        yield outputs
+        for output in outputs:
+            output.stand(alone=len(outputs) == 1)
+        for directory in {output.target.parent for output in outputs}:
+            _sync(directory)
     except BaseException:
-        _withdraw(outputs)
+        with contextlib.ExitStack() as stack:  # the last first, and each whatever becomes of the others
+            for output in outputs:
+                stack.callback(output.withdraw)
         raise
     finally:
         _TOGETHER.reset(token)
-    _put_in_place(outputs)
+    for output in outputs:
+        _remove(output.old)
 
 
 @contextlib.contextmanager
@@ -122,44 +120,26 @@ def atomic_directory(target: Path, *, force: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _staged(target: Path) -> Iterator[Path]:
-    output, together, place = _Output(target), _TOGETHER.get(), target.resolve()
-    for other in (other.target for other in together or ()):
-        if place.is_relative_to(other.resolve()) or other.resolve().is_relative_to(place):
-            raise OptionError(f"of the outputs {other} and {target} one would replace the other; name another place.")
-    token = _TOGETHER.set(None)
-    try:
-        _remove(output.staged)
-        yield output.staged
-        for path in [*output.staged.rglob("*"), output.staged]:
-            _sync(path)
-    except BaseException:
-        output.withdraw()
-        raise
-    finally:
-        _TOGETHER.reset(token)
-    if together is None:
-        _put_in_place([output])
-    else:
+    with all_or_none() as together:
+        output, place = _Output(target), target.resolve()
+        for other in together:
+            there = other.target.resolve()
+            if place.is_relative_to(there) or there.is_relative_to(place):
+                raise OptionError(
+                    f"of the outputs {other.target} and {target} one would replace the other; name another place."
+                )
+        token = _TOGETHER.set(None)
+        try:
+            _remove(output.staged)
+            yield output.staged
+            for path in [*output.staged.rglob("*"), output.staged]:
+                _sync(path)
+        except BaseException:
+            output.withdraw()
+            raise
+        finally:
+            _TOGETHER.reset(token)
         together.append(output)
-
-
-def _put_in_place(outputs: list[_Output]) -> None:
-    try:
-        for output in outputs:
-            output.stand(alone=len(outputs) == 1)
-        for directory in {output.target.parent for output in outputs}:
-            _sync(directory)
-    except BaseException:
-        _withdraw(outputs)
-        raise
-    for output in outputs:
-        _remove(output.old)
-
-
-def _withdraw(outputs: list[_Output]) -> None:
-    with contextlib.ExitStack() as stack:  # the last first, and each whatever becomes of the others
-        for output in outputs:
-            stack.callback(output.withdraw)
 
 
 def _sync(path: Path) -> None:

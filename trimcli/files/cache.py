@@ -1,5 +1,6 @@
 """The stage cache: artifacts of earlier runs under names made from what they depend on."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,10 +22,7 @@ class Entry:
 
 
 class Cache:
-    """A folder of stage files.
-
-    directory: None for the user's cache folder, as platformdirs names it.
-    """
+    """A folder of stage files. directory: None for the user's cache folder, as platformdirs names it."""
 
     def __init__(self, directory: Path | None = None) -> None:
         import platformdirs
@@ -44,26 +42,23 @@ class Cache:
     def entries(self) -> list[Entry]:
         """Everything the cache holds."""
         found = []
-        for kind in sorted(self.directory.glob("*")) if self.directory.is_dir() else []:
-            for path in sorted(kind.glob("*")) if kind.is_dir() else []:
-                inside = [path] if path.is_file() else [child for child in path.rglob("*") if child.is_file()]
-                if path.suffix != ".lock":
-                    found.append(Entry(kind.name, path, sum(child.stat().st_size for child in inside)))
+        for path in sorted(self.directory.glob("*/*")):
+            if path.suffix != ".lock":
+                nbytes = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+                found.append(Entry(path.parent.name, path, nbytes))
         return found
 
     def clear(self) -> int:
         """Remove everything the cache holds but the parts of runs at work; returns the bytes freed."""
         freed = 0
         for entry in self.entries():
-            if entry.path.is_dir():
-                try:
+            with contextlib.suppress(TrimError):
+                if entry.path.is_dir():
                     with Parts(entry.path) as parts:
                         parts.discard()
-                except TrimError:
-                    continue
-            else:
-                entry.path.unlink()
-            freed += entry.nbytes
+                else:
+                    entry.path.unlink()
+                freed += entry.nbytes
         return freed
 
 

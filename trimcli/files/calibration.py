@@ -13,11 +13,7 @@ from trimcli.methods.stats import LinearStats, stored_statistics
 
 
 class CalibrationFile:
-    """A `trim.calibration/1` file opened for reading, tensors mapped.
-
-    path: the file. manifest: its manifest; `shares` there maps each linear to the one its tensors are stored
-    under, since linears that share an input share the tensor.
-    """
+    """A `trim.calibration/1` file, tensors mapped. Its manifest's `shares`: linear -> the one its tensors are under."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,22 +34,17 @@ class CalibrationFile:
         """Raise InputError unless the file holds the statistics of these names, as far as files can."""
         for option, statistic in stored_statistics().items():
             if statistic.name in needs and option not in self.manifest["stats"]:
-                raise InputError(
-                    f"{self.path} holds no {option} (it was made with --stats {','.join(self.manifest['stats'])}); "
-                    f"calibrate again with --stats including {option}."
-                )
+                made = f"it was made with --stats {','.join(self.manifest['stats'])}"
+                what = f"{self.path} holds no {option} ({made})"
+                raise InputError(f"{what}; calibrate again with --stats including {option}.")
 
     def statistics(self, name: str) -> LinearStats:
         """The statistics of the linear `name`. Raises InputError when the file has none of it."""
         stored = self.manifest["shares"].get(name)
         if stored is None:
             raise InputError(f"{self.path} holds no statistics of {name}; calibrate this model again.")
-
-        def get(kind: str) -> Tensor | None:
-            key = f"{stored}.{kind}"
-            return self._handle.get_tensor(key) if key in self._names else None
-
-        return LinearStats(**{one.name: get(one.name) for one in stored_statistics().values()})
+        keys = {one.name: f"{stored}.{one.name}" for one in stored_statistics().values()}
+        return LinearStats(**{kind: self._handle.get_tensor(key) for kind, key in keys.items() if key in self._names})
 
     def digest(self) -> str:
         """SHA-256 of the file."""

@@ -17,38 +17,29 @@ def with_card(readme: str | None, document: Mapping[str, Any]) -> str:
     section = model_card_section(document)
     if readme is None:
         return f"{FRONT_MATTER}\n{section}"
-    before, begin, rest = readme.partition(BEGIN)
+    before, _, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if begin and end:
-        return before + section.rstrip("\n") + after
-    return readme.rstrip("\n") + "\n\n" + section
+    return before + section.rstrip("\n") + after if end else readme.rstrip("\n") + "\n\n" + section
 
 
 def model_card_section(document: Mapping[str, Any]) -> str:
-    """Markdown, between the markers `<!-- trim:begin -->` and `<!-- trim:end -->`.
-
-    document: `trim.json` of a pruned or packed directory. Its `pruning`, where present, is the manifest of
-    the masks that were applied; otherwise the document is that of the prune itself.
-    """
-    pruning = document.get("pruning") or document
-    lines = [BEGIN, "## Pruned with trim", ""]
+    """Markdown between the markers. document: `trim.json`, of a prune or, with `pruning`, of the masks applied."""
+    pruning, linears = document.get("pruning") or document, document["linears"]
     model = (pruning.get("model") or {}).get("id")
-    linears = document["linears"]
-    lines.append(
+    what = (
         f"{len(linears)} weight matrices of `{model}` were pruned: {document['sparsity']:.2%} of their "
         "weights are zero. Embeddings, head, biases and norms are untouched."
     )
-    lines += ["", *_settings(pruning), ""]
-    commands = document.get("commands") or []
-    if commands:
+    lines = [BEGIN, "## Pruned with trim", "", what, "", *_settings(pruning), ""]
+    if commands := document.get("commands"):
         lines += ["Commands:", "", "```sh", *commands, "```", ""]
     lines += [*_table(linears), ""]
     if document["schema"] == PACKED:
-        lines += [
+        packed = (
             "The checkpoint is packed: pruned matrices are stored as keep bits and kept values. "
-            "`trim unpack DIR -o OUT` writes the ordinary one, `trimcli.load_packed(DIR)` loads it.",
-            "",
-        ]
+            "`trim unpack DIR -o OUT` writes the ordinary one, `trimcli.load_packed(DIR)` loads it."
+        )
+        lines += [packed, ""]
     lines += [f"`trim verify` checks these figures against the shards (trim {document['trim']}).", END, ""]
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
-"""A model directory, tensor by tensor: never the whole model.
+"""A model directory, tensor by tensor: its config and single tensors, never the whole model; local or from the hub.
 
-Reads the config and single tensors, memory-mapped, from sharded or single safetensors, from
-`pytorch_model*.bin` (restricted unpickling, mapped where torch can) or from a packed directory; local or from the hub.
+From safetensors, `pytorch_model*.bin` (restricted unpickling) or a packed directory, memory-mapped where possible.
 """
 
 from collections.abc import Mapping
@@ -25,11 +24,7 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".o
 
 
 class Checkpoint:
-    """One model directory opened for reading.
-
-    directory: the local directory (a hub snapshot's, for a hub id). id: what the user called it.
-    config_document: the raw config.json.
-    """
+    """One model directory, a hub snapshot's for a hub `id`, opened for reading. config_document: its config.json."""
 
     def __init__(self, directory: Path, id: str, *, weights: bool | None = True) -> None:
         self.directory = directory
@@ -48,9 +43,8 @@ class Checkpoint:
     def open(cls, model: str | Path, *, revision: str | None = None, weights: bool | None = True) -> "Checkpoint":
         """Open a local directory or a hub id.
 
-        weights: whether tensors are needed; without, a directory with only a config.json will do, and of a hub model
-        only that is fetched. None: whatever is there. Raises InputError (no such directory, not a model directory,
-        truncated or missing shards) and HubError.
+        weights: whether tensors are needed; False: config.json will do, and of a hub model only that is fetched.
+        None: whatever is there. Raises InputError (no model directory, truncated or missing shards) and HubError.
         """
         local = Path(model).expanduser()
         if local.is_dir():
@@ -85,7 +79,7 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(self._tensors.spec(key).nbytes for key in self._tensors.keys())  # noqa: SIM118 - no mapping
+        return sum(self.spec(key).nbytes for key in self.keys())
 
     def shards(self) -> dict[str, list[str]]:
         """Shard file name -> the names of the tensors in it."""
@@ -93,33 +87,19 @@ class Checkpoint:
 
     def small_files(self) -> list[Path]:
         """The directory's files that are not weights: config, tokenizer, generation config, code."""
-        return [
-            path
-            for path in sorted(self.directory.iterdir())
-            if path.is_file()
-            and path.suffix not in WEIGHT_SUFFIXES
-            and path.name not in {SAFE_INDEX, BIN_INDEX, MARK}
-            and not path.name.startswith(".")
-        ]
+        files = [path for path in sorted(self.directory.iterdir()) if path.is_file() and path.name[0] != "."]
+        others = {SAFE_INDEX, BIN_INDEX, MARK}
+        return [path for path in files if path.suffix not in WEIGHT_SUFFIXES and path.name not in others]
 
 
 def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     missing = f"there is no model directory {model}"
     try:
         validate_repo_id(model)
-    except HFValidationError:
+    except errors.HFValidationError:
         raise InputError(f"{missing}, and that is no hub id either; check the path.") from None
     if model.startswith((".", "~")):
         raise InputError(f"{missing}; check the path.")
@@ -133,44 +113,36 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
         if not any(directory.glob("*.safetensors")):
             directory = Path(fetch(allow_patterns=[*patterns, "pytorch_model*.bin"]))
         return directory
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise InputError(f"the hub model {model} is gated; accept its licence and set HF_TOKEN.") from None
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         raise InputError(f"the hub model {model} has no revision {revision!r}; check --revision.") from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise InputError(f"{missing}, and the hub has no such model; check the spelling or set HF_TOKEN.") from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as problem:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as problem:
         cause = type(problem).__name__
         if "/" not in model:
-            raise InputError(
-                f"{missing}, and the hub cannot be asked for a model of that name ({cause}); check the path."
-            ) from None
-        raise HubError(
-            f"{missing}, and the model hub cannot be reached for it ({cause}); give a local directory or go online."
-        ) from None
+            what = f"{missing}, and the hub cannot be asked for a model of that name ({cause}); check the path."
+            raise InputError(what) from None
+        what = f"{missing}, and the model hub cannot be reached for it ({cause}); give a local directory or go online."
+        raise HubError(what) from None
 
 
 def _open_shards(directory: Path) -> Shards:
     if read_mark(directory).get("schema") == PACKED:
         return PackedReader(directory)
-    for index, single, form in ((SAFE_INDEX, SAFE_SINGLE, SafeShards), (BIN_INDEX, BIN_SINGLE, BinShards)):
+    for name, single, form in ((SAFE_INDEX, SAFE_SINGLE, SafeShards), (BIN_INDEX, BIN_SINGLE, BinShards)):
         # Where both lie there, transformers reads the single file.
         if (directory / single).is_file():
-            files = [single]
-        elif (directory / index).is_file():
-            files = _indexed(directory / index)
-        else:
-            continue
-        for name in files:
-            if not (directory / name).is_file():
-                raise InputError(f"the shard {directory / name} is missing; fetch the model anew.")
-        return form(directory, files)
+            return form(directory, [single])
+        index = directory / name
+        if index.is_file():
+            found = read_json(index).get("weight_map")
+            if not isinstance(found, Mapping) or not found:
+                raise InputError(f"{index} has no weight_map; fetch the model anew.")
+            files = sorted(set(shard_names(found.values(), index)))
+            for path in (directory / file for file in files):
+                if not path.is_file():
+                    raise InputError(f"the shard {path} is missing; fetch the model anew.")
+            return form(directory, files)
     raise InputError(f"{directory} has a config.json but no weights ({SAFE_SINGLE} or {BIN_SINGLE}); fetch them.")
-
-
-def _indexed(index: Path) -> list[str]:
-    """The shards that an index names."""
-    found = read_json(index).get("weight_map")
-    if not isinstance(found, Mapping) or not found:
-        raise InputError(f"{index} has no weight_map; fetch the model anew.")
-    return sorted(set(shard_names(found.values(), index)))

@@ -20,16 +20,14 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.atomic import MARK, atomic_directory
 from trimcli.files.card import with_card
-from trimcli.files.checkpoint import BIN_SINGLE, SAFE_INDEX, SAFE_SINGLE, Checkpoint
+from trimcli.files.checkpoint import SAFE_INDEX, SAFE_SINGLE, Checkpoint
 from trimcli.files.documents import write_json
 from trimcli.files.manifest import COMMAND_LINE, with_linears
 from trimcli.files.masks import keep_digest
-from trimcli.files.tensors import TensorSpec, bit_view, natural, write_tensors
+from trimcli.files.tensors import TensorSpec, bit_view, write_tensors
 from trimcli.methods import masks
 
 README = "README.md"
-PREFIXES = "KMGT"
-METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class PrunedLinear:
     """One pruned matrix as a directory records it.
 
     key: its tensor's name in the checkpoint. shape: (D_out, D_in). transposed: stored as [D_in, D_out].
-    pruned: how many weights its mask takes. target: the sparsity asked for. pattern: (kept, group) of N:M.
+    pruned: weights its mask takes. target: the sparsity asked for. pattern: (kept, group) of N:M.
     """
 
     key: str
@@ -73,13 +71,11 @@ class WrittenModel:
 def parse_size(text: str) -> int:
     """Bytes of a size such as "5GB" (decimal) or "5GiB" (binary). Raises OptionError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", text.strip().upper())
-    size = 0
     if found:
-        power = PREFIXES.index(found[2]) + 1 if found[2] else 0
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** power)
-    if size < 1:
-        raise OptionError(f"{text!r} is not a shard size; write it like 5GB or 500MB.")
-    return size
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+        if size:
+            return size
+    raise OptionError(f"{text!r} is not a shard size; write it like 5GB or 500MB.")
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:
@@ -96,40 +92,31 @@ def commands_so_far(*sources: Mapping[str, Any]) -> list[str]:
 def plan_shards(checkpoint: Checkpoint, max_shard_size: int | None = None) -> dict[str, list[str]]:
     """Safetensors shard name -> tensor names, for a directory written from `checkpoint`.
 
-    The checkpoint's own shards, under their own names (`.bin` ones under the names safetensors ones have), or
-    with `max_shard_size`, in bytes, new ones that no shard of more than one tensor exceeds. Of tensors that a
-    `.bin` file ties to one memory the first is kept, unless the config says that they are not tied.
+    The checkpoint's own (`.bin` ones under the names safetensors ones have), or new ones of `max_shard_size` bytes,
+    more only for a single tensor. Of tensors that a `.bin` file ties to one memory the first is kept, unless the config
+    says that they are not tied.
     """
-    from huggingface_hub import split_state_dict_into_shards_factory
+    from huggingface_hub import split_state_dict_into_shards_factory as split
 
     shards = checkpoint.shards()
     twins = _twins(checkpoint) if any(name.endswith(".bin") for name in shards) else set()
-    kept = {_safe_name(name): [key for key in keys if key not in twins] for name, keys in shards.items()}
     if max_shard_size is None:
-        return kept
-    specs = {key: checkpoint.spec(key) for key in sorted((key for keys in kept.values() for key in keys), key=natural)}
-    return split_state_dict_into_shards_factory(
-        specs,
-        get_storage_size=lambda spec: spec.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    ).filename_to_tensors
+        safe = {re.sub(r"^pytorch_model(.*)\.bin$", r"model\1.safetensors", name): name for name in shards}
+        return {name: [key for key in shards[stored] if key not in twins] for name, stored in safe.items()}
+    specs = {key: checkpoint.spec(key) for key in checkpoint.keys() if key not in twins}  # noqa: SIM118 - no mapping
+    size, pattern = (lambda spec: spec.nbytes), "model{suffix}.safetensors"
+    found = split(specs, get_storage_size=size, filename_pattern=pattern, max_shard_size=max_shard_size)
+    return found.filename_to_tensors
 
 
 def numbered(stem: str, count: int) -> list[str]:
-    """Names for `count` shards, by which nothing takes them for a model's unless `stem` is `model`."""
+    """Names for `count` shards, by which nothing takes them for a model's."""
     return [f"{stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def nbytes_of(checkpoint: Checkpoint, shards: Mapping[str, list[str]]) -> int:
     """Bytes of the checkpoint's tensors in `shards`, of `plan_shards`."""
     return sum(checkpoint.spec(key).nbytes for keys in shards.values() for key in keys)
-
-
-def _safe_name(name: str) -> str:
-    if name == BIN_SINGLE:
-        return SAFE_SINGLE
-    return re.sub(r"^pytorch_model(.*)\.bin$", r"model\1.safetensors", name)
 
 
 def _twins(checkpoint: Checkpoint) -> set[str]:
@@ -146,10 +133,9 @@ def _twins(checkpoint: Checkpoint) -> set[str]:
 
 
 class PrunedTensors:
-    """What the shards of a pruned directory hold: here the checkpoint's tensors, pruned; a subclass may store others.
+    """What the shards of a pruned directory hold: the checkpoint's tensors, pruned; a subclass may store others.
 
-    weight_of(key): what replaces a checkpoint tensor, of the same dtype and shape as stored, or None to carry it over.
-    linears: full module name -> matrix.
+    weight_of(key): what replaces a tensor, of its dtype and shape, or None. linears: full module name -> matrix.
     """
 
     def __init__(
@@ -196,9 +182,8 @@ def write_model(
 ) -> WrittenModel:
     """Write a pruned model directory, one tensor in memory at a time; the directory appears when complete.
 
-    document: the manifest (`trim.pruned/1`, `trim.packed/1`), with `commands` of `commands_so_far`; what is known of
-    `linears` and the total `sparsity` are added to it. max_shard_size: bytes of a dense shard, None for the shards that
-    the checkpoint has. Raises OutputExists, InputError (no such parent directory).
+    document: the manifest, with `commands` of `commands_so_far`; `linears` and the total `sparsity` are added to it.
+    max_shard_size: bytes of a dense shard, None for the checkpoint's own shards. Raises OutputExists, InputError.
     """
     checkpoint = tensors.checkpoint
     shards = plan_shards(checkpoint, max_shard_size)
@@ -211,7 +196,7 @@ def write_model(
             return tensors.stored(name)
 
         for file, specs in files.items():
-            write_tensors(directory / file, specs, tensor, METADATA)
+            write_tensors(directory / file, specs, tensor, {"format": "pt"})
         nbytes = sum((directory / file).stat().st_size for file in files)
         entries = {name: tensors.entries[name] for name in tensors.linears}
         complete = with_linears({**document, **tensors.finish(directory, shards)}, entries)

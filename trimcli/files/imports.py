@@ -10,24 +10,16 @@ from trimcli.errors import InputError, MismatchError
 
 
 def read_keep_ratios(path: Path, layers: int) -> Tensor:
-    """OWL keep ratios of a model with `layers` decoder layers, float64 [layers].
-
-    Raises InputError (unreadable, not in 0..1) and MismatchError (made for another number of layers).
-    """
+    """OWL keep ratios, float64 [layers]. Raises InputError (unreadable, not in 0..1), MismatchError (other length)."""
     ratios = _read(path, layers, "decoder layers")
     if float(ratios.min()) < 0 or float(ratios.max()) > 1:
-        raise InputError(
-            f"{path} holds values from {ratios.min():.4g} to {ratios.max():.4g}, so no keep ratios; "
-            "give it to --method alpha if they are metrics."
-        )
+        held = f"{path} holds values from {ratios.min():.4g} to {ratios.max():.4g}, so no keep ratios"
+        raise InputError(f"{held}; give it to --method alpha if they are metrics.")
     return ratios
 
 
 def read_metrics(path: Path, linears: int) -> Tensor:
-    """Metrics of a model with `linears` linears, in model order, float64 [linears].
-
-    Raises InputError (unreadable) and MismatchError (made for another number of linears).
-    """
+    """Metrics in model order, float64 [linears]. Raises InputError (unreadable), MismatchError (other length)."""
     return _read(path, linears, "linears")
 
 
@@ -44,8 +36,6 @@ def _read(path: Path, expected: int, what: str) -> Tensor:
     if not len(values) or not bool(values.isfinite().all()):
         raise InputError(f"{path} is empty or holds NaN or infinite values; give another.")
     if len(values) != expected:
-        raise MismatchError(
-            f"{path} holds {len(values)} values where the model has {expected} {what}; "
-            "give the file made for this model."
-        )
+        held = f"{path} holds {len(values)} values where the model has {expected} {what}"
+        raise MismatchError(f"{held}; give the file made for this model.")
     return values

@@ -31,8 +31,8 @@ COMMAND_LINE: contextvars.ContextVar[str | None] = contextvars.ContextVar("comma
 class ModelFingerprint:
     """Which model a file belongs to.
 
-    structure: SHA-256 of config, module names and shapes. content: SHA-256 of dtypes and a sample of every
-    tensor; None where no weights were read.
+    structure: SHA-256 of config, module names and shapes. content: of dtypes and a sample of every tensor; None where
+    no weights were read.
     """
 
     id: str
@@ -52,10 +52,8 @@ def manifest(
     sources: Mapping[str, Path] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """The manifest of a new file: schema, versions, options, model and the digests of its sources.
-
-    sources: role ("calibration", "ratios", "masks") -> file it was made from. fields: what the schema adds.
-    """
+    """The manifest of a new file. sources: role ("masks") -> file it was made from. fields: what the schema adds."""
+    libraries = {name: version(name) for name in ("torch", "transformers")}
     return {
         "schema": schema,
         "trim": version("trimcli"),
@@ -64,20 +62,13 @@ def manifest(
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "model": model.document() if model else None,
         "sources": {role: {"path": str(path), "sha256": file_digest(path)} for role, path in (sources or {}).items()},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
+        "versions": {"python": platform.python_version(), **libraries},
         **fields,
     }
 
 
 def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path, *, structure_only: bool = False) -> None:
-    """Raise MismatchError unless the manifest `found` in `path` belongs to `model`.
-
-    structure_only: accept equal structure with other weights (uniform and imported ratios, fine-tuned models).
-    """
+    """Raise MismatchError unless the manifest `found` in `path` is of `model` (structure_only: of any weights)."""
     theirs = found.get("model") or {}
     if theirs.get("structure") != model.structure:
         raise MismatchError(

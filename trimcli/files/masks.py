@@ -6,6 +6,7 @@ says of it (`target`, `pattern`), in the model's order.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,20 @@ def keep_digest(packed: Tensor) -> str:
 
 def keep_spec(shape: tuple[int, int]) -> TensorSpec:
     """The packed keep bits of a matrix of this shape."""
-    rows, columns = shape
-    return TensorSpec(torch.uint8, (rows, -(-columns // 8)))
+    return TensorSpec(torch.uint8, (shape[0], -(-shape[1] // 8)))
 
 
+@dataclass(frozen=True, eq=False)
 class MaskFile:
-    """A masks file opened for reading, one mask at a time.
+    """A masks file opened for reading, one mask at a time."""
 
-    path: the file. manifest: its manifest, of which `linears` names every mask in the model's order.
-    """
-
-    def __init__(self, path: Path, manifest: dict[str, Any], handle: Any) -> None:
-        self.path = path
-        self.manifest = manifest
-        self._handle = handle
+    path: Path
+    manifest: dict[str, Any]
+    _handle: Any
 
     @classmethod
     def open(cls, path: Path) -> "MaskFile":
-        """Open `path`.
-
-        Raises InputError (missing, damaged, truncated, manifest edited) or MismatchError (not a masks file).
-        """
+        """Open a file. Raises InputError (missing, damaged, manifest edited), MismatchError (not a masks file)."""
         manifest = read_manifest(path, MASKS)
         if not is_intact(manifest):
             raise InputError(f"the manifest in {path} was changed after trim wrote it; make the masks anew.")
@@ -64,12 +58,11 @@ class MaskFile:
 
     def entry(self, name: str) -> dict[str, Any]:
         """What the manifest says of a linear: `shape`, `zeros`, `keep_sha256`, `target`, `pattern`."""
-        found: dict[str, Any] = self.manifest["linears"][name]
-        return found
+        return dict(self.manifest["linears"][name])
 
     def shape(self, name: str) -> tuple[int, int]:
         """(D_out, D_in) of a linear."""
-        d_out, d_in = self.entry(name)["shape"]
+        d_out, d_in = self.manifest["linears"][name]["shape"]
         return d_out, d_in
 
     def keep(self, name: str) -> Tensor:
@@ -90,10 +83,9 @@ def write_masks(
 ) -> dict[str, Any]:
     """Write a masks file atomically, one mask in memory at a time; returns the manifest as written.
 
-    document: what `manifest` makes, whose `linears` may hold what is known of a linear (`target`, `pattern`); shape,
-    zero count and digest are added, and the total `sparsity`. shapes: linear -> (D_out, D_in), in the model's order.
-    keep_of(name): bool [D_out, D_in]; called twice a linear, since the manifest comes first in the file. Raises
-    OutputExists, InputError (no such parent directory).
+    document: its manifest, whose `linears` may hold what is known of a linear (`target`, `pattern`). shapes: linear ->
+    (D_out, D_in), in the model's order. keep_of(name): bool [D_out, D_in]; called twice a linear, since the manifest
+    comes first in the file. Raises OutputExists, InputError (no such parent directory).
     """
     linears = {}
     for name, shape in shapes.items():

@@ -12,21 +12,17 @@ SCHEMA = "trim.metrics/1"
 
 
 class MetricsCache:
-    """The metrics known of one model: `values`, metric -> linear -> value. With no path, they last as long as this.
+    """The metrics of one model: `values`, metric -> linear -> value, kept in `path` if given.
 
-    Raises MismatchError when the file holds metrics of another model, InputError when it is damaged or its
-    directory is missing.
+    Raises MismatchError (metrics of another model), InputError (damaged file, missing directory).
     """
 
     def __init__(self, path: Path | None, model: ModelFingerprint) -> None:
-        self._path = path
-        self._model = model
+        self._path, self._model, self._grown = path, model, False
         self.values: dict[str, dict[str, float]] = {}
-        self._grown = False
-        if path is None:
-            return
-        refuse_existing(path, force=True)
-        if path.exists():
+        if path is not None:
+            refuse_existing(path, force=True)
+        if path is not None and path.exists():
             document = read_json(path, SCHEMA)
             check_model(document, model, path)
             self.values = _checked(document.get("metrics"), path)
@@ -42,11 +38,9 @@ class MetricsCache:
 
     def save(self) -> None:
         """Write the file if there is one and something was learnt."""
-        if self._path is None or not self._grown:
-            return
-        document = manifest(SCHEMA, "alloc-layers", {}, self._model, metrics=self.values)
-        write_json(self._path, document, force=True)
-        self._grown = False
+        if self._path is not None and self._grown:
+            write_json(self._path, manifest(SCHEMA, "alloc-layers", {}, self._model, metrics=self.values), force=True)
+            self._grown = False
 
 
 def _checked(found: Any, path: Path) -> dict[str, dict[str, float]]:

@@ -32,10 +32,7 @@ BLOCK = 1 << 20
 
 
 def kept_values(weight: Tensor, keep: Tensor) -> Tensor:
-    """The weights [n_kept] that `keep` keeps, in row order.
-
-    weight: [rows, columns], any dtype, CPU. keep: bool [rows, columns].
-    """
+    """The weights [n_kept] that `keep` keeps, in row order. weight, keep (bool): [rows, columns], on the CPU."""
     bits = bit_view(weight.contiguous()).reshape(-1)
     values = np.empty(int(keep.count_nonzero()), bits.dtype)
     start = 0
@@ -83,10 +80,9 @@ def stored_parts(key: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 class PackedReader(Shards):
-    """A packed directory read as if it were dense.
+    """A packed directory read as if it were dense. files: shard of the dense model -> the tensors in it.
 
-    document: its `trim.json`. files: shard of the dense model -> the tensors in it. Raises InputError (a shard
-    missing, truncated, outside the directory or lacking a tensor; `trim.json` edited).
+    Raises InputError: a shard missing, truncated, outside the directory or lacking a tensor; `trim.json` edited.
     """
 
     def __init__(self, directory: Path) -> None:

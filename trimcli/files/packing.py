@@ -15,10 +15,7 @@ from trimcli.methods import masks
 
 
 class PackedTensors(PrunedTensors):
-    """What the shards of a packed directory hold, one for each shard of the dense model.
-
-    keep_of(name): bool [D_out, D_in] of a linear of `linears`; `weight_of` is zero outside it.
-    """
+    """One shard for each of the dense model. keep_of(name): bool [D_out, D_in], outside which `weight_of` is zero."""
 
     def __init__(
         self,

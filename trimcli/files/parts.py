@@ -14,10 +14,7 @@ from trimcli.files.tensors import TensorSpec, open_tensors, spec_of, write_tenso
 
 
 class Parts:
-    """What the finished layers of a run left: one safetensors file a layer, durable, so that a restart replays them.
-
-    One run at a time holds the folder; a second one with the same key is told so.
-    """
+    """One safetensors file a layer, durable. One run at a time holds the folder; a second one is told so."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -31,9 +28,8 @@ class Parts:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            raise TrimError(
-                f"another run of the same command holds {self.directory}; wait for it or give another --cache-dir."
-            ) from None
+            what = f"another run of the same command holds {self.directory}"
+            raise TrimError(f"{what}; wait for it or give another --cache-dir.") from None
         return self
 
     def __exit__(self, *_: object) -> None:

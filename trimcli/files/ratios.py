@@ -15,12 +15,9 @@ from trimcli.files.manifest import LAYER_SPARSITY, ModelFingerprint, check_model
 class LayerSparsity:
     """A sparsity for every linear of a model.
 
-    method: `uniform`, `owl` or `alpha`. parameters: the method's. target: mean sparsity over all weights.
-    sparsity: full module name -> fraction to prune. metric: the same names -> the value it was derived from,
-    None where there is none. pattern: for mixed N:M, name -> (kept, group), else None. model: the model it is
-    for; without content, any weights of that structure. path: the file it was read from.
-
-    Reference numerics may ask for more than 1. The file keeps that; read back, it is 1, all that there is.
+    method: of the allocation. target: mean sparsity over all weights. sparsity: full module name -> fraction to prune;
+    reference numerics may ask for more than 1, which is read back as 1. metric: what it was derived from. pattern: for
+    mixed N:M, name -> (kept, group). model: the one it is for; without content, any of that structure. path: read from.
     """
 
     method: str
@@ -35,11 +32,8 @@ class LayerSparsity:
 
     def document(self, options: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
         """The JSON form: a manifest with this object's fields, without `pattern` where there is none."""
-        fields = asdict(self)
-        for outside in ("path", "model"):
-            del fields[outside]
-        if self.pattern is None:
-            del fields["pattern"]
+        outside = {"path", "model", *(["pattern"] if self.pattern is None else [])}
+        fields = {name: value for name, value in asdict(self).items() if name not in outside}
         return manifest(LAYER_SPARSITY, "alloc-layers", options, self.model, sources, **fields)
 
     @classmethod
@@ -48,10 +42,10 @@ class LayerSparsity:
         found = read_json(path, LAYER_SPARSITY)
         try:
             sparsity = {name: float(value) for name, value in found["sparsity"].items()}
-            pattern = None
-            if found.get("pattern") is not None:
-                pattern = {name: (int(kept), int(group)) for name, (kept, group) in found["pattern"].items()}
-            metric = found.get("metric") or {}
+            patterns, metric = found.get("pattern"), found.get("metric") or {}
+            pattern: dict[str, tuple[int, int]] | None = None
+            if patterns is not None:
+                pattern = {name: (int(kept), int(group)) for name, (kept, group) in patterns.items()}
             result = cls(
                 method=str(found["method"]),
                 parameters=dict(found["parameters"]),
@@ -84,20 +78,14 @@ class LayerSparsity:
         missing = [name for name in shapes if name not in self.sparsity]
         extra = [name for name in self.sparsity if name not in shapes]
         if missing or extra:
-            raise MismatchError(
-                f"{origin} is not for the linears of {model.id!r}: it lacks {_listed(missing)} "
-                f"and has {_listed(extra)} besides; make it anew for this model."
-            )
+            what = f"it lacks {_listed(missing)} and has {_listed(extra)} besides; make it anew for this model."
+            raise MismatchError(f"{origin} is not for the linears of {model.id!r}: {what}")
         for name, (_, group) in (self.pattern or {}).items():
-            inputs = shapes[name][1]
-            if inputs % group:
-                raise MismatchError(
-                    f"{origin} has groups of {group} for {name}, which has {inputs} inputs; make it anew."
-                )
+            if (inputs := shapes[name][1]) % group:
+                what = f"{origin} has groups of {group} for {name}, which has {inputs} inputs; make it anew."
+                raise MismatchError(what)
         check_model({"model": self.model.document()}, model, origin)
 
 
 def _listed(names: list[str]) -> str:
-    if not names:
-        return "none"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return (", ".join(names[:3]) or "none") + (f" and {len(names) - 3} more" if len(names) > 3 else "")

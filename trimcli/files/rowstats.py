@@ -33,13 +33,7 @@ def stats_paths(target: Path) -> list[Path]:
 
 
 def write_row_stats(
-    target: Path,
-    document: Mapping[str, Any],
-    facts: Mapping[str, Any],
-    parts: Parts,
-    layers: int,
-    *,
-    force: bool,
+    target: Path, document: Mapping[str, Any], facts: Mapping[str, Any], parts: Parts, layers: int, *, force: bool
 ) -> None:
     """Write the JSON file `target` and, beside it, the row vectors. document: the masks' manifest."""
     described = {key: value for key, value in document.items() if key != SEAL}

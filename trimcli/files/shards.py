@@ -19,17 +19,13 @@ def shard_names(names: Iterable[Any], record: Path) -> list[str]:
     for name in found:
         # Windows takes either separator, and drives; a directory is to be as good everywhere.
         if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
-            raise InputError(
-                f"{record} names the shard {name!r} outside the model directory; fetch or make the model anew."
-            )
+            what = f"{record} names the shard {name!r} outside the model directory; fetch or make the model anew."
+            raise InputError(what)
     return found
 
 
 class Shards(ABC):
-    """Tensors in the shards of one directory.
-
-    files: shard file name -> the names of the tensors in it.
-    """
+    """Tensors in the shards of one directory. files: shard file name -> the names of the tensors in it."""
 
     files: dict[str, list[str]]
 

@@ -1,7 +1,4 @@
-"""Tensors in and out of safetensors files, one at a time.
-
-Writing a file needs memory for its largest tensor, not for the file.
-"""
+"""Tensors in and out of safetensors files, one at a time: memory for the largest, not for the file."""
 
 import hashlib
 import json
@@ -70,9 +67,8 @@ def write_tensors(
 ) -> None:
     """Write a safetensors file of `specs`, asking for one tensor at a time.
 
-    path: a temporary path from `atomic_file` or inside `atomic_directory`. tensor(name): the tensor, on any
-    device, of the dtype and shape its spec promised. The safetensors library itself wants every tensor at
-    once; the streamed layout is the same, byte for byte, but for the tensors' order.
+    path: of `atomic_file` or inside `atomic_directory`. tensor(name): on any device, as its spec promised. The
+    safetensors library wants every tensor at once; the layout is its own but for the tensors' order.
     """
     order = list(DTYPES)
     names = sorted(specs, key=lambda name: (order.index(specs[name].dtype), name))
@@ -80,17 +76,13 @@ def write_tensors(
     offset = 0
     for name in names:
         spec = specs[name]
-        header[name] = {
-            "dtype": DTYPES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
+        end = offset + spec.nbytes
+        header[name] = {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as handle:
-        handle.write(struct.pack("<Q", len(encoded)))
-        handle.write(encoded)
+        handle.write(struct.pack("<Q", len(encoded)) + encoded)
         for name in names:
             value = tensor(name)
             if TensorSpec.of(value) != specs[name]:
@@ -110,10 +102,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def read_manifest(path: Path, schema: str | None = None) -> dict[str, Any]:
-    """The manifest in a safetensors artifact; with `schema`, check it.
-
-    Raises InputError (missing, damaged) or MismatchError (no manifest, another schema).
-    """
+    """The manifest in an artifact. Raises InputError (missing, damaged), MismatchError (none, not `schema`)."""
     with open_tensors(path) as handle:
         text = (handle.metadata() or {}).get("manifest")
     if text is None:

@@ -1,7 +1,4 @@
-"""`trim bench`: tokens per second and bytes of a model, dense and sparse, on the machine at hand.
-
-A sentence says what the figures say; nothing here knows beforehand which form is faster.
-"""
+"""`trim bench`: tokens per second and bytes of a model, dense and sparse, on the machine at hand."""
 
 import inspect
 import statistics
@@ -20,17 +17,8 @@ from trimcli.errors import OptionError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_mark
 from trimcli.files.manifest import manifest
+from trimcli.kernels import forms
 from trimcli.kernels.exported import EXPORT, ExportedCheckpoint, exported_skeleton
-from trimcli.kernels.forms import (
-    SemiStructured,
-    computed,
-    is_two_of_four,
-    pruned_names,
-    replace_linear,
-    stored_bytes,
-    to_csr,
-    was_pruned,
-)
 from trimcli.kernels.options import BenchOptions
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import empty
@@ -53,11 +41,10 @@ class Rate:
 
 @dataclass(frozen=True)
 class Measured:
-    """One form of one model.
+    """One form (dense, csr or semi-structured) of one model, made in memory or exported.
 
-    form: dense, csr or semi-structured. exported: as an export has it rather than made in memory. sparse: of
-    `linears` matrices, how many are in that form. zeros: fraction of the linears' weights. disk: bytes of the
-    weight files, None where the form is in memory alone. memory: bytes of parameters and buffers.
+    sparse: of `linears` matrices, how many are in that form. zeros: fraction of the linears' weights. disk: bytes of
+    the weight files, None for a form in memory alone. memory: bytes of parameters and buffers.
     """
 
     model: str
@@ -81,21 +68,21 @@ class BenchResult:
 
 
 def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = NO_PROGRESS) -> BenchResult:
-    """Measure models and exports.
+    """Measure models and exports, one form in memory at a time.
 
-    models: directories, hub ids or exports of `trim export`. Of a model: dense, and what its zeros allow in
-    memory (csr on a CPU, semi-structured for 2:4 on a CUDA device); of an export: dense, and as exported. One
-    form is in memory at a time. Raises OptionError, InputError, HubError, MismatchError.
+    models: directories, hub ids or exports. Of a model: dense, and what its zeros allow (csr on a CPU, semi-structured
+    for 2:4 on a CUDA device); of an export: dense, and as exported. Raises UsageError and HubError.
     """
     options.check()
     measured: list[Measured] = []
     verdicts: list[str] = []
     machines: dict[str, str] = {}
     for model in models:
-        checkpoint = _open(model, options)
-        device = checkpoint.device if isinstance(checkpoint, ExportedCheckpoint) else compute_device(options.device)
+        exported = read_mark(Path(model)).get("schema") == EXPORT
+        export = ExportedCheckpoint(Path(model), options.device) if exported else None
+        device = export.device if export else compute_device(options.device)
         machines[model] = machine(device)
-        dense, *others = _forms(model, checkpoint, device, options, progress)
+        dense, *others = _forms(model, export, device, options, progress)
         measured += [dense, *others]
         verdicts += [verdict(dense, form, machines[model]) for form in others]
         if not others:
@@ -103,15 +90,8 @@ def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = 
             if device.type == "cuda":
                 why = "on a CUDA device, only 2:4 matrices computed in 16 bits have sparse kernels"
             verdicts.append(f"{model} was measured dense alone: {why}.")
-    document = manifest(
-        BENCH,
-        "bench",
-        options.document(),
-        None,
-        measured=[asdict(one) for one in measured],
-        verdicts=verdicts,
-        machines=machines,
-    )
+    found = [asdict(one) for one in measured]
+    document = manifest(BENCH, "bench", options.document(), None, measured=found, verdicts=verdicts, machines=machines)
     return BenchResult(tuple(measured), tuple(verdicts), document)
 
 
@@ -124,10 +104,7 @@ def machine(device: torch.device) -> str:
 
 
 def verdict(dense: Measured, sparse: Measured, where: str) -> str:
-    """What the figures say of a sparse form against dense, in a sentence.
-
-    Faster is a median beyond dense's fastest round, slower one below its slowest: the rest is within the noise.
-    """
+    """What the figures say of a sparse form against dense: medians within dense's rounds are within the noise."""
     name = f"{sparse.model}: {sparse.form}{' as exported' if sparse.exported else ''}"
     if not sparse.sparse:
         return f"{name} has no sparse matrix, so nothing is gained."
@@ -150,32 +127,29 @@ def verdict(dense: Measured, sparse: Measured, where: str) -> str:
     return f"{found} does not pay here{': nothing is faster beyond the noise' if even else ''}."
 
 
-def _open(model: str, options: BenchOptions) -> Checkpoint:
-    if read_mark(Path(model)).get("schema") == EXPORT:
-        return ExportedCheckpoint(Path(model), options.device)
-    return Checkpoint.open(model, revision=options.revision)
-
-
 def _forms(
-    model: str, checkpoint: Checkpoint, device: torch.device, options: BenchOptions, progress: Progress
+    model: str, exported: ExportedCheckpoint | None, device: torch.device, options: BenchOptions, progress: Progress
 ) -> Iterator[Measured]:
     """Measure dense, decoded from an export, and then the export as it is, or what the zeros allow in memory."""
-    exported = checkpoint if isinstance(checkpoint, ExportedCheckpoint) else None
+    checkpoint = exported or Checkpoint.open(model, revision=options.revision)
     dtype = exported.compute_dtype(options.dtype) if exported else compute_dtype(options.dtype, checkpoint, device)
     trust = options.trust_remote_code
     skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust)
-    _refuse_length(skeleton, options)
+    positions = max_positions(skeleton.config)
+    if positions is not None and 2 * options.tokens > positions:
+        raise OptionError(
+            f"--tokens {options.tokens}, prompt and as many decoded, is beyond the {positions} positions of "
+            f"{checkpoint.id}; give {positions // 2} or fewer."
+        )
     skeleton.load_everything()
     weights = sum(linear.numel for linear in skeleton.linears.values())
-    kept = sum(int(linear.weight.count_nonzero()) for linear in skeleton.linears.values())
+    zeros = 1 - sum(int(linear.weight.count_nonzero()) for linear in skeleton.linears.values()) / max(weights, 1)
 
     def measured(form: str, sparse: int, disk: int | None) -> Measured:
-        tensors = chain(skeleton.model.parameters(), skeleton.model.buffers())
-        memory = sum(stored_bytes(tensor) for tensor in tensors)
+        memory = sum(map(forms.stored_bytes, chain(skeleton.model.parameters(), skeleton.model.buffers())))
         rates = tuple(measure(skeleton.model, options, device, f"{Path(model).name} {form}", progress))
         as_exported = exported is not None and form != "dense"
-        linears, zeros = len(skeleton.linears), 1 - kept / max(weights, 1)
-        return Measured(model, form, as_exported, sparse, linears, zeros, disk, memory, rates)
+        return Measured(model, form, as_exported, sparse, len(skeleton.linears), zeros, disk, memory, rates)
 
     yield measured("dense", 0, None if exported else _bytes_on_disk(checkpoint))
     if exported:
@@ -192,15 +166,15 @@ def _make_sparse(skeleton: Skeleton) -> int:
     device, dtype = skeleton.device, skeleton.dtype
     if device.type != "cpu" and dtype == torch.float32:
         return 0
-    packer = None if device.type == "cpu" else SemiStructured(device, dtype)
-    count = 0
-    recorded = pruned_names(skeleton.checkpoint)
+    packer = None if device.type == "cpu" else forms.SemiStructured(device, dtype)
+    recorded, count = forms.pruned_names(skeleton.checkpoint), 0
     for name, linear in skeleton.linears.items():
         weight = linear.weight
         zeros = 1 - int(weight.count_nonzero()) / linear.numel
-        fits = packer is None or (packer.fits(linear.shape) and is_two_of_four(weight))
-        if fits and was_pruned(name, zeros, recorded):
-            replace_linear(skeleton, linear, packer.pack(weight) if packer else computed(to_csr(weight)))
+        fits = packer is None or (packer.fits(linear.shape) and forms.is_two_of_four(weight))
+        if fits and forms.was_pruned(name, zeros, recorded):
+            sparse = packer.pack(weight) if packer else forms.computed(forms.to_csr(weight))
+            forms.replace_linear(skeleton, linear, sparse)
             count += 1
     return count
 
@@ -213,22 +187,10 @@ def _bytes_on_disk(checkpoint: Checkpoint) -> int:
     return sum(path.stat().st_size for path in files)
 
 
-def _refuse_length(skeleton: Skeleton, options: BenchOptions) -> None:
-    positions = max_positions(skeleton.config)
-    if positions is not None and 2 * options.tokens > positions:
-        raise OptionError(
-            f"--tokens {options.tokens}, prompt and as many decoded, is beyond the {positions} positions of "
-            f"{skeleton.checkpoint.id}; give {positions // 2} or fewer."
-        )
-
-
 def measure(
     model: Any, options: BenchOptions, device: torch.device, title: str, progress: Progress = NO_PROGRESS
 ) -> Iterator[Rate]:
-    """Time a transformers model: a prompt of random tokens at once, then as many tokens decoded greedily.
-
-    One round warms up. Yields prefill and decode for every batch size, in tokens per second.
-    """
+    """Time a prompt of random tokens at once, then as many decoded greedily; yields both for every batch size."""
     # Prefill ends with the next token: where the model can, only that one's logits are computed.
     known = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -241,6 +203,7 @@ def measure(
             for _ in range(options.repeat + 1):
                 rounds.append(_round(model, prompt, last, device))
                 step()
+            # The first round warms up.
             for phase, seconds in zip(("prefill", "decode"), zip(*rounds[1:], strict=True), strict=True):
                 rates = [prompt.numel() / spent for spent in seconds]
                 yield Rate(phase, size, statistics.median(rates), min(rates), max(rates))

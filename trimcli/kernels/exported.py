@@ -35,36 +35,29 @@ def device_for(form: Form, name: str) -> torch.device:
 
 
 class ExportedCheckpoint(Checkpoint):
-    """An export read as a checkpoint: dense tensors as stored, sparse ones decoded on request.
+    """An export read as a checkpoint: dense tensors as stored, sparse ones decoded, if semi-structured on `device`.
 
-    document: its `trim.json`. device: where semi-structured matrices are decoded. Raises InputError (not an
-    export, truncated, `trim.json` edited), MismatchError (packed for another GPU), OptionError (no GPU).
+    Raises InputError (no whole export, edited), MismatchError (packed for another GPU), OptionError (no GPU).
     """
 
     def __init__(self, directory: Path, device: str = "auto") -> None:
         super().__init__(directory, str(directory), weights=False)
         mark = directory / MARK
-        self.document = read_json(mark, EXPORT)
-        if not is_intact(self.document):
+        document = read_json(mark, EXPORT)
+        if not is_intact(document):
             raise InputError(f"{mark} was changed after trim wrote it; export the model anew.")
-        self.to: Form = self.document["to"]
+        self.to: Form = document["to"]
         self.device = device_for(self.to, device)
         self._packer = None
         if self.to == "semi-structured":
-            self._packer = SemiStructured(self.device, getattr(torch, self.document["compute_dtype"]))
-            self._packer.check(self.document["semi_structured"], directory)
-        self._stored = SafeShards(directory, shard_names(self.document["shards"], mark))
-        entries = self.document["linears"]
-        self.sparse = {name: entry for name, entry in entries.items() if entry["form"] != "dense"}
+            self._packer = SemiStructured(self.device, getattr(torch, document["compute_dtype"]))
+            self._packer.check(document["semi_structured"], directory)
+        self._shards = self._stored = SafeShards(directory, shard_names(document["shards"], mark))
+        self.sparse = {name: entry for name, entry in document["linears"].items() if entry["form"] != "dense"}
         self._names = {entry["key"]: name for name, entry in self.sparse.items()}
         for key in self._names:
             if f"{key}.{PARTS[self.to][0]}" not in self._stored.home:
                 raise InputError(f"the shards of {directory} lack {key}; export the model anew.")
-
-    @property
-    def has_weights(self) -> bool:
-        """Always."""
-        return True
 
     def compute_dtype(self, name: str) -> torch.dtype:
         """The computation's dtype for --dtype: what is packed for a GPU stays in the dtype it was packed in."""
@@ -85,21 +78,15 @@ class ExportedCheckpoint(Checkpoint):
 
     def load(self, key: str) -> Tensor:
         """A tensor of the dense model on the CPU, decoded where it is sparse."""
-        if key in self._names:
-            name = self._names[key]
-            dense = self.matrix(name).to_dense().cpu()
-            return dense.T if self.sparse[name]["transposed"] else dense
-        return self._stored.load(key)
-
-    def shards(self) -> dict[str, list[str]]:
-        """Shard file name -> the names of the tensors in it."""
-        return self._stored.files
+        if key not in self._names:
+            return self._stored.load(key)
+        dense = self.matrix(self._names[key]).to_dense().cpu()
+        return dense.T if self.sparse[self._names[key]]["transposed"] else dense
 
     def matrix(self, name: str) -> Tensor:
         """The sparse [D_out, D_in] of a linear of `sparse`. Raises InputError where it is damaged."""
-        entry = self.sparse[name]
-        key, shape = entry["key"], (entry["shape"][0], entry["shape"][1])
-        names = {kind: f"{key}.{kind}" for kind in PARTS[self.to]}
+        key, (d_out, d_in) = self.sparse[name]["key"], self.sparse[name]["shape"]
+        names, shape = {kind: f"{key}.{kind}" for kind in PARTS[self.to]}, (d_out, d_in)
         parts = {kind: self._stored.load(name) for kind, name in names.items() if name in self._stored.home}
         if self._packer:
             return self._packer.from_parts(parts, shape)
@@ -114,12 +101,8 @@ def exported_skeleton(
     checkpoint: ExportedCheckpoint, dtype: str = "auto", *, trust_remote_code: bool = False
 ) -> Skeleton:
     """The skeleton of an export, its sparse matrices in place, everything else still on the meta device."""
-    skeleton = Skeleton(
-        checkpoint,
-        dtype=checkpoint.compute_dtype(dtype),
-        device=checkpoint.device,
-        trust_remote_code=trust_remote_code,
-    )
+    computed_in, device = checkpoint.compute_dtype(dtype), checkpoint.device
+    skeleton = Skeleton(checkpoint, dtype=computed_in, device=device, trust_remote_code=trust_remote_code)
     for name in checkpoint.sparse:
         replace_linear(skeleton, skeleton.linears[name], computed(checkpoint.matrix(name)))
     return skeleton
@@ -128,11 +111,9 @@ def exported_skeleton(
 def load_exported(
     directory: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
 ) -> "PreTrainedModel":
-    """An export as a transformers model that runs on its sparse matrices.
+    """An export as a transformers model that runs on its sparse matrices. Raises what ExportedCheckpoint raises.
 
-    device, dtype: as the command line takes them; `auto` is the CPU for csr and the first CUDA device for
-    semi-structured, whose dtype is the one it was packed in. Raises InputError (not an export, truncated),
-    MismatchError (packed for another GPU), OptionError (no GPU).
+    device: `auto` is the CPU for csr, the first CUDA device for semi-structured, whose dtype is as packed.
     """
     from transformers import GenerationConfig
 

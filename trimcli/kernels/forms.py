@@ -1,9 +1,8 @@
 """Weight matrices in the forms that sparse kernels read, and the module that multiplies with them.
 
-`csr`: torch's compressed sparse rows with int32 indices, which MKL multiplies on a CPU in float32.
-`semi-structured`: 2 of 4 kept, as `torch.sparse.to_sparse_semi_structured` packs it for a CUDA device's sparse
-tensor cores, in 16 bits. Its layout is the backend's: cuSPARSELt's is bound to its version and to the device's
-generation, CUTLASS's to devices of compute capability 8.
+`csr`: torch's compressed sparse rows with int32 indices, which MKL multiplies on a CPU in float32. `semi-structured`: 2
+of 4 kept, in 16 bits, as torch packs it for a CUDA device's sparse tensor cores. Its layout is the backend's:
+cuSPARSELt's is bound to its version and to the device's generation, CUTLASS's to devices of compute capability 8.
 """
 
 import statistics
@@ -46,10 +45,9 @@ def was_pruned(name: str, zeros: float, recorded: set[str] | None) -> bool:
 
 
 class SparseLinear(nn.Module):
-    """y = x W^T + b with a sparse W.
+    """y = x W^T + b with a sparse W: inputs [..., D_in] of any float dtype, outputs [..., D_out] of the same.
 
-    weight: sparse [D_out, D_in], CSR in float32 or float64, or semi-structured in the inputs' dtype. bias: [D_out]
-    or None. Inputs [..., D_in] of any float dtype; outputs [..., D_out] of the same.
+    weight: [D_out, D_in], CSR in float32 or float64, or semi-structured in the inputs' dtype. bias: [D_out] or None.
     """
 
     bias: nn.Parameter | None
@@ -64,26 +62,21 @@ class SparseLinear(nn.Module):
         """Inputs [..., D_in] -> outputs [..., D_out]."""
         rows = inputs.reshape(-1, self.in_features)
         if self.weight.layout == torch.sparse_csr:
-            found = self._csr(rows.to(self.weight.dtype)).to(inputs.dtype)
-            found = found if self.bias is None else found + self.bias
+            # Torch's own linear takes many times longer with a sparse weight on the right.
+            there = rows.to(self.weight.dtype)
+            found = torch.mv(self.weight, there[0]).unsqueeze(0) if len(rows) == 1 else (self.weight @ there.T).T
+            found = found.to(inputs.dtype) if self.bias is None else found.to(inputs.dtype) + self.bias
         else:
             found = nn.functional.linear(rows.contiguous(), self.weight, self.bias)
         return found.reshape(*inputs.shape[:-1], self.out_features)
-
-    def _csr(self, rows: Tensor) -> Tensor:
-        """[n, D_in] -> [n, D_out]; torch's own linear takes many times longer with a sparse weight on the right."""
-        if len(rows) == 1:
-            return torch.mv(self.weight, rows[0]).unsqueeze(0)
-        return (self.weight @ rows.T).T
 
 
 def to_csr(weight: Tensor) -> Tensor:
     """A dense matrix [D_out, D_in] as CSR of its dtype; zeros of either sign are left out."""
     with _no_beta_warning():
         found = weight.to_sparse_csr()
-        return torch.sparse_csr_tensor(
-            found.crow_indices().int(), found.col_indices().int(), found.values(), weight.shape
-        )
+        rows, columns = found.crow_indices().int(), found.col_indices().int()
+        return torch.sparse_csr_tensor(rows, columns, found.values(), weight.shape)
 
 
 def csr_from_parts(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -99,16 +92,11 @@ def csr_from_parts(parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tenso
 def is_two_of_four(weight: Tensor) -> bool:
     """Whether every 4 consecutive inputs of a row have at most 2 weights that are not zero. weight: [D_out, D_in]."""
     d_out, d_in = weight.shape
-    if d_in % 4:
-        return False
-    return bool(((weight.reshape(d_out, d_in // 4, 4) != 0).sum(dim=2) <= 2).all())
+    return d_in % 4 == 0 and bool(((weight.reshape(d_out, -1, 4) != 0).sum(dim=2) <= 2).all())
 
 
 class SemiStructured:
-    """How a CUDA device packs and multiplies 2:4 matrices.
-
-    backend: cusparselt or cutlass. Raises OptionError where no device can.
-    """
+    """How a CUDA device packs and multiplies 2:4 matrices (cusparselt or cutlass); OptionError where it cannot."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "cuda":
@@ -123,21 +111,16 @@ class SemiStructured:
             )
         self.device, self.dtype = device, dtype
         self.capability = torch.cuda.get_device_capability(device)
+        self._kind: Any
         if torch.backends.cusparselt.is_available() and self.capability >= (8, 0):
-            self.backend = "cusparselt"
+            self.backend, self._kind = "cusparselt", torch.sparse.SparseSemiStructuredTensorCUSPARSELT
         elif self.capability[0] == 8:
-            self.backend = "cutlass"
+            self.backend, self._kind = "cutlass", torch.sparse.SparseSemiStructuredTensorCUTLASS
         else:
             raise OptionError(
                 f"this GPU (compute capability {self.capability[0]}.{self.capability[1]}) and this build of torch "
                 "have no semi-structured (2:4) kernels; use another machine, or export --to csr."
             )
-
-    @property
-    def _kind(self) -> Any:
-        if self.backend == "cusparselt":
-            return torch.sparse.SparseSemiStructuredTensorCUSPARSELT
-        return torch.sparse.SparseSemiStructuredTensorCUTLASS
 
     def document(self) -> dict[str, Any]:
         """What the packed tensors are bound to."""
@@ -147,9 +130,8 @@ class SemiStructured:
     def check(self, made: Mapping[str, Any], where: Any) -> None:
         """Raise MismatchError unless tensors packed as `made` says can be read here."""
         if made != self.document():
-            raise MismatchError(
-                f"{where} was packed for {made}, and this machine has {self.document()}; export it anew here."
-            )
+            what = f"{where} was packed for {made}, and this machine has {self.document()}"
+            raise MismatchError(f"{what}; export it anew here.")
 
     def fits(self, shape: tuple[int, int]) -> bool:
         """Whether the kernels take matrices of this shape."""
@@ -164,19 +146,10 @@ class SemiStructured:
 
     def from_parts(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         """The same from stored tensors by the names in SEMI_PARTS."""
-        there = {name: part.to(self.device) for name, part in parts.items()}
+        there = {name: parts[name].to(self.device) if name in parts else None for name in SEMI_PARTS}
+        absent = dict.fromkeys(("packed_t", "meta_t", "compressed_swizzled_bitmask"))
         with _no_beta_warning():
-            return cast(
-                Tensor,
-                self._kind(
-                    shape=torch.Size(shape),
-                    packed=there["packed"],
-                    meta=there.get("meta"),
-                    packed_t=None,
-                    meta_t=None,
-                    compressed_swizzled_bitmask=None,
-                ),
-            )
+            return cast(Tensor, self._kind(shape=torch.Size(shape), **there, **absent))
 
 
 def parts_of(sparse: Tensor) -> dict[str, Tensor]:
@@ -195,10 +168,7 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def replace_linear(skeleton: Skeleton, linear: Matrix, weight: Tensor) -> None:
-    """Put a SparseLinear in the linear's place and let go of the dense weight; the bias stays.
-
-    weight: sparse [D_out, D_in].
-    """
+    """Put a SparseLinear of the sparse `weight` [D_out, D_in] in the linear's place, with its bias."""
     parent, _, leaf = linear.name.rpartition(".")
     bias = cast(nn.Parameter | None, linear.module.bias)
     setattr(skeleton.model.get_submodule(parent), leaf, SparseLinear(weight, bias))
@@ -221,11 +191,7 @@ class Race(NamedTuple):
 
 
 def race(weight: Tensor, sparse: Tensor, dtype: torch.dtype) -> Race:
-    """Time one input row through a matrix, dense in `dtype` and sparse, in turn, on the CPU.
-
-    weight: [D_out, D_in]; sparse: the same as CSR. The caches are emptied before each, since in a model every
-    other matrix is read in between.
-    """
+    """Time one input row through a matrix [D_out, D_in], dense in `dtype` and as CSR, in turn, on the CPU."""
     dense = weight.to(dtype).contiguous()
     inputs = torch.randn(1, weight.shape[1]).to(dtype)
     module = SparseLinear(computed(sparse))
@@ -238,13 +204,9 @@ def race(weight: Tensor, sparse: Tensor, dtype: torch.dtype) -> Race:
         return time.perf_counter() - started
 
     with torch.no_grad():
-        turns = [
-            (seconds(lambda: nn.functional.linear(inputs, dense)), seconds(lambda: module(inputs)))
-            for _ in range(REPEATS + 1)
-        ]
-    # The first turn warms up.
-    dense_seconds, sparse_seconds = zip(*turns[1:], strict=True)
-    return Race(statistics.median(dense_seconds), statistics.median(sparse_seconds))
+        runs = lambda: nn.functional.linear(inputs, dense), lambda: module(inputs)
+        turns = [tuple(map(seconds, runs)) for _ in range(REPEATS + 1)]
+    return Race(*map(statistics.median, zip(*turns[1:], strict=True)))  # the first turn warms up
 
 
 def _no_beta_warning() -> AbstractContextManager[Any]:

@@ -28,8 +28,8 @@ class Target(NamedTuple):
 class Choice:
     """The rule that chooses which weights go.
 
-    score: with its comparison group. stats: all columns'. target: the budget, unless row allocation has chosen: then
-    `keep`, bool [D_out, D_in], is the mask. options: the score's, None for its defaults.
+    stats: all columns'. target: the budget, unless row allocation has chosen: then `keep`, bool [D_out, D_in], is the
+    mask. options: the score's, None for its defaults.
     """
 
     score: Score
@@ -62,9 +62,8 @@ class Choice:
             return masks.n_of_m(scores, *pattern)
         if self.score.compare == "row":
             d_out, d_in = weight.shape
-            return masks.lowest_per_row(
-                scores, masks.even_row_counts(d_out, d_in, sparsity, self.numerics, weight.device)
-            )
+            counts = masks.even_row_counts(d_out, d_in, sparsity, self.numerics, weight.device)
+            return masks.lowest_per_row(scores, counts)
         return masks.lowest_overall(scores, sparsity, self.numerics)
 
     def of_columns(self, weight: Tensor, start: int) -> Tensor:
@@ -93,10 +92,7 @@ class Choice:
 
 
 def parse_pattern(text: str) -> tuple[int, int] | None:
-    """A sparsity type as (kept, group): "2:4" -> (2, 4), "unstructured" -> None.
-
-    Raises OptionError for anything else.
-    """
+    """A sparsity type as (kept, group): "2:4" -> (2, 4), "unstructured" -> None. Raises OptionError for others."""
     if text == "unstructured":
         return None
     found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)

@@ -1,9 +1,9 @@
 """Masks: how many weights go, which ones, and how a mask is stored.
 
-A keep mask is a bool tensor [D_out, D_in], True where the weight stays. Counts and ranks are of weights that
-go, lowest score first; equal scores go in index order. Large matrices are worked through in blocks of rows,
-so temporaries stay within about two copies of the scores. `check`: refuse NaN scores, for which the host waits
-for an accelerator once; without, NaN gives some mask.
+A keep mask is bool [D_out, D_in], True where the weight stays; scores are float [D_out, D_in], counts of the weights
+that go int64 [D_out], each in 0..D_in. The lowest scores go first, equal ones in index order. Work goes by blocks of
+rows, so temporaries stay within about two copies of the scores. `check`: refuse NaN scores (ValueError), for which the
+host waits for an accelerator once; without, NaN gives some mask.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ def even_row_counts(
 ) -> Tensor:
     """Weights to go from each row when all rows share one sparsity, int64 [d_out] on `device`.
 
-    exact: the rows share the matrix budget; counts differ by at most one, the lower rows take the extra ones.
+    exact: the rows share the matrix budget, the lower rows take one more where it does not divide evenly.
     reference: floor(d_in * sparsity) each, as the published Wanda counts (Sun et al. 2023).
     """
     if numerics == "reference":
@@ -41,8 +41,7 @@ def even_row_counts(
 def round_row_counts(row_sparsity: Tensor, d_in: int, total: int) -> Tensor:
     """Largest-remainder rounding of row_sparsity * d_in to counts that sum to `total`.
 
-    row_sparsity: float [D_out]. Returns int64 [D_out] on its device, each in 0..d_in; on equal remainders the
-    lower row loses more. Where the sparsities do not sum to `total` further rounds spread the difference.
+    row_sparsity: float [D_out]. On equal remainders the lower row loses more. Further rounds spread what is left.
     Raises ValueError for a row sparsity that is not finite or a total that the matrix cannot give.
     """
     if not 0 <= total <= row_sparsity.numel() * d_in:
@@ -62,19 +61,12 @@ def round_row_counts(row_sparsity: Tensor, d_in: int, total: int) -> Tensor:
 
 
 def keep_from_ranks(ranks: Tensor, counts: Tensor) -> Tensor:
-    """Keep mask without the counts[k] lowest of every row k.
-
-    ranks: [D_out, D_in] from `ranking.ranks_of`. counts: int [D_out], each in 0..D_in. Returns bool [D_out, D_in].
-    """
+    """Keep mask without the counts[k] lowest of every row k. ranks: [D_out, D_in] from `ranking.ranks_of`."""
     return ranks >= counts.to(ranks.device, ranks.dtype).unsqueeze(1)
 
 
 def lowest_per_row(scores: Tensor, counts: Tensor, *, check: bool = True) -> Tensor:
-    """Keep mask without the counts[k] lowest scores of every row k; equal scores go in index order.
-
-    scores: float [D_out, D_in]. counts: int [D_out], each in 0..D_in. Returns bool [D_out, D_in].
-    Raises ValueError for NaN scores.
-    """
+    """Keep mask without the counts[k] lowest scores of every row k."""
     if check:
         refuse_nan(scores)
     counts = counts.to(scores.device, torch.int64)
@@ -88,11 +80,8 @@ def lowest_per_row(scores: Tensor, counts: Tensor, *, check: bool = True) -> Ten
 def lowest_overall(scores: Tensor, sparsity: float, numerics: Numerics, *, check: bool = True) -> Tensor:
     """Keep mask without the lowest scores of the whole matrix: the rule of magnitude pruning.
 
-    scores: float [D_out, D_in]. Returns bool [D_out, D_in].
-    exact: the round(sparsity * D_out * D_in) lowest go, equal ones in index order.
-    reference: all scores <= the value at ascending index int(D_out * D_in * sparsity), as Wanda's published
-    code (Sun et al. 2023) prunes by magnitude.
-    Raises ValueError for NaN scores.
+    exact: the round(sparsity * D_out * D_in) lowest go. reference: all scores <= the value at ascending index
+    int(D_out * D_in * sparsity), as Wanda's published code (Sun et al. 2023) prunes by magnitude.
     """
     if check:
         refuse_nan(scores)
@@ -103,16 +92,13 @@ def lowest_overall(scores: Tensor, sparsity: float, numerics: Numerics, *, check
 
 
 def lowest_in_all(scores: Tensor, total: int) -> Tensor:
-    """Keep mask without the `total` lowest scores of a matrix without NaN, equal ones in index order: bool."""
+    """Keep mask without the `total` lowest scores of a matrix without NaN."""
     counts, threshold = lowest_counts(scores, total)
     return split_rows(scores, threshold.expand(counts.shape), counts)
 
 
 def lowest_counts(values: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """How many of each row are among the `total` lowest values of a matrix, equal ones taken in index order.
-
-    values: float [D_out, D_in] without NaN. Returns int64 [D_out] and the highest value taken, a scalar, -inf for none.
-    """
+    """How many of each row are among the `total` lowest of a matrix without NaN, and the highest of these (or -inf)."""
     below = torch.zeros(values.shape[0], dtype=torch.int64, device=values.device)
     if total == 0:
         return below, values.new_full((), -torch.inf)
@@ -133,19 +119,13 @@ def sort_rows(scores: Tensor) -> Tensor:
 
 
 def row_thresholds(ordered: Tensor, counts: Tensor) -> Tensor:
-    """The highest score that goes in every row, [D_out]; -inf where none does.
-
-    ordered: [D_out, D_in] from `sort_rows`. counts: int64 [D_out], each in 0..D_in.
-    """
+    """The highest score that goes in every row, [D_out]; -inf where none does. ordered: from `sort_rows`."""
     highest = ordered.gather(1, (counts - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
     return highest.masked_fill(counts == 0, -torch.inf)
 
 
 def split_rows(scores: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
-    """Keep mask without counts[k] scores of row k: all below thresholds[k], then those equal to it in order.
-
-    scores: [D_out, D_in]. thresholds: [D_out], counts: int64 [D_out]. Returns bool [D_out, D_in].
-    """
+    """Keep mask without counts[k] scores of row k: all below thresholds[k], then those equal to it in order."""
     keep = scores > thresholds.unsqueeze(1)
     for rows in _row_blocks(scores):
         gone = scores.shape[1] - keep[rows].sum(dim=1)
@@ -164,8 +144,7 @@ def split_rows(scores: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
 def n_of_m(scores: Tensor, kept: int, group: int, *, check: bool = True) -> Tensor:
     """Keep mask with the `kept` highest scores of every `group` consecutive inputs.
 
-    scores: float [D_out, D_in]. Equal scores go in index order. Returns bool [D_out, D_in].
-    Raises ValueError unless 0 < kept < group and `group` divides D_in, and for NaN scores.
+    Raises ValueError unless 0 < kept < group and `group` divides D_in.
     """
     d_out, d_in = scores.shape
     if not 0 < kept < group:
@@ -187,14 +166,10 @@ def n_of_m(scores: Tensor, kept: int, group: int, *, check: bool = True) -> Tens
 
 
 def pack(keep: Tensor) -> Tensor:
-    """Keep bits packed by row, most significant bit first, the padding bits zero.
-
-    keep: bool [D_out, D_in]. Returns uint8 [D_out, ceil(D_in / 8)].
-    """
+    """Keep bits packed by row, most significant bit first, the padding bits zero: uint8 [D_out, ceil(D_in / 8)]."""
     if keep.device.type == "cpu":
         return torch.from_numpy(np.packbits(keep.numpy(), axis=1))
-    surplus = keep.shape[1] % 8
-    padded = torch.nn.functional.pad(keep, (0, 8 - surplus)) if surplus else keep
+    padded = torch.nn.functional.pad(keep, (0, -keep.shape[1] % 8))
     bits = padded.contiguous().view(torch.uint8).unflatten(1, (-1, 8))
     packed: Tensor = bits[..., 7].clone()
     for place in range(7):
@@ -203,10 +178,7 @@ def pack(keep: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, d_in: int) -> Tensor:
-    """The inverse of `pack`: uint8 [D_out, ceil(d_in / 8)] -> bool [D_out, d_in].
-
-    Raises ValueError when the width is not that of d_in bits.
-    """
+    """The inverse of `pack`, bool [D_out, d_in]. Raises ValueError when the width is not that of d_in bits."""
     if packed.shape[1] != -(-d_in // 8):
         raise ValueError(f"{packed.shape[1]} bytes a row do not hold {d_in} bits; {-(-d_in // 8)} would.")
     if packed.device.type == "cpu":
@@ -218,11 +190,10 @@ def unpack(packed: Tensor, d_in: int) -> Tensor:
 
 
 def project(sparsity: Tensor, weights: Tensor, target: float, cap: float) -> Tensor:
-    """Shift sparsities, clipped to [0, max(cap, target)], so that their weighted mean is `target`.
+    """Shift sparsities by one number, clipped to [0, max(cap, target)], so that their weighted mean is `target`.
 
-    The one shift mu with weighted mean(clip(sparsity + mu)) = target, by bisection to float64 precision.
-    sparsity: float [n], finite. weights: [n], not negative, some positive. Returns float64 [n].
-    Raises ValueError for a target outside [0, 1], a sparsity that is not finite or weights without a sum.
+    sparsity: float [n]. weights: [n]. Returns float64 [n], by bisection to its precision. Raises ValueError for a
+    target outside [0, 1], a sparsity that is not finite, and weights that are negative or without a sum.
     """
     start, shares = sparsity.double(), weights.double()
     if not 0 <= target <= 1:
@@ -245,19 +216,19 @@ def project(sparsity: Tensor, weights: Tensor, target: float, cap: float) -> Ten
     low, high = -float(start.max()), top - float(start.min())
     for _ in range(80):  # the bracket, some three wide, is then far under float64's precision
         middle = (low + high) / 2
-        if excess(middle) <= 0:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if excess(middle) <= 0 else (low, middle)
     return (start + min(low, high, key=lambda shift: abs(excess(shift)))).clamp_(0, top)
 
 
 def _row_blocks(scores: Tensor) -> Iterator[slice]:
     """Slices that together are all rows of `scores`, each of at most some four million scores or one row."""
     d_out, d_in = scores.shape
-    step = max(1, _BLOCK // max(d_in, 1))
-    for start in range(0, d_out, step):
-        yield slice(start, min(start + step, d_out))
+    return slices(d_out, max(1, _BLOCK // max(d_in, 1)))
+
+
+def slices(count: int, step: int) -> Iterator[slice]:
+    """Slices of `step` that together are 0..count-1; the last may be shorter."""
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 def refuse_nan(scores: Tensor) -> None:

@@ -7,20 +7,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimcli.methods.masks import refuse_nan, slices
+
 _SMALLEST_BLOCK = 1 << 16
 
 
 def row_order(scores: Tensor) -> Tensor:
-    """Columns of every row by ascending score, equal scores in index order.
+    """Columns of every row of float [D_out, D_in] by ascending score, equal scores in index order.
 
-    scores: float [D_out, D_in]. Returns [D_out, D_in] on their device, int16 where it can hold D_in, int32
-    else. Raises ValueError for NaN scores.
+    Returns the like, int16 where it can hold D_in, int32 else. Raises ValueError for NaN scores.
     """
-    d_out, d_in = scores.shape
-    if scores.numel() and scores.max().isnan():
-        raise ValueError("the scores hold NaN; the weights or the statistics they come from are damaged.")
-    dtype = torch.int16 if d_in <= torch.iinfo(torch.int16).max else torch.int32
-    order = torch.empty((d_out, d_in), dtype=dtype, device=scores.device)
+    if scores.numel():
+        refuse_nan(scores)
+    dtype = torch.int16 if scores.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
+    order = torch.empty_like(scores, dtype=dtype, memory_format=torch.contiguous_format)
     packable = scores.device.type == "cpu" and scores.dtype in (torch.float32, torch.float16, torch.bfloat16)
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
@@ -33,10 +33,7 @@ def row_order(scores: Tensor) -> Tensor:
 
 
 def ranks_of(order: Tensor) -> Tensor:
-    """The rank of every column in its row: the inverse of each row's permutation.
-
-    order: int16 or int32 [D_out, D_in]. Returns the like.
-    """
+    """The rank of every column in its row: the inverse of each row's permutation. order: int [D_out, D_in]."""
     ranks = torch.empty_like(order)
     ascending = torch.arange(order.shape[1], dtype=order.dtype, device=order.device)
     for rows in row_blocks(order):
@@ -47,20 +44,16 @@ def ranks_of(order: Tensor) -> Tensor:
 def row_blocks(matrix: Tensor, parts: int = 8) -> Iterator[slice]:
     """Slices that together are all rows of a matrix, about `parts` of them, fewer where they would get small.
 
-    To keep temporaries a fraction of the matrix. Small blocks are not worth it: what every block costs besides
-    its work, on several threads with other load above all, is soon more than the work.
+    To keep temporaries a fraction of the matrix; what a block costs besides its work is soon more than the work.
     """
     d_out, width = matrix.shape
-    step = max(-(-d_out // parts), _SMALLEST_BLOCK // max(width, 1), 1)
-    for start in range(0, d_out, step):
-        yield slice(start, min(start + step, d_out))
+    return slices(d_out, max(-(-d_out // parts), _SMALLEST_BLOCK // max(width, 1), 1))
 
 
 def _packed_order(scores: Tensor, pool: ThreadPoolExecutor, threads: int) -> Tensor:
     """Columns by ascending score as int64, by sorting score and column packed into one integer.
 
-    No two of these are equal, so numpy's vectorised sort, which is not stable, gives the stable order in a
-    fifth of the time of torch's.
+    No two are equal, so numpy's unstable vectorised sort gives the stable order in a fifth of the time of torch's.
     """
     # Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
     bits = (scores.float() + 0.0).view(torch.int32)

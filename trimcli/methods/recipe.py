@@ -14,7 +14,7 @@ from trimcli.methods.named import Method, method_called, methods
 from trimcli.methods.rows.base import ROWS, RowAllocation, Rows
 from trimcli.methods.scores import SCORES, Score
 from trimcli.methods.stats import STATISTICS, LinearStats
-from trimcli.methods.updates.base import UPDATES, Update
+from trimcli.methods.updates.base import UPDATES, Update, Updated
 from trimcli.methods.updates.obs import ObsOptions
 from trimcli.options import Numerics, check_fields, option
 from trimcli.registry import Entry, misplaced
@@ -26,28 +26,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one matrix. keep: bool [D_out, D_in]. weight: float32, None where the dense values stay."""
+class Outcome(Updated):
+    """What became of one matrix. rows: what a search tells of them."""
 
-    keep: Tensor
-    weight: Tensor | None = None
     rows: RowResult | None = None
-    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Independent choices that together are a pruning method, by the names of their registries.
 
-    barber: LLM-Barber's second pass, None for none. options: instances of the chosen entries' option classes, where
-    they differ from the defaults.
+    barber: LLM-Barber's second pass. options: instances of the chosen entries' option classes; defaults for others.
     """
 
-    method: str = option(
-        "wanda",
-        "What picks the weights that go.",
-        choices=methods,
-    )
+    method: str = option("wanda", "What picks the weights that go.", choices=methods)
     numerics: Numerics = option(
         "exact",
         "exact: counts hold to the weight. reference: the published code's arithmetic, to reproduce its results.",
@@ -64,8 +56,6 @@ class Recipe:
     )
     barber: BarberOptions | None = None
     options: tuple[Any, ...] = ()
-
-    # --- what was chosen ---------------------------------------------------------------------------------
 
     @cached_property
     def named(self) -> Method:
@@ -95,8 +85,8 @@ class Recipe:
     @cached_property
     def entries(self) -> tuple[Entry, ...]:
         """Everything chosen, and the statistics that it reads."""
-        chosen: tuple[Entry, ...] = (self.scoring, self.allocating, self.updating)
-        return (*chosen, *(STATISTICS[name] for name in sorted(self.needs)))
+        read = (STATISTICS[name] for name in sorted(self.needs))
+        return (self.scoring, self.allocating, self.updating, *read)
 
     def options_of(self, entry: Entry) -> Any:
         """The options that an entry is given: an instance of its class, None where it has none."""
@@ -116,7 +106,7 @@ class Recipe:
 
     def document(self) -> dict[str, Any]:
         """The choices as a manifest records them, each with the options that it was given."""
-        found = {
+        return {
             "method": self.method,
             "numerics": self.numerics,
             "score": self.scoring.name,
@@ -125,51 +115,36 @@ class Recipe:
             "propagate": self.propagate,
             "input_recalc": self.input_recalc,
             "barber": asdict(self.barber) if self.barber else None,
+            "options": {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options},
         }
-        given = {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options}
-        return {**found, "options": given}
-
-    # --- what goes together ------------------------------------------------------------------------------
 
     def check(self, *, pattern: bool = False) -> None:
         """Raise OptionError for choices that do not go together. pattern: whether an N:M pattern is asked for."""
-        check_fields(self)
-        uneven, obs = self.rows != "even", self._obs
-        rows = {"trim": "--use-trim", "variant": "--use-variant"}.get(self.rows, f"--rows {self.rows}")
-        needy = [name for name in sorted(self.needs) if STATISTICS[name].stored is None]
-        refused = [
-            (uneven and pattern, f"{rows} with an N:M pattern: the pattern fixes every row's count"),
-            (
-                self.allocating.only not in (None, self.scoring.name),
-                f"{rows} with --method {self.method}: it is made for {self.allocating.only}",
-            ),
-            (
-                self.input_recalc and "inputs" not in self.allocating.needs,
-                "--input-recalc without --use-trim: only TRIM reads the inputs again",
-            ),
-            (
-                not self.propagate and needy,
-                f"--no-propagate with --method {self.method}: its {' and '.join(needy)} comes from a forward pass",
-            ),
-            (not self.propagate and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs"),
-            (
-                not self.propagate and self.input_recalc,
-                "--no-propagate with --input-recalc: it needs forward passes while pruning",
-            ),
-            *(
-                (True, f"{flag} {value} with --method {self.method}: it belongs to {owner}, as in sparsegpt")
-                for flag, value, owner in misplaced(self.options, self.entries)
-            ),
-            (
-                uneven and obs.mask_update == "block",
-                f"{rows} with --mask-update block: it fixes every row's count for the whole matrix",
-            ),
-        ]
-        for wrong, what in refused:
+
+        def refuse(wrong: object, what: str) -> None:
             if wrong:
                 raise OptionError(f"these options do not go together: {what}; drop one of the two.")
 
-    # --- what becomes of a matrix ------------------------------------------------------------------------
+        check_fields(self)
+        uneven, on_dense, only = self.rows != "even", not self.propagate, self.allocating.only
+        rows = {"trim": "--use-trim", "variant": "--use-variant"}.get(self.rows, f"--rows {self.rows}")
+        named = f"--method {self.method}"
+        needy = [name for name in sorted(self.needs) if STATISTICS[name].stored is None]
+        again = self.input_recalc
+        refuse(uneven and pattern, f"{rows} with an N:M pattern: the pattern fixes every row's count")
+        refuse(only not in (None, self.scoring.name), f"{rows} with {named}: it is made for {only}")
+        refuse(
+            again and "inputs" not in self.allocating.needs,
+            "--input-recalc without --use-trim: only TRIM reads the inputs again",
+        )
+        passing = f"its {' and '.join(needy)} comes from a forward pass"
+        refuse(on_dense and needy, f"--no-propagate with {named}: {passing}")
+        refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
+        refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
+        for flag, value, owner in misplaced(self.options, self.entries):
+            refuse(True, f"{flag} {value} with {named}: it belongs to {owner}, as in sparsegpt")
+        by_block = uneven and self._obs.mask_update == "block"
+        refuse(by_block, f"{rows} with --mask-update block: it fixes every row's count for the whole matrix")
 
     def choose(self, weight: Tensor, stats: LinearStats, target: Target) -> Outcome:
         """The mask and, where the update changes them, the new weights of one matrix.
@@ -186,7 +161,7 @@ class Recipe:
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
         choice = replace(choice, keep=rows.keep)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
-        return Outcome(made.keep, made.weight, rows.found, made.remarks)
+        return Outcome(made.keep, made.weight, made.remarks, rows.found)
 
 
 def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -31,16 +31,12 @@ score = SCORES.register
 def wanda(weight: Tensor, stats: LinearStats) -> Tensor:
     """Weight magnitude times input norm.
 
-    weight: [D_out, D_in]. stats.sqnorm: [D_in], mean over samples of the inputs' squared L2 norm.
-    Returns scores [D_out, D_in] in float32; the lowest of each row are the first to go.
+    stats.sqnorm: [D_in], mean over samples of the inputs' squared L2 norm.
     """
     return weight.abs().float().mul_(stats.sqnorm.sqrt())
 
 
 @score("magnitude", compare="matrix", title="Magnitude", source="Han et al. 2015, section 3")
 def magnitude(weight: Tensor, stats: LinearStats) -> Tensor:
-    """Weight magnitude.
-
-    weight: [D_out, D_in]. Returns scores [D_out, D_in] in float32; the lowest of the matrix go first.
-    """
+    """Weight magnitude."""
     return weight.abs().float()

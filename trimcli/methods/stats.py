@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from trimcli.options import option
+from trimcli.options import check_fields, option
 from trimcli.registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -25,9 +25,8 @@ class Statistic(Entry):
 
     function(d_in, nsamples, device): the tensor it is gathered in. add(gathered, inputs [n, L, D_in], samples, N):
     takes in a batch, `samples` its slice of 0..N-1; a batch may come again, unless it `sums`. finish(gathered): what
-    methods read. nbytes(d_in, nsamples): memory while it is gathered. stored: its name in `calibrate --stats`, and that
-    its tensor `<linear>.<name>` is kept in calibration files; None where it is only ever collected while pruning.
-    columns(tensor, slice): the part of it that belongs to some columns.
+    methods read. columns(tensor, slice): its part of some columns. nbytes(d_in, nsamples): memory while gathered.
+    stored: its name in `calibrate --stats`, whose files then hold it; None for what is only collected while pruning.
     """
 
     add: Callable[..., None]
@@ -54,10 +53,9 @@ def stored_statistics() -> dict[str, Statistic]:
 
 
 class LinearStats:
-    """The statistics of one linear; linears that share an input share them.
+    """The statistics of one linear; linears that share an input share them, and what `once` keeps.
 
-    tensors: by statistic name, on one device. `of(columns)` is the part of some columns, whose `place` says
-    which; `once` keeps what is derived from them, for all who share them.
+    tensors: by statistic name, on one device. place: which columns they are of.
     """
 
     def __init__(self, **tensors: Tensor | None) -> None:
@@ -70,27 +68,24 @@ class LinearStats:
 
     def __getitem__(self, statistic: Statistic) -> Tensor:
         """The tensor of `statistic`. Raises ValueError when it was not collected."""
-        return self._tensor(statistic.name)
-
-    def _tensor(self, name: str) -> Tensor:
-        if name not in self.tensors:
-            raise ValueError(f"the statistic {name!r} was not collected; name it in what the method needs.")
-        return self.tensors[name]
+        if statistic not in self:
+            raise ValueError(f"the statistic {statistic.name!r} was not collected; name it in what the method needs.")
+        return self.tensors[statistic.name]
 
     @property
     def sqnorm(self) -> Tensor:
         """Input square norm: float32 [D_in]."""
-        return self._tensor("sqnorm")
+        return self[SQNORM]
 
     @property
     def inputs(self) -> Tensor:
         """Last-token inputs: [D_in, N]."""
-        return self._tensor("inputs")
+        return self[INPUTS]
 
     @property
     def gram(self) -> Tensor:
         """Gram: [D_in, D_in]."""
-        return self._tensor("gram")
+        return self[GRAM]
 
     def with_(self, **tensors: Tensor | None) -> LinearStats:
         """The same with other tensors in the place of some."""
@@ -100,9 +95,8 @@ class LinearStats:
 
     def of(self, columns: slice) -> LinearStats:
         """The part of some columns. What `once` gives belongs to all columns still."""
-        found = LinearStats(
-            **{name: STATISTICS[name].columns(tensor, columns) for name, tensor in self.tensors.items()}
-        )
+        parts = {name: STATISTICS[name].columns(tensor, columns) for name, tensor in self.tensors.items()}
+        found = LinearStats(**parts)
         found._derived, found.place = self._derived, columns
         return found
 
@@ -139,11 +133,14 @@ def _add_gram(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -
 
 @dataclass(frozen=True)
 class GramOptions:
-    """How the Gram is accumulated."""
+    """How the Gram is accumulated. Raises OptionError for another dtype."""
 
     gram_dtype: Literal["float32", "float64"] = option(
         "float32", "Accumulate the Gram in this dtype.", panel="SparseGPT"
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 # Every sample has its own place, so that neither batch size nor order changes the sum.

@@ -26,15 +26,13 @@ def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
         if spec.dtype.is_floating_point:
             stored[spec.dtype] += spec.nbytes
     wanted = stored.most_common(1)[0][0] if stored else torch.float32
-    return wanted if wanted in UNITS and _computes_in(wanted, device) else torch.float32
-
-
-def _computes_in(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has units for a 16-bit dtype."""
+    if wanted not in UNITS:
+        return torch.float32
     if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities()
-        return any(capabilities.get(unit) for unit in UNITS[dtype])
-    return dtype == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
+        computes = any(torch.cpu.get_capabilities().get(unit) for unit in UNITS[wanted])
+    else:
+        computes = wanted == torch.float16 or torch.cuda.get_device_capability(device) >= (8, 0)
+    return wanted if computes else torch.float32
 
 
 def compute_device(name: str) -> torch.device:

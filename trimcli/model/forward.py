@@ -1,12 +1,11 @@
 """The parts of a forward pass around the decoder layers: embedding and recording before them, the head after them.
 
-What each layer is called with (masks, position embeddings, per-layer differences such as sliding windows) is
-recorded in the model's own forward pass, in which every layer returns its input.
+What each layer is called with (masks, position embeddings, sliding windows) is recorded in the model's own forward
+pass, in which every layer returns its input.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +15,8 @@ from torch import Tensor
 from trimcli.errors import TrimError
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 
-
-@dataclass
-class Recording:
-    """What the layers are called with for batches of one shape: per layer (args, kwargs) after the hidden states."""
-
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-
+Recording = list[tuple[tuple[Any, ...], dict[str, Any]]]
+"""What the layers are called with for batches of one shape: per layer (args, kwargs) after the hidden states."""
 
 Embedder = Callable[[Tensor], tuple[Tensor, Recording]]
 """Tokens [b, L] -> (hidden states [b, L, H], what every layer is called with for this batch)."""
@@ -43,14 +37,13 @@ class Forward:
 
     def around(self, tokens: Tensor, replace: Callable[[DecoderLayer], Any]) -> Any:
         """The model's own forward pass with every layer's forward replaced by `replace(layer)`."""
-        layers = self.skeleton.layers
-        for layer in layers:
+        for layer in self.skeleton.layers:
             layer.module.forward = replace(layer)
         try:
             with torch.no_grad():
                 return self.skeleton.model(input_ids=tokens.to(self.skeleton.device, torch.long), use_cache=False)
         finally:
-            for layer in layers:
+            for layer in self.skeleton.layers:
                 del layer.module.forward
 
     @cached_property
@@ -87,17 +80,17 @@ class Forward:
             yield self._embed
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Recording]:
-        skeleton, recording = self.skeleton, Recording()
+        skeleton, wrap = self.skeleton, self.returns_tuple
+        recording: Recording = []
         first: list[Tensor] = []
-        wrap = self.returns_tuple
 
         def recorder(_: DecoderLayer) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden, rest, named = split_call(args, kwargs)
                 if not first:
                     first.append(hidden)
-                recording.calls.append((rest, named))
-                if len(recording.calls) == len(skeleton.layers):
+                recording.append((rest, named))
+                if len(recording) == len(skeleton.layers):
                     raise _AllRecorded
                 return (first[0],) if wrap else first[0]
 
@@ -108,7 +101,7 @@ class Forward:
         except _AllRecorded:
             return first[0].to(skeleton.dtype), recording
         raise TrimError(
-            f"the forward pass of {skeleton.checkpoint.id} called {len(recording.calls)} of its "
+            f"the forward pass of {skeleton.checkpoint.id} called {len(recording)} of its "
             f"{len(skeleton.layers)} decoder layers once; its form is not supported."
         )
 

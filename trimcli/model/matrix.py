@@ -1,13 +1,11 @@
 """One prunable matrix, however its module and its checkpoint hold it.
 
-Everything that prunes sees a matrix as [D_out, D_in]: rows are output features. How that lies in the tensor that a
-checkpoint stores and a module loads is told by `within` alone, a view, so that what is written through it arrives.
+Everything that prunes sees a matrix as [D_out, D_in]: rows are output features. How that lies in the stored and loaded
+tensor is told by `within` alone, a view, so that what is written through it arrives.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +15,11 @@ from trimcli.files.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Matrix(ABC):
+class Matrix:
     """A weight matrix that can be pruned; a `linear` in files, options and messages.
 
-    name: full module name. module: the module that is called with its inputs. d_out, d_in: output and input
-    features. key: the checkpoint tensor that it lies in, None where only a config was read.
+    name: full module name. module: what is called with its inputs. key: the checkpoint tensor that it lies in, None
+    where only a config was read. transposed: whether it is stored as [D_in, D_out], as transformers' `Conv1D` does.
     """
 
     name: str
@@ -29,9 +27,7 @@ class Matrix(ABC):
     d_out: int
     d_in: int
     key: str | None
-
-    transposed: ClassVar[bool] = False
-    """Whether it is stored as [D_in, D_out]."""
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -43,9 +39,9 @@ class Matrix(ABC):
         """How many weights."""
         return self.d_out * self.d_in
 
-    @abstractmethod
     def within(self, tensor: Tensor) -> Tensor:
         """The view [D_out, D_in] of the matrix in a tensor such as the checkpoint's."""
+        return tensor.T if self.transposed else tensor
 
     @property
     def parameter(self) -> Tensor:
@@ -57,9 +53,10 @@ class Matrix(ABC):
         """The loaded weight [D_out, D_in], a view: what is written to it is written to the module."""
         return self.within(self.parameter)
 
-    def write(self, weight: Tensor, keep: Tensor | None = None) -> None:
-        """Load other values [D_out, D_in], zero outside `keep` (bool [D_out, D_in]) where one is given."""
-        self.weight.copy_(weight)
+    def write(self, weight: Tensor | None, keep: Tensor) -> None:
+        """Make the loaded matrix sparse: other values [D_out, D_in] where given, zero outside `keep`, bool likewise."""
+        if weight is not None:
+            self.weight.copy_(weight)
         self.mask(keep)
 
     def mask(self, keep: Tensor | None) -> None:
@@ -80,45 +77,24 @@ class Matrix(ABC):
         return copy
 
 
-class LinearMatrix(Matrix):
-    """The weight of an `nn.Linear`."""
-
-    def within(self, tensor: Tensor) -> Tensor:
-        """The tensor itself."""
-        return tensor
-
-
-class Conv1DMatrix(Matrix):
-    """The weight of transformers' `Conv1D`, [D_in, D_out]: GPT-2's linears."""
-
-    transposed = True
-
-    def within(self, tensor: Tensor) -> Tensor:
-        """The tensor transposed."""
-        return tensor.T
-
-
 def matrices_in(
     layer: nn.Module, prefix: str, key_of: Callable[[str], str | None], *, stored: bool
 ) -> Iterator[Matrix]:
-    """The matrices of a decoder layer in module order.
+    """The matrices of a decoder layer, by full name `prefix`, in module order.
 
-    prefix: the layer's full name. key_of: parameter name -> checkpoint key, None for what is assembled from several
-    tensors. stored: whether there is a checkpoint: then what has no tensor of its own there is no matrix.
+    key_of: parameter name -> checkpoint key, None for what is assembled from several tensors, which is no matrix where
+    there is a checkpoint: `stored`.
     """
     from transformers.pytorch_utils import Conv1D
 
     for name, module in layer.named_modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        full = f"{prefix}.{name}"
-        key = key_of(f"{full}.weight")
-        if stored and key is None:
-            continue
-        kind = Conv1DMatrix if isinstance(module, Conv1D) else LinearMatrix
-        rows, columns = (int(size) for size in module.weight.shape)
-        d_out, d_in = (columns, rows) if kind.transposed else (rows, columns)
-        yield kind(full, module, d_out, d_in, key)
+        key = key_of(f"{prefix}.{name}.weight")
+        if key is not None or not stored:
+            transposed = isinstance(module, Conv1D)
+            d_out, d_in = reversed(module.weight.shape) if transposed else module.weight.shape
+            yield Matrix(f"{prefix}.{name}", module, d_out, d_in, key, transposed)
 
 
 def finite(tensor: Tensor, key: str, checkpoint: Checkpoint) -> Tensor:

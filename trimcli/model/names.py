@@ -1,8 +1,7 @@
 """Module names against checkpoint names.
 
-A checkpoint does not always spell a parameter as the module tree does: GPT-NeoX's `embed_out` is `lm_head`,
-some checkpoints lack the base prefix, some parameters are stacked from several tensors on loading. The
-mapping is transformers' own, so what `from_pretrained` loads is what is pruned.
+A checkpoint may spell a parameter otherwise than the module tree, lack the base prefix, or hold in pieces what is
+stacked on loading. The mapping is transformers' own, so what `from_pretrained` loads is what is pruned.
 """
 
 import copy
@@ -77,13 +76,13 @@ def _map_names_v4(model: torch.nn.Module, keys: Iterable[str]) -> NameMap:
     """The same for transformers 4: regular expressions on the class, and the base prefix added or removed."""
     wanted = model.state_dict()
     prefix = f"{model.base_model_prefix}."
-    renames = {**getattr(model, "_checkpoint_conversion_mapping", {})}
+    norms = {r"LayerNorm\.beta$": "LayerNorm.bias", r"LayerNorm\.gamma$": "LayerNorm.weight"}
+    renames = {**getattr(model, "_checkpoint_conversion_mapping", {}), **norms}
     plain = {}
     for key in keys:
         name = key
         for source, target in renames.items():
             name = re.sub(source, target, name)
-        name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
         for candidate in (name, prefix + name, name.removeprefix(prefix)):
             if candidate in wanted:
                 plain[candidate] = key

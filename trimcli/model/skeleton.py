@@ -1,13 +1,13 @@
 """The skeleton: a transformers model on the meta device, filled one decoder layer at a time.
 
-Parameters live on the meta device, buffers are real. Decoder layers are the ModuleList of
-`config.num_hidden_layers` entries, matrices are found by type; so no architecture is named anywhere.
+Buffers are real. Decoder layers are the ModuleList of `config.num_hidden_layers` entries, matrices are found by type;
+so no architecture is named anywhere.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,7 +23,7 @@ from trimcli.files.tensors import natural
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import build_empty, empty, find_decoder_layers, set_parameter
 from trimcli.model.matrix import Matrix, finite, matrices_in
-from trimcli.model.names import Conversion, NameMap, map_names
+from trimcli.model.names import NameMap, map_names
 from trimcli.options import RunOptions
 
 # Of a config.json: what does not change which function of the weights the model is.
@@ -54,8 +54,7 @@ class DecoderLayer:
 class Skeleton:
     """A transformers model without weights, and the means to fill it in parts.
 
-    checkpoint: an open Checkpoint (with or without weights). dtype: of the computation. device: where layers
-    are put when their turn comes.
+    checkpoint: open, with or without weights. dtype: of the computation. device: where layers go in their turn.
     """
 
     def __init__(
@@ -75,13 +74,16 @@ class Skeleton:
         self._tied = self._tied_names()
         # Taken now: once filled and emptied, parameters that were tied are no longer one.
         self._shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        made = {conversion.name for conversion in self._names.conversions}
         if checkpoint.has_weights:
-            self._refuse_other_shapes()
+            self._refuse_other_shapes(made)
+        keys = {name: key for name, key in self._names.plain.items() if name not in made}
         container, modules = find_decoder_layers(self.model)
-        self.layers = [
-            DecoderLayer(index, f"{container}.{index}", module, self._linears(f"{container}.{index}", module))
-            for index, module in enumerate(modules)
-        ]
+        self.layers: list[DecoderLayer] = []
+        for index, module in enumerate(modules):
+            name = f"{container}.{index}"
+            linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights))
+            self.layers.append(DecoderLayer(index, name, module, linears))
         self.linears = {linear.name: linear for layer in self.layers for linear in layer.linears}
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -93,21 +95,18 @@ class Skeleton:
         """Full module name -> (D_out, D_in) of every linear."""
         return {name: linear.shape for name, linear in self.linears.items()}
 
-    # --- names, shapes, identity -------------------------------------------------------------------------
-
     def _tied_names(self) -> dict[str, str]:
         """Parameter name -> the name whose checkpoint tensor it shares."""
         by_identity: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             by_identity.setdefault(id(parameter), []).append(name)
-        tied = {}
+        tied: dict[str, str] = {}
         for names in by_identity.values():
             source = next((name for name in names if name in self._names.plain), names[0])
-            tied.update({name: source for name in names if name != source})
+            tied |= {name: source for name in names if name != source}
         return tied
 
-    def _refuse_other_shapes(self) -> None:
-        made = {conversion.name for conversion in self._names.conversions}
+    def _refuse_other_shapes(self, made: Collection[str]) -> None:
         # One conversion may yield several parameters: which ones shows when it runs, in `_fill`.
         several = any(len(conversion.converter.target_patterns) > 1 for conversion in self._names.conversions)
         for name, tensor in self.model.state_dict().items():
@@ -119,19 +118,11 @@ class Skeleton:
                         f"{self.checkpoint.directory} lacks a tensor for {name}, which its config.json calls for; "
                         "fetch the model anew."
                     )
-            elif self.checkpoint.spec(key).shape != tuple(tensor.shape):
+            elif (shape := self.checkpoint.spec(key).shape) != tuple(tensor.shape):
                 raise InputError(
-                    f"{self.checkpoint.directory}: {key} has shape {self.checkpoint.spec(key).shape} where config.json "
-                    f"calls for {tuple(tensor.shape)}; fetch the model anew."
+                    f"{self.checkpoint.directory}: {key} has shape {shape} where config.json calls for "
+                    f"{tuple(tensor.shape)}; fetch the model anew."
                 )
-
-    def _linears(self, prefix: str, layer: nn.Module) -> list[Matrix]:
-        made = {conversion.name for conversion in self._names.conversions}
-
-        def key_of(parameter: str) -> str | None:
-            return None if parameter in made else self._names.plain.get(parameter)
-
-        return list(matrices_in(layer, prefix, key_of, stored=self.checkpoint.has_weights))
 
     def left_dense(self) -> dict[str, tuple[int, ...]]:
         """Matrices inside the decoder layers that are not pruned (stacked experts, say): name -> shape."""
@@ -160,8 +151,6 @@ class Skeleton:
                 content.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
         return ModelFingerprint(self.checkpoint.id, structure, content.hexdigest())
 
-    # --- parameters in and out ---------------------------------------------------------------------------
-
     def load_layer(self, layer: DecoderLayer) -> None:
         """Put a layer's parameters on the compute device in the compute dtype. Raises InputError on NaN or infinity."""
         self._fill(layer.name, layer.module, copy=True)
@@ -181,7 +170,13 @@ class Skeleton:
         made: dict[str, Tensor] = {}
         for conversion in self._names.conversions:
             if recurse and conversion.name.startswith(dotted):
-                made.update(self._converted(conversion))
+                try:
+                    made |= conversion.build(self.model, self.checkpoint.load)
+                except RuntimeError as problem:
+                    raise InputError(
+                        f"the tensors of {self.checkpoint.directory} do not make up {conversion.name} "
+                        f"({first_line(problem)}); fetch the model anew."
+                    ) from None
         for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
             full = dotted + name
             if parameter.device.type != "meta":
@@ -203,36 +198,21 @@ class Skeleton:
             if key is not None:
                 buffer.copy_(self.checkpoint.load(key).to(buffer.dtype))
 
-    def _converted(self, conversion: Conversion) -> dict[str, Tensor]:
-        try:
-            return conversion.build(self.model, self.checkpoint.load)
-        except RuntimeError as problem:
-            raise InputError(
-                f"the tensors of {self.checkpoint.directory} do not make up {conversion.name} ({first_line(problem)}); "
-                "fetch the model anew."
-            ) from None
-
     @contextmanager
     def filled_on_use(self, *, but: nn.Module | None = None) -> Iterator[None]:
         """Fill modules outside the decoder layers (but `but`) when the forward pass calls them; empty them after."""
         inside = {id(module) for layer in self.layers for module in layer.module.modules()}
-        hooks, outside = [], []
-        for name, module in self.model.named_modules():
-            if id(module) in inside or module is but or not any(True for _ in module.parameters(recurse=False)):
-                continue
-            outside.append(module)
+        with ExitStack() as undo:
+            for name, module in self.model.named_modules():
+                if id(module) in inside or module is but or not any(True for _ in module.parameters(recurse=False)):
+                    continue
 
-            def fill(module: nn.Module, _: Any, *, name: str = name) -> None:
-                self._fill(name, module, recurse=False)
+                def fill(module: nn.Module, _: Any, *, name: str = name) -> None:
+                    self._fill(name, module, recurse=False)
 
-            hooks.append(module.register_forward_pre_hook(fill))
-        try:
+                undo.callback(empty, module, recurse=False)
+                undo.enter_context(module.register_forward_pre_hook(fill))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module in outside:
-                empty(module, recurse=False)
 
 
 def open_model(model: str, options: RunOptions, *, weights: bool | None = True) -> Skeleton:

@@ -1,12 +1,11 @@
 """What hooks gather from the inputs of a layer's linears.
 
-Linears that share an input form a group and share its statistics. Square norms and last-token inputs are kept
-per sample at the sample's own place, so a batch may be run again, and neither batch size nor order changes
-the result.
+Linears that share an input form a group and share its statistics. What is kept per sample lies at the sample's own
+place, so a batch may be run again, and neither batch size nor order changes the result.
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,40 +40,29 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
 
     wanted: names of the linears that matter, None for all. Raises TrimError for one that the pass never calls.
     """
-    mine = [linear for linear in layer.linears if wanted is None or linear.name in wanted]
-    seen: list[tuple[Tensor, list[Matrix]]] = []
+    mine = {linear.name: linear for linear in layer.linears if wanted is None or linear.name in wanted}
+    seen: dict[int, tuple[Tensor, set[str]]] = {}  # with the tensors, which must live for their ids to stay theirs
 
-    def watch(linear: Matrix) -> Any:
+    def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            for tensor, members in seen:
-                if tensor is args[0]:
-                    if linear not in members:
-                        members.append(linear)
-                    return
-            seen.append((args[0], [linear]))
+            seen.setdefault(id(args[0]), (args[0], set()))[1].add(name)
 
         return hook
 
-    hooks = [linear.module.register_forward_pre_hook(watch(linear)) for linear in mine]
-    try:
+    with ExitStack() as hooks:
+        for name, linear in mine.items():
+            hooks.enter_context(linear.module.register_forward_pre_hook(watch(name)))
         run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    order = {linear.name: index for index, linear in enumerate(mine)}
-    groups = [InputGroup(tuple(sorted(members, key=lambda linear: order[linear.name]))) for _, members in seen]
-    unused = set(order) - {linear.name for group in groups for linear in group.linears}
-    if unused:
-        raise TrimError(f"{sorted(unused)[0]} is never called by its layer, so it has no inputs; name it in --skip.")
-    return groups
+    if unused := sorted(mine.keys() - {name for _, names in seen.values() for name in names}):
+        raise TrimError(f"{unused[0]} is never called by its layer, so it has no inputs; name it in --skip.")
+    return [InputGroup(tuple(mine[name] for name in mine if name in names)) for _, names in seen.values()]
 
 
 @dataclass
 class Collector:
     """Gathers statistics of `groups` while batches of a layer run.
 
-    needs: names of the statistics. nsamples, seqlen: N and L. options_of: what a statistic is started with, by entry;
-    its defaults where that is None.
+    needs: names of the statistics. nsamples, seqlen: N and L. options_of: a statistic's options, None for its defaults.
     """
 
     groups: list[InputGroup]
@@ -88,23 +76,21 @@ class Collector:
 
     def reset(self) -> None:
         """Forget everything: before the first batch, and when a pass starts over."""
-        wanted = [STATISTICS[name] for name in sorted(self.needs)]
-        self._gathered = {
-            group.name: {
-                one.name: one(group.d_in, self.nsamples, self.device, options=self.options_of(one)) for one in wanted
-            }
-            for group in self.groups
-        }
+        self._gathered = {group.name: {} for group in self.groups}
+        for one in (STATISTICS[name] for name in sorted(self.needs)):
+            options = self.options_of(one)
+            for group in self.groups:
+                start = one(group.d_in, self.nsamples, self.device, options=options)
+                self._gathered[group.name][one.name] = start
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Hook the first linear of every group for the duration."""
-        hooks = [group.linears[0].module.register_forward_pre_hook(self._hook(group.name)) for group in self.groups]
-        try:
+        with ExitStack() as hooks:
+            for group in self.groups:
+                module = group.linears[0].module
+                hooks.enter_context(module.register_forward_pre_hook(self._hook(group.name)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def batch(self, samples: slice) -> None:
         """The next forward pass holds these samples."""
@@ -112,8 +98,7 @@ class Collector:
 
     def _hook(self, name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            samples = self._samples
-            count = samples.stop - samples.start
+            count = self._samples.stop - self._samples.start
             inputs = args[0].detach()
             if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
                 raise TrimError(
@@ -123,7 +108,7 @@ class Collector:
             if inputs.shape[0] != count:  # some layers flatten samples and tokens into one dimension
                 inputs = inputs.reshape(count, -1, inputs.shape[-1])
             for statistic, gathered in self._gathered[name].items():
-                STATISTICS[statistic].add(gathered, inputs, samples, self.nsamples)
+                STATISTICS[statistic].add(gathered, inputs, self._samples, self.nsamples)
 
         return hook
 
@@ -131,10 +116,10 @@ class Collector:
         """Full module name -> its group's statistics. Raises InputError when activations are not finite."""
         result: dict[str, LinearStats] = {}
         for group in self.groups:
-            found = {name: STATISTICS[name].finish(tensor) for name, tensor in self._gathered[group.name].items()}
-            stats = LinearStats(**found)
+            gathered = self._gathered[group.name]
+            stats = LinearStats(**{name: STATISTICS[name].finish(tensor) for name, tensor in gathered.items()})
             refuse_unusable(stats, group.name)
-            result.update({linear.name: stats for linear in group.linears})
+            result |= dict.fromkeys((linear.name for linear in group.linears), stats)
         return result
 
 

@@ -1,6 +1,6 @@
 """The passes over a model that choose masks: layer by layer, one resident, each leaving a part file when finished."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,49 +37,41 @@ class Passes:
     progress: Progress
     batch_size: int | None = None
 
-    def _walk(self) -> Walk:
-        assert self.calibration is not None, "a recipe that walks has been given tokens"
-        tokens = self.calibration.tokens
-        return Walk(self.skeleton, tokens, batch_size=self.batch_size, wanted=self.targets, progress=self.progress)
-
     def first(self, parts: Parts) -> int:
         """Choose the masks layer by layer, leaving a part file each. Returns how many an earlier run had left."""
-        done, total = parts.finished(), len(self.skeleton.layers)
-        if done == total:
-            return done
-        with self.progress.task("pruning layers", total) as step:
-            if not walks(self.recipe):
-                for layer in self.skeleton.layers:
-                    if layer.index >= done:
-                        self._prune_from_file(layer, parts)
+        done = parts.finished()
+        if walks(self.recipe):
+            self._along_walk("pruning layers", parts, self._prune_layer)
+        elif left := self.skeleton.layers[done:]:
+            with self.progress.task("pruning layers", done + len(left)) as step:
+                step(done)
+                for layer in left:
+                    self._prune_from_file(layer).finish(parts, layer)
                     step()
-                return done
-            walk = self._walk()
-            for layer in walk.layers():
-                if self.recipe.barber and layer.index == done and self.mine(layer):
-                    # What the second pass cannot work on is refused before the first one is done.
-                    blocks_of(walk, layer)
-                if layer.index < done:
-                    self._replay(layer, parts.read(layer.index))
-                else:
-                    self._prune_layer(walk, layer, parts)
-                if layer.index + 1 < total:
-                    walk.advance(layer)
-                step()
         return done
 
     def second(self, first: Parts, second: Parts) -> int:
-        """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber)."""
-        done, total = second.finished(), len(self.skeleton.layers)
+        """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber). Returns the like of `first`."""
+
+        def rebuild(walk: Walk, layer: DecoderLayer) -> PartWriter:
+            return self._rebuild(walk, layer, first.read(layer.index))
+
+        return self._along_walk("rebuilding layers", second, rebuild)
+
+    def _along_walk(self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer], "PartWriter"]) -> int:
+        """`work` on the layers that have no part file yet, each with the outputs of the sparse layers before it."""
+        done, total = parts.finished(), len(self.skeleton.layers)
         if done == total:
             return done
-        walk = self._walk()
-        with self.progress.task("rebuilding layers", total) as step:
+        assert self.calibration is not None, "a recipe that walks has been given tokens"
+        with self.progress.task(title, total) as step:
+            tokens = self.calibration.tokens
+            walk = Walk(self.skeleton, tokens, batch_size=self.batch_size, wanted=self.targets, progress=self.progress)
             for layer in walk.layers():
                 if layer.index < done:
-                    self._replay(layer, second.read(layer.index))
+                    self._replay(layer, parts.read(layer.index))
                 else:
-                    self._rebuild(walk, layer, first.read(layer.index), second)
+                    work(walk, layer).finish(parts, layer)
                 if layer.index + 1 < total:
                     walk.advance(layer)
                 step()
@@ -93,40 +85,43 @@ class Passes:
         """The weight [D_out, D_in] as stored, on the compute device: the layer's own may have fewer bits."""
         return linear.read(self.skeleton.checkpoint).to(self.skeleton.device)
 
-    def _prune_from_file(self, layer: DecoderLayer, parts: Parts) -> None:
+    def _prune_from_file(self, layer: DecoderLayer) -> "PartWriter":
         """Without propagation: statistics from the calibration file, one matrix in memory."""
         writer = PartWriter(self)
-        device = self.skeleton.device
         for linear in self.mine(layer):
             stats = LinearStats()
             if self.recipe.needs and self.calibration:
-                found = self.calibration.statistics(linear.name)
-                refuse_unusable(found, linear.name)
-                stats = LinearStats(**{name: tensor.to(device) for name, tensor in found.tensors.items()})
+                stats = self.calibration.statistics(linear.name)
+                refuse_unusable(stats, linear.name)
+                moved = {name: tensor.to(self.skeleton.device) for name, tensor in stats.tensors.items()}
+                stats = LinearStats(**moved)
             writer.add(linear, self.recipe.choose(self._stored(linear), stats, self.targets[linear.name]))
-        writer.finish(parts, layer)
+        return writer
 
-    def _prune_layer(self, walk: Walk, layer: DecoderLayer, parts: Parts) -> None:
+    def _prune_layer(self, walk: Walk, layer: DecoderLayer) -> "PartWriter":
         """With propagation: dense weights, pruned inputs."""
-        groups = walk.groups(layer) if self.mine(layer) else []
-        stats = self._collect(walk, layer, groups, self.recipe.needs)
         writer = PartWriter(self)
+        if not self.mine(layer):
+            return writer
+        if self.recipe.barber and layer.index == 0:
+            # What the second pass cannot work on is refused before the first one is done.
+            blocks_of(walk, layer)
+        groups = walk.groups(layer)
+        stats = self._collect(walk, layer, groups, self.recipe.needs)
         for number, group in enumerate(groups):
             if self.recipe.input_recalc and number:
                 self._recalculate(walk, layer, group, stats)
             for linear in group.linears:
                 outcome = self.recipe.choose(self._stored(linear), stats[linear.name], self.targets[linear.name])
                 writer.add(linear, outcome)
-                apply_outcome(linear, outcome.keep, writer.weight(linear))
+                linear.write(writer.weight(linear), outcome.keep)
             for linear in group.linears:
                 stats.pop(linear.name, None)
-        writer.finish(parts, layer)
+        return writer
 
     def _collect(
         self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[str]
     ) -> dict[str, LinearStats]:
-        if not groups:
-            return {}
         device = self.skeleton.device
         collector = Collector(groups, needs, walk.nsamples, walk.seqlen, device, self.recipe.options_of)
         walk.collect(layer, collector)
@@ -134,46 +129,43 @@ class Passes:
 
     def _recalculate(self, walk: Walk, layer: DecoderLayer, group: InputGroup, stats: dict[str, LinearStats]) -> None:
         """Last-token inputs anew, the linears before the group now being pruned (TRIM's input recalculation)."""
-        reference = self.recipe.numerics == "reference"
-        needs = {INPUTS.name}
-        if reference and SQNORM.name in self.recipe.needs:
-            needs.add(SQNORM.name)
+        # The published code goes on adding to the norms of the linears whose turn has not come.
+        adding = self.recipe.numerics == "reference" and SQNORM.name in self.recipe.needs
+        needs = {INPUTS.name, SQNORM.name} if adding else {INPUTS.name}
         again = self._collect(walk, layer, [group], frozenset(needs))
         for position, linear in enumerate(group.linears):
             before, after = stats[linear.name], again[linear.name]
             anew = {"inputs": after.inputs}
-            if position and SQNORM in after:
-                # The published code goes on adding to the norms of the linears whose turn has not come.
+            if adding and position:
                 anew["sqnorm"] = (before.sqnorm + after.sqnorm) / 2
             stats[linear.name] = before.with_(**anew)
 
-    def _replay(self, layer: DecoderLayer, part: Part) -> None:
+    def _replay(self, layer: DecoderLayer, part: Part) -> dict[str, tuple[Tensor | None, Tensor]]:
+        """Make the loaded layer what its part file says: by linear the weight, where that changed, and the mask."""
+        found = {}
         for linear in self.mine(layer):
             key = f"{linear.name}.weight"
             keep = masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in)
-            apply_outcome(linear, keep, part.load(key) if key in part.names else None)
+            found[linear.name] = part.load(key) if key in part.names else None, keep
+            linear.write(*found[linear.name])
+        return found
 
-    def _rebuild(self, walk: Walk, layer: DecoderLayer, part: Part, second: Parts) -> None:
-        assert self.recipe.barber is not None
-        mine = self.mine(layer)
-        # As stored, not as computed with: what returns returns with all its bits.
-        stored = {
-            linear.name: linear.read(self.skeleton.checkpoint).to(self.skeleton.device) for linear in layer.linears
-        }
-        self._replay(layer, part)
-        keep = {linear.name: masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in) for linear in mine}
-        patterns = {linear.name: self.targets[linear.name].pattern for linear in mine}
+    def _rebuild(self, walk: Walk, layer: DecoderLayer, part: Part) -> "PartWriter":
         writer = PartWriter(self)
-        changed = {
-            linear.name: part.load(f"{linear.name}.weight") for linear in mine if f"{linear.name}.weight" in part.names
-        }
-        outcomes = rebuild_layer(walk, layer, stored, stored | changed, keep, patterns, self.recipe) if mine else {}
+        if not (mine := self.mine(layer)):
+            return writer
+        # As stored, not as computed with: what returns returns with all its bits.
+        stored = {linear.name: self._stored(linear) for linear in layer.linears}
+        found = self._replay(layer, part)
+        keep = {name: mask for name, (_, mask) in found.items()}
+        changed = {name: weight for name, (weight, _) in found.items() if weight is not None}
+        patterns = {linear.name: self.targets[linear.name].pattern for linear in mine}
+        outcomes = rebuild_layer(walk, layer, stored, stored | changed, keep, patterns, self.recipe)
         for linear in mine:
-            keep_new, weight = outcomes[linear.name]
-            writer.add(linear, Outcome(keep_new, weight if self.recipe.changes_weights else None))
-            if writer.weight(linear) is not None:
-                apply_outcome(linear, keep_new, writer.weight(linear))
-        writer.finish(second, layer)
+            mask, weight = outcomes[linear.name]
+            writer.add(linear, Outcome(mask, weight if self.recipe.changes_weights else None))
+            linear.write(writer.weight(linear), mask)
+        return writer
 
 
 class PartWriter:
@@ -206,11 +198,3 @@ class PartWriter:
     def finish(self, parts: Parts, layer: DecoderLayer) -> None:
         """Write the part: the layer is finished."""
         parts.write(layer.index, self._tensors, {"rows": self._rows, "remarks": self._remarks})
-
-
-def apply_outcome(linear: Matrix, keep: Tensor, weight: Tensor | None) -> None:
-    """Make the loaded layer's linear sparse: new weights [D_out, D_in] where there are any, zeros elsewhere."""
-    if weight is None:
-        linear.mask(keep)
-    else:
-        linear.write(weight, keep)

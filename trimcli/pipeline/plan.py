@@ -31,9 +31,8 @@ class PlannedLinear:
 class Plan:
     """What a prune will do.
 
-    linears: what is pruned. dense: matrices inside the decoder layers that stay dense, name -> shape.
-    forward_passes: over the calibration samples, in units of the whole model. All sizes in bytes: host and device peak
-    memory (estimates), disk for the masks and for the pruned model.
+    dense: matrices inside the decoder layers that stay dense, name -> shape. forward_passes: over the calibration
+    samples, in units of the whole model. host_bytes, device_bytes: estimated peaks. mask_bytes, model_bytes: on disk.
     """
 
     model: str
@@ -88,13 +87,10 @@ class Plan:
 def chosen_linears(
     skeleton: Skeleton, only: tuple[str, ...], skip: tuple[str, ...], progress: Progress = NO_PROGRESS
 ) -> list[Matrix]:
-    """The linears that --only and --skip leave; warns of a glob without effect.
-
-    Raises OptionError when none is left.
-    """
+    """The linears that --only and --skip leave, or OptionError if none; warns of a glob without effect."""
     found = [linear for name, linear in skeleton.linears.items() if selected(name, only, skip)]
+    some = next(iter(skeleton.linears), "none")
     if not found:
-        some = next(iter(skeleton.linears), "none")
         raise OptionError(
             f"nothing matches: of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip "
             f"{list(skip)} leave none; the globs are matched against full module names."
@@ -102,7 +98,6 @@ def chosen_linears(
     for flag, globs in (("--only", only), ("--skip", skip)):
         for glob in globs:
             if not any(selected(name, (glob,), ()) for name in skeleton.linears):
-                some = next(iter(skeleton.linears))
                 progress.warn(f"{flag} {glob!r} matches none of the {len(skeleton.linears)} linears, such as {some}.")
     return found
 
@@ -118,30 +113,24 @@ def make_plan(
     saves_model: bool = False,
 ) -> Plan:
     """The plan of a prune. Raises OptionError for a pattern that does not divide a linear's inputs."""
-    check_patterns(targets, {linear.name: linear.shape for linear in linears})
-    planned = tuple(
-        PlannedLinear(
-            linear.name,
-            linear.shape,
-            targets[linear.name],
-            expected_zeros(linear.shape, targets[linear.name], recipe),
-        )
-        for linear in linears
-    )
+    shapes = {linear.name: linear.shape for linear in linears}
+    check_patterns(targets, shapes)
     checkpoint = skeleton.checkpoint
-    chosen = {linear.name for linear in linears}
-    dense = {name: linear.shape for name, linear in skeleton.linears.items() if name not in chosen}
+    dense = {name: linear.shape for name, linear in skeleton.linears.items() if name not in shapes}
     device, host = estimate_memory(skeleton, linears, recipe, nsamples=nsamples, seqlen=seqlen)
     return Plan(
         model=checkpoint.id,
-        linears=planned,
+        linears=tuple(
+            PlannedLinear(name, shape, targets[name], expected_zeros(shape, targets[name], recipe))
+            for name, shape in shapes.items()
+        ),
         dense={**dense, **skeleton.left_dense()},
         compute_dtype=dtype_name(skeleton.dtype),
         device=str(skeleton.device),
         forward_passes=forward_passes(recipe, len(skeleton.layers)),
         host_bytes=host,
         device_bytes=device,
-        mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in (linear.shape for linear in linears)),
+        mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in shapes.values()),
         model_bytes=checkpoint.nbytes if saves_model and checkpoint.has_weights else None,
     )
 

@@ -23,29 +23,24 @@ def rebuild_layer(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """New masks and weights [D_out, D_in] of a layer's pruned linears, which the loaded layer then holds.
 
-    walk: at this layer, its hidden states those of the sparse model. layer: loaded with its sparse weights.
-    dense: every linear's dense weight [D_out, D_in]. sparse: the sparse model's, right where it is kept. keep:
-    the masks to rebuild, for the linears that are pruned. patterns: the N:M of those that have one. Raises
-    OptionError for a layer that is not attention and MLP in sequence (Su et al. 2024, section 3).
+    walk: at this layer, its hidden states those of the sparse model. layer: loaded with its sparse weights. dense:
+    every linear's dense weight [D_out, D_in]. sparse: the sparse model's, right where it is kept. keep: the masks to
+    rebuild, of the pruned linears. patterns: their N:M. Raises OptionError as `find_blocks` does.
     """
     assert recipe.barber is not None, "there is a second pass"
-    options = recipe.barber
     linears = {linear.name: linear for linear in layer.linears}
     result: dict[str, tuple[Tensor, Tensor]] = {}
     for block in blocks_of(walk, layer):
         mine = [name for name in block.linears if name in keep]
         if not mine:
             continue
-        gradients = _gradients(walk, layer, block, dense) if options.needs_gradients else None
-        rebuilt = rebuild(
-            {name: dense[name] for name in mine},
-            {name: sparse[name].to(walk.skeleton.device) for name in mine},
-            {name: keep[name].to(walk.skeleton.device) for name in mine},
-            None if gradients is None else {name: linears[name].within(gradients[name]) for name in mine},
-            patterns,
-            options,
-            recipe.numerics,
-        )
+        gradients = None
+        if recipe.barber.needs_gradients:
+            found = _gradients(walk, layer, block, dense)
+            gradients = {name: linears[name].within(found[name]) for name in mine}
+        old = {name: keep[name].to(walk.skeleton.device) for name in mine}
+        values = {name: sparse[name].to(walk.skeleton.device) for name in mine}
+        rebuilt = rebuild(dense, values, old, gradients, patterns, recipe.barber, recipe.numerics)
         for name in mine:
             linears[name].weight.copy_(rebuilt.weight[name])
             result[name] = rebuilt.keep[name], rebuilt.weight[name]
@@ -53,10 +48,7 @@ def rebuild_layer(
 
 
 def blocks_of(walk: Walk, layer: DecoderLayer) -> list[Block]:
-    """The attention and the MLP of a loaded layer at which the walk is.
-
-    Raises OptionError for a layer that is not attention and MLP in sequence.
-    """
+    """The attention and the MLP of the loaded layer at which the walk is. Raises OptionError as `find_blocks` does."""
     modules = {linear.name: linear.module for linear in layer.linears}
     return find_blocks(layer.module, modules, partial(_run, walk, layer, 0), _states(walk, 0), layer.name)
 
@@ -70,14 +62,16 @@ def _states(walk: Walk, sample: int) -> Tensor:
 
 
 def _gradients(walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    total = walk.nsamples
-    with walk.progress.task(f"gradients of {len(block.linears)} linears", total) as step:
+    stored = {
+        linear.name: linear.replaced(linear.parameter, dense[linear.name])
+        for linear in layer.linears
+        if linear.name in block.linears
+    }
+    with walk.progress.task(f"gradients of {len(stored)} linears", walk.nsamples) as step:
 
         def calls() -> Iterator[Call]:
-            for sample in range(total):
+            for sample in range(walk.nsamples):
                 yield block.capture(partial(_run, walk, layer, sample), _states(walk, sample))
                 step()
 
-        mine = [linear for linear in layer.linears if linear.name in block.linears]
-        stored = {linear.name: linear.replaced(linear.parameter, dense[linear.name]) for linear in mine}
-        return block_gradients(block, {name: stored[name] for name in block.linears}, calls(), total)
+        return block_gradients(block, stored, calls(), walk.nsamples)

@@ -5,6 +5,7 @@ else in (pinned) CPU memory.
 """
 
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +13,12 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, ResourceError
+from trimcli.methods.masks import slices
 from trimcli.model.forward import Embedder, Forward, Recording, first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, find_groups
 
-# Tokens in a batch when no batch size is given, on a CPU and on an accelerator: enough to fill the device, few enough
-# that activations stay small.
+# Tokens in a batch when no batch size is given: enough to fill the device, few enough that activations stay small.
 CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
 # The share of free device memory that the hidden states may take.
 SHARE = 0.4
@@ -26,9 +27,8 @@ SHARE = 0.4
 class Walk:
     """Samples on their way through a skeleton.
 
-    skeleton: the model. tokens: integer [N, L]. batch_size: samples a batch; None chooses.
-    wanted: the linears whose inputs matter, None for all. Raises InputError
-    for tokens outside the vocabulary, ResourceError when not even one sample fits in memory.
+    tokens: integer [N, L]. batch_size: None chooses. wanted: the linears whose inputs matter, None for all. Raises
+    InputError for tokens outside the vocabulary, ResourceError when not even one sample fits in memory.
     """
 
     def __init__(
@@ -60,15 +60,13 @@ class Walk:
             self._own.clear()
             self.hidden = self._embed()
 
-    # --- the start ---------------------------------------------------------------------------------------
-
     def _embed(self) -> Tensor:
         hidden: Tensor | None = None
         with self.forward.embedding() as embed, self.progress.task("embedding", self.nsamples) as advance:
             self._record_size(1, embed)
             # With a single batch there is nothing else to see by whether the calls depend on the tokens.
             self._keep_recording(slice(self.nsamples - 1, self.nsamples), embed(self._tokens[-1:])[1])
-            for rows in self._batches(self.batch_size):
+            for rows in slices(self.nsamples, self.batch_size):
                 states, recording = embed(self._tokens[rows])
                 self._keep_recording(rows, recording)
                 if hidden is None:
@@ -88,25 +86,19 @@ class Walk:
                 return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
         return torch.empty(shape, dtype=states.dtype, device=states.device)
 
-    def _batches(self, size: int, start: int = 0) -> Iterator[slice]:
-        for first in range(start, self.nsamples, size):
-            yield slice(first, min(first + size, self.nsamples))
-
     def _keep_recording(self, rows: slice, recording: Recording) -> None:
         """Batches of one size are called alike; where the calls depend on the tokens, each batch keeps its own."""
         shared = self._recordings.setdefault(rows.stop - rows.start, recording)
-        if shared is not recording and not _alike(shared.calls, recording.calls, self.skeleton.device):
+        if shared is not recording and not _alike(shared, recording, self.skeleton.device):
             self._own[rows.start] = recording
 
     def _record_size(self, size: int, embed: Embedder) -> None:
         if size not in self._recordings:
             self._recordings[size] = embed(self._tokens[:size])[1]
 
-    # --- layers ------------------------------------------------------------------------------------------
-
-    def layers(self, start: int = 0) -> Iterator[DecoderLayer]:
+    def layers(self) -> Iterator[DecoderLayer]:
         """Decoder layers in order, each loaded for its turn and dropped after it."""
-        for layer in self.skeleton.layers[start:]:
+        for layer in self.skeleton.layers:
             self.skeleton.load_layer(layer)
             try:
                 yield layer
@@ -126,7 +118,7 @@ class Walk:
     def call(self, layer: DecoderLayer, rows: slice, hidden: Tensor) -> Tensor:
         """The layer's output for given hidden states [b, L, H] in the place of samples `rows`."""
         recording = self._own.get(rows.start) or self._recordings[rows.stop - rows.start]
-        args, kwargs = recording.calls[layer.index]
+        args, kwargs = recording[layer.index]
         with torch.no_grad():
             return first_output(layer.module(hidden, *args, **kwargs))
 
@@ -137,10 +129,7 @@ class Walk:
 
     def advance(self, layer: DecoderLayer, collector: Collector | None = None) -> None:
         """Replace the hidden states by the layer's outputs, gathering statistics on the way if asked to."""
-        if collector is None:
-            self._pass(layer, None, advance=True)
-            return
-        with collector.watching():
+        with nullcontext() if collector is None else collector.watching():
             self._pass(layer, collector, advance=True)
 
     def _pass(self, layer: DecoderLayer, collector: Collector | None, *, advance: bool) -> None:
@@ -174,8 +163,8 @@ class Walk:
     def _fits(self, layer: DecoderLayer, rows: slice, sound: Tensor, *, advance: bool) -> bool:
         """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way.
 
-        sound: bool scalar, which becomes False with outputs that are not finite. Whoever goes on after False does so
-        outside the `except` clause: in there the traceback keeps the activations of the failed batch in memory.
+        sound: bool scalar, False once outputs are not finite. What follows False runs outside the `except` clause, in
+        which the traceback keeps the activations of the failed batch in memory.
         """
         try:
             outputs = self.run_rows(layer, rows)

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from trimcli.errors import InputError
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import RESULTS
+from trimcli.methods.layers.base import ALLOCATIONS
+from trimcli.methods.named import methods
+from trimcli.methods.rows.base import ROWS
+from trimcli.registry import title_of
 
-METHODS = {"wanda": "Wanda", "magnitude": "Magnitude", "sparsegpt": "SparseGPT"}
-ALLOCATIONS = {"owl": "OWL", "alpha": "AlphaPruning", "uniform": "uniform layers"}
-ROWS = {"even": "", "variant": "", "trim": "TRIM"}
 MISSING = "\u2013"
 
 
@@ -145,13 +146,14 @@ def method_of(pruning: Mapping[str, Any] | None) -> str:
     rows = "trim" if isinstance(recipe.get("rows"), Mapping) else str(recipe.get("rows") or "even")
     rows = "variant" if recipe.get("variant") else rows
     update = recipe.get("update")
-    name = METHODS.get(recipe["method"], str(recipe["method"]))
+    name = title_of(methods(), str(recipe["method"]))
     if rows == "variant":
         name += " variant"
     if options.get("sparsity_type", "unstructured") != "unstructured":
         name += f" {options['sparsity_type']}"
     allocation = (pruning.get("allocation") or {}).get("method") or ""
-    parts = [name, ALLOCATIONS.get(allocation, str(allocation)), ROWS.get(rows, f"{rows} rows")]
+    shared = "" if rows in ("even", "variant") else ROWS[rows].title if rows in ROWS else f"{rows} rows"
+    parts = [name, title_of(ALLOCATIONS, allocation), shared]
     if isinstance(update, str) and update != "none" and recipe["method"] != "sparsegpt":
         parts.append(f"{update} update")
     if recipe.get("barber"):

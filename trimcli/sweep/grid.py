@@ -17,24 +17,22 @@ from trimcli.methods.rows.base import ROWS
 from trimcli.methods.scores import SCORES
 from trimcli.methods.stats import STATISTICS
 from trimcli.methods.updates.base import UPDATES
-from trimcli.options import Numerics, RunOptions, at_least, declared, fraction, option, positive
+from trimcli.options import Numerics, RunOptions, at_least, declared, fraction, one_of, option, positive
 from trimcli.registry import Entry, option_types
 
 GRID, SAMPLES = "The grid (values separated by commas)", "Samples"
-REGISTRIES = (ROWS, SCORES, UPDATES, STATISTICS, ALLOCATIONS)
+SAVED_SAMPLES = "Samples from this file (a calibration file is one): the last ones measure, the others calibrate."
 
 
 def axes() -> list[type[Any]]:
     """The option classes whose fields are axes of a grid: those of every method and allocation."""
-    return option_types(*(entry for registry in REGISTRIES for entry in registry.values()))
+    registries = (ROWS, SCORES, UPDATES, STATISTICS, ALLOCATIONS)
+    return option_types(*(entry for registry in registries for entry in registry.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepOptions(RunOptions):
-    """A grid, and what all of it has in common.
-
-    settings: values of the options of methods and allocations, by field name; the one default where it says nothing.
-    """
+    """A grid, and what all of it has in common. settings: the values of methods' and allocations' options, by field."""
 
     sparsity: float = option(..., "The fraction to prune, in [0, 1); the same in every run.", check=fraction)
     method: tuple[str, ...] = option(("wanda",), "Methods.", panel=GRID, choices=methods)
@@ -46,11 +44,7 @@ class SweepOptions(RunOptions):
     dataset: str = option("c4", "c4, wikitext2, ptb (their training text), a FILE or hf:NAME.", panel=SAMPLES)
     nsamples: int = option(256, "Calibration samples.", panel=SAMPLES, check=positive)
     seqlen: int | None = option(None, "Tokens a sample, as for calibrate.", panel=SAMPLES, check=at_least(2))
-    tokens: Path | None = option(
-        None,
-        "Samples from this file (a calibration file is one): the last ones measure, the others calibrate.",
-        panel=SAMPLES,
-    )
+    tokens: Path | None = option(None, SAVED_SAMPLES, panel=SAMPLES)
     holdout: int = option(32, "Samples of the same text held out, to measure on.", panel=SAMPLES, check=positive)
     numerics: Numerics = option("exact", "exact: counts hold to the weight. reference: the published arithmetic.")
     propagate: bool = option(True, "Use the dense model's statistics.", "--no-propagate", off=True)
@@ -67,7 +61,11 @@ class SweepOptions(RunOptions):
         for axis in ("method", "alloc", "trim"):
             if not getattr(self, axis):
                 raise OptionError(f"--{axis} names nothing to try; give at least one value.")
-        brought = {one.field for kind in option_types(*self._brought()) for one in declared(kind)}
+        for name in self.settings:
+            one_of("the setting", name, (one.field for kind in axes() for one in declared(kind)))
+        recipes = [Recipe(method=method, rows=_rows(trim)) for method in self.method for trim in self.trim]
+        chosen = [*(ALLOCATIONS[name] for name in self.alloc), *(entry for one in recipes for entry in one.entries)]
+        brought = {one.field for kind in option_types(*chosen) for one in declared(kind)}
         for kind in axes():
             for one in declared(kind):
                 if one.field in self.settings and one.field not in brought:
@@ -80,11 +78,6 @@ class SweepOptions(RunOptions):
         for setting in settings_of(self):
             self.prune_options(setting, Path("calibration"), Path("model")).check()
 
-    def _brought(self) -> list[Entry]:
-        """Everything that a point of the grid may choose."""
-        recipes = [Recipe(method=method, rows=_rows(trim)) for method in self.method for trim in self.trim]
-        return [*(ALLOCATIONS[name] for name in self.alloc), *(entry for one in recipes for entry in one.entries)]
-
     def calibrate(self) -> CalibrateOptions:
         """How the samples are drawn."""
         drawn = {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "tokens", "batch_size")}
@@ -92,17 +85,13 @@ class SweepOptions(RunOptions):
 
     def prune_options(self, setting: Setting, calibration: Path | None, model: Path) -> PruneOptions:
         """The prune of one setting. model: the directory for a method that changes the kept weights."""
+        shared = {name: getattr(self, name) for name in ("sparsity", "only", "skip", "batch_size", "resume")}
         return PruneOptions(
-            **self.run(),
+            **{**self.run(), **shared},
             recipe=setting.recipe,
-            sparsity=self.sparsity,
             allocate=setting.allocate,
             calibration=calibration,
-            only=self.only,
-            skip=self.skip,
-            batch_size=self.batch_size,
             save_model=model if setting.recipe.changes_weights else None,
-            resume=self.resume,
         )
 
 
@@ -113,11 +102,6 @@ class Setting:
     values: Mapping[str, Any]
     recipe: Recipe
     allocate: AllocateOptions | None
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """The statistics that its allocation reads."""
-        return self.allocate.allocating.needs if self.allocate else frozenset()
 
 
 def settings_of(options: SweepOptions) -> list[Setting]:
@@ -145,12 +129,11 @@ def settings_of(options: SweepOptions) -> list[Setting]:
                     options=own,
                 )
             values = {"method": method, "alloc": alloc, "trim": trim}
-            values |= {
-                one.field.rstrip("_"): getattr(given, one.field)
-                for given in chosen
-                for one in declared(type(given))
-                if getattr(given, one.field) not in (None, False)
-            }
+            for name, value in (
+                (one.field, getattr(kind, one.field)) for kind in chosen for one in declared(type(kind))
+            ):
+                if value not in (None, False):
+                    values[name.rstrip("_")] = value
             given = tuple(one for one in chosen if one not in own)
             setting = Setting(values, replace(recipe, options=given), allocate)
             found.setdefault(tuple(values.items()), setting)
@@ -166,12 +149,9 @@ def _combinations(options: SweepOptions, entries: Iterable[Entry]) -> list[tuple
     made = []
     for kind in option_types(*entries):
         names = [one.field for one in declared(kind) if one.field in options.settings]
-        made.append([kind(**dict(zip(names, chosen, strict=True))) for chosen in _grid(options, names)])
+        grid = product(*(options.settings[name] for name in names))
+        made.append([kind(**dict(zip(names, chosen, strict=True))) for chosen in grid])
     return list(product(*made))
-
-
-def _grid(options: SweepOptions, names: list[str]) -> Iterable[tuple[Any, ...]]:
-    return product(*(options.settings[name] for name in names))
 
 
 def _bringing(kind: type[Any]) -> str:

@@ -1,8 +1,7 @@
 """`trim sweep`: a grid of allocations and TRIM settings from one calibration, measured on held-out samples.
 
-The calibration samples are the first draws of the data set, those that `trim prune` makes; the samples that
-measure are further draws of the same calibration text that share no run of 16 tokens with them. No test set is
-read, so choosing by these figures leaves every test figure honest.
+The first draws of the data set calibrate, as for `trim prune`; further ones that share no run of 16 tokens with them
+measure. No test set is read, so choosing by these figures leaves every test figure honest.
 """
 
 import math
@@ -69,11 +68,7 @@ class Run:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep found.
-
-    runs: by perplexity, best first, NaN (where it is no finite number) last. taken_over: how many of these and
-    the dense one an earlier sweep had measured. document: `trim.sweep/1`.
-    """
+    """What a sweep found, best perplexity first, NaN last. taken_over: how many an earlier sweep had measured."""
 
     dense: Run
     runs: tuple[Run, ...]
@@ -97,10 +92,9 @@ def sweep(
 ) -> SweepResult:
     """Prune by every setting of a grid and measure each on held-out calibration samples.
 
-    model: a directory or hub id. output: a JSON file of what was found (`trim.sweep/1`). announce: is given the
-    plan before any pass. Calibration, layer ratios and what was measured stay in the stage cache, so that an
-    interrupted sweep goes on; masks and models go to a temporary folder. Raises UsageError for what cannot be
-    used, InputError where the text is too short to hold samples out, and what prune raises.
+    model: a directory or hub id. output: a JSON file of what was found. announce: is given the plan before any pass.
+    What was measured stays in the stage cache, so that an interrupted sweep goes on; masks and models do not. Raises
+    InputError where the text is too short to hold samples out, and what prune raises.
     """
     options.check()
     if output is not None:
@@ -116,7 +110,7 @@ def sweep(
     heldout = held_out(skeleton, options, CalibrationFile(path).tokens)
     measurer = _Measurer(skeleton, options, path, heldout, progress)
     with progress.task("settings", len(settings) + 1) as step:
-        dense = measurer.dense()
+        dense = measurer.measure(None)
         step()
         runs = []
         for setting in settings:
@@ -151,8 +145,7 @@ def _plan(skeleton: Skeleton, options: SweepOptions, settings: list[Setting]) ->
                 "calibrate on; hold out fewer."
             )
     passes = (len(settings) + 1) * options.holdout + (nsamples if _stats(settings) else 0)
-    layers = len(skeleton.layers)
-    passes += sum(round(forward_passes(setting.recipe, layers) * nsamples) for setting in settings)
+    passes += sum(round(forward_passes(one.recipe, len(skeleton.layers)) * nsamples) for one in settings)
     return SweepPlan(len(settings), nsamples, options.holdout, seqlen, passes)
 
 
@@ -160,7 +153,8 @@ def _stats(settings: list[Setting]) -> tuple[str, ...]:
     """The statistics that one calibration needs to serve every setting, as `calibrate --stats` names them."""
     needed: set[str] = set()
     for setting in settings:
-        needed |= setting.needs | (frozenset() if walks(setting.recipe) else setting.recipe.needs)
+        needed |= setting.allocate.allocating.needs if setting.allocate else set()
+        needed |= set() if walks(setting.recipe) else setting.recipe.needs
     return tuple(option for option, one in stored_statistics().items() if one.name in needed)
 
 
@@ -179,11 +173,7 @@ def _calibrate_options(skeleton: Skeleton, options: SweepOptions) -> CalibrateOp
 
 
 def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
-    """Samples to measure on, int32 [holdout, seqlen], that share no run of 16 tokens with `seen` [n, seqlen].
-
-    Drawn as the calibration was, after it; or the last samples of --tokens. Raises InputError where there are
-    too few of them.
-    """
+    """Samples, int32 [holdout, seqlen], without a run of 16 tokens in common with `seen` [n, seqlen]; or InputError."""
     if options.tokens is not None:
         fresh = _unseen(read_tokens(options.tokens)[-options.holdout :], seen)
     else:
@@ -192,11 +182,7 @@ def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
         further = 2 * options.holdout
         while True:
             drawn = calibration_tokens(
-                options.dataset,
-                tokenizer,
-                nsamples=options.nsamples + further,
-                seqlen=seen.shape[1],
-                seed=options.seed,
+                options.dataset, tokenizer, nsamples=options.nsamples + further, seqlen=seen.shape[1], seed=options.seed
             )
             fresh = _unseen(drawn[options.nsamples :], seen)
             if len(fresh) >= options.holdout or further >= MOST_DRAWS * options.holdout:
@@ -214,8 +200,7 @@ def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
 
 def _unseen(candidates: Tensor, seen: Tensor) -> Tensor:
     """The candidates [m, L] without those that share RUN_LENGTH consecutive tokens with `seen` [n, L]."""
-    shared = torch.isin(_runs(candidates), _runs(seen)).any(dim=1)
-    return candidates[~shared]
+    return candidates[~torch.isin(_runs(candidates), _runs(seen)).any(dim=1)]
 
 
 def _runs(tokens: Tensor) -> Tensor:
@@ -239,7 +224,7 @@ class _Measurer:
         self._calibration, self._heldout = calibration, heldout
         self._cache = Cache(options.cache_dir)
         self._metrics = self._cache.file("metrics", skeleton.fingerprint.document(), ".json")
-        self._key = {
+        self._key: dict[str, Any] = {
             "trim": version("trimcli"),
             "model": [skeleton.fingerprint.structure, skeleton.fingerprint.content],
             "calibration": digest(CalibrationFile(calibration).tokens.tolist()),
@@ -248,41 +233,25 @@ class _Measurer:
         }
         self.taken_over = 0
 
-    def dense(self) -> Run:
-        """The dense model."""
-        return self._remembered({}, lambda: (self._perplexity(self._model), 0.0), {})
-
-    def measure(self, setting: Setting) -> Run:
-        """One setting."""
-        options = self._options
-        key = {
-            "values": dict(setting.values),
-            "recipe": setting.recipe.document(),
-            "sparsity": options.sparsity,
-            "only": options.only,
-            "skip": options.skip,
-            "seed": options.seed,
-        }
-        return self._remembered(key, lambda: self._pruned(setting), setting.values)
-
-    def _remembered(
-        self, key: Mapping[str, Any], find: Callable[[], tuple[float, float]], values: Mapping[str, Any]
-    ) -> Run:
-        path = self._cache.file("sweep", {**self._key, **key}, ".json")
+    def measure(self, setting: Setting | None) -> Run:
+        """One setting, or the dense model."""
+        key, values = self._key, setting.values if setting else {}
+        if setting:
+            shared = {name: getattr(self._options, name) for name in ("sparsity", "only", "skip", "seed")}
+            key = {**key, **shared, "values": dict(values), "recipe": setting.recipe.document()}
+        path = self._cache.file("sweep", key, ".json")
         if self._options.resume and path.is_file():
             found = read_json(path, SWEEP)
             self.taken_over += 1
         else:
             started = time.monotonic()
-            value, sparsity = find()
+            value, sparsity = self._pruned(setting) if setting else (self._perplexity(self._model), 0.0)
             seconds = time.monotonic() - started
             found = {"schema": SWEEP, "perplexity": value, "sparsity": sparsity, "seconds": seconds}
             write_json(path, found, force=True)
         # JSON has neither infinity nor NaN, so both come back as nothing.
-        value = found["perplexity"]
-        if value is None or not math.isfinite(value):
-            value = math.nan
-        return Run(values, value, found["sparsity"], found["seconds"])
+        value = math.nan if found["perplexity"] is None else found["perplexity"]
+        return Run(values, value if math.isfinite(value) else math.nan, found["sparsity"], found["seconds"])
 
     def _pruned(self, setting: Setting) -> tuple[float, float]:
         """Perplexity and sparsity."""
@@ -294,16 +263,10 @@ class _Measurer:
                 setting = replace(setting, allocate=replace(setting.allocate, metrics_cache=known))
             options = self._options.prune_options(setting, self._calibration, model)
             summary = prune(self._model, masks, options, progress=self._progress)
-            if setting.recipe.changes_weights:
-                return self._perplexity(str(model)), summary.sparsity
-            return self._perplexity(self._model, masks), summary.sparsity
+            saved = setting.recipe.changes_weights
+            return self._perplexity(str(model)) if saved else self._perplexity(self._model, masks), summary.sparsity
 
     def _perplexity(self, model: str, masks: Path | None = None) -> float:
-        skeleton = open_model(model, self._options)
-        return perplexity(
-            skeleton,
-            self._heldout,
-            mask=open_masks(masks, skeleton) if masks else None,
-            batch_size=self._options.batch_size,
-            progress=self._progress,
-        )
+        skeleton, size = open_model(model, self._options), self._options.batch_size
+        mask = open_masks(masks, skeleton) if masks else None
+        return perplexity(skeleton, self._heldout, mask=mask, batch_size=size, progress=self._progress)

@@ -44,11 +44,7 @@ class Documents(Protocol):
 
 @dataclass(frozen=True)
 class _HubSource:
-    """Where a data set lies on the hub, and what of it is measured on.
-
-    files: the one file of each split where not all are wanted. measured: the split, of which the documents, or the
-    `first` of them, are put together by `joint`. local_form: how to give the same as a file.
-    """
+    """On the hub: one file a split where not all are wanted, and which split's (`first`) documents are measured."""
 
     name: str
     config: str | None = None
@@ -63,10 +59,7 @@ class _HubSource:
 STANDARD = {
     "c4": _HubSource(
         "allenai/c4",
-        files={
-            "train": "en/c4-train.00000-of-01024.json.gz",
-            "validation": "en/c4-validation.00000-of-00008.json.gz",
-        },
+        files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
         measured="validation",
         first=1100,
         local_form="a c4-train.*.json.gz (c4-validation.*.json.gz to measure), ",
@@ -88,11 +81,7 @@ STANDARD = {
 
 @contextlib.contextmanager
 def calibration_source(dataset: str) -> Iterator[str | Documents]:
-    """What to sample from, while the context lasts: one text, or documents of which one is drawn first.
-
-    Raises OptionError for an unknown name, InputError for a file that is missing or damaged, HubError when
-    the hub cannot be reached.
-    """
+    """One text, or documents, while this lasts. Raises OptionError (unknown name), InputError (bad file), HubError."""
     if dataset in STANDARD or dataset.startswith("hf:"):
         source, split = _hub_source(dataset)
         documents = _from_hub(source, split or "train")
@@ -137,36 +126,30 @@ def _read_text(path: Path) -> str:
 
 def _read_documents(path: Path) -> Iterator[str]:
     """The documents of a JSON-lines or parquet file, in order. Raises InputError naming the place."""
-    empty = True
+    document = None
     for document in _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path):
-        empty = False
         yield document
-    if empty:
+    if document is None:
         raise InputError(f"{path} holds no document; give one JSON object or row with a `text` for each.")
 
 
 def _read_json_lines(path: Path) -> Iterator[str]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
+    wanted = "one JSON object with a `text` a line is needed, as in C4's files."
     try:
         with opener(path, "rt", encoding="utf-8-sig") as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
-                    yield _json_text(line, number, path)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
-        raise InputError(f"{path} is damaged ({problem}); fetch or make it anew.") from None
-
-
-def _json_text(line: str, number: int, path: Path) -> str:
-    wanted = "one JSON object with a `text` a line is needed, as in C4's files."
-    try:
-        record = json.loads(line)
+                    record = json.loads(line)
+                    fields = record if isinstance(record, dict) else {}
+                    text = next((fields[name] for name in TEXT_FIELDS if name in fields), None)
+                    if not isinstance(text, str):
+                        raise InputError(f"line {number} of {path} is no JSON object with a `text`; {wanted}")
+                    yield text
     except json.JSONDecodeError as problem:
         raise InputError(f"line {number} of {path} is not JSON ({problem}); {wanted}") from None
-    fields = record if isinstance(record, dict) else {}
-    text = next((fields[name] for name in TEXT_FIELDS if name in fields), None)
-    if not isinstance(text, str):
-        raise InputError(f"line {number} of {path} is no JSON object with a `text`; {wanted}")
-    return text
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
+        raise InputError(f"{path} is damaged ({problem}); fetch or make it anew.") from None
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -186,9 +169,8 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _text_column(names: list[str], where: str) -> str:
-    for name in TEXT_FIELDS:
-        if name in names:
-            return name
+    if found := [name for name in TEXT_FIELDS if name in names]:
+        return found[0]
     raise InputError(f"{where} has no column `text`, only {', '.join(names) or 'none'}; give text to read.")
 
 
@@ -196,8 +178,7 @@ class _Spooled:
     """Documents in a temporary file: random access without a C4 shard in memory."""
 
     def __init__(self, documents: Iterable[str], file: IO[bytes]) -> None:
-        self._file = file
-        self._ends = [0]
+        self._file, self._ends = file, [0]
         for document in documents:
             self._file.write(document.encode("utf-8", "surrogatepass"))
             self._ends.append(self._file.tell())
@@ -227,17 +208,12 @@ def _from_hub(source: _HubSource, split: str) -> Any:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     unusable = (datasets.exceptions.DatasetsError, ValueError, RuntimeError)
+    files = {split: source.files[split]} if source.files else None
+    # One file of a data set has fewer rows than its card announces.
+    how = {"data_files": files, "revision": source.revision, "split": split, "verification_mode": "no_checks"}
     try:
         with quiet_libraries():
-            found = datasets.load_dataset(
-                source.name,
-                source.config,
-                data_files={split: source.files[split]} if source.files else None,
-                revision=source.revision,
-                split=split,
-                # One file of a data set has fewer rows than its card announces.
-                verification_mode="no_checks",
-            )
+            found = datasets.load_dataset(source.name, source.config, **how)
     except Exception as problem:
         # Whichever HTTP library carries the request, its errors come through as they are.
         for cause in (problem, problem.__cause__):

@@ -1,8 +1,4 @@
-"""Text to token windows, sampled as the published pruning code does.
-
-Where text comes from is `trimcli.text.sources`. One text is sampled at any position; of
-documents one is drawn first, and then a position inside.
-"""
+"""Text to token windows, sampled as the published pruning code does."""
 
 import random
 from dataclasses import dataclass
@@ -25,11 +21,7 @@ INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 @dataclass(frozen=True, eq=False)
 class EvaluationText:
-    """A text to measure perplexity on.
-
-    windows: int64 [n, seqlen], consecutive; the remainder is dropped. tokens: how many the whole text has.
-    dataset: the name it was asked for by.
-    """
+    """The consecutive windows of a text, int64 [n, seqlen], how many tokens all of it has, and its name."""
 
     windows: Tensor
     tokens: int
@@ -37,10 +29,7 @@ class EvaluationText:
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a model directory, the fast one where there is one.
-
-    Raises InputError when it is missing, cannot be read or would run code of its own.
-    """
+    """The tokenizer of a model directory. Raises InputError when it is unusable or would run code of its own."""
     from transformers import AutoTokenizer
 
     way_out = "put the model's tokenizer files there, or give the samples with --tokens."
@@ -50,13 +39,10 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> "PreTrai
         )
     except Exception as problem:
         # Each tokenizer class fails in its own way on missing or damaged files.
+        wrong = f"is missing or not usable ({first_line(problem)}); {way_out}"
         if "trust_remote_code" in str(problem):
-            raise InputError(
-                f"the tokenizer in {directory} runs code of its own; trust it with --trust-remote-code."
-            ) from None
-        raise InputError(
-            f"the tokenizer in {directory} is missing or not usable ({first_line(problem)}); {way_out}"
-        ) from None
+            wrong = "runs code of its own; trust it with --trust-remote-code."
+        raise InputError(f"the tokenizer in {directory} {wrong}") from None
     # Without its files transformers builds a tokenizer that knows no word and turns every text into nothing.
     if tokenizer.vocab_size < 2:
         raise InputError(f"the tokenizer in {directory} is missing: no vocabulary is there; {way_out}")
@@ -68,12 +54,9 @@ def calibration_tokens(
 ) -> Tensor:
     """Calibration samples, int32 [nsamples, seqlen], the same for the same seed.
 
-    Documents and positions come from Python's `random`, asked in the order of the published code (Frantar &
-    Alistarh 2023; Sun et al. 2023), so that equal seeds give equal samples. Documents are drawn uniformly
-    until one has more than seqlen tokens; a window starts uniformly in 0..length-seqlen-1.
-
-    Raises OptionError for an unknown data set, InputError for a file that is missing, damaged or too short,
-    HubError when the hub cannot be reached.
+    Python's `random` is asked in the order of the published code (Frantar & Alistarh 2023; Sun et al. 2023). Documents
+    are drawn uniformly until one has more than seqlen tokens; a window starts uniformly in 0..length-seqlen-1.
+    Raises what `calibration_source` raises, and InputError for a text that is too short.
     """
     if nsamples < 1 or seqlen < 1:
         raise OptionError(f"--nsamples {nsamples} and --seqlen {seqlen} must be at least 1; raise them.")
@@ -83,21 +66,15 @@ def calibration_tokens(
             return _draw_from_documents(source, tokenizer, nsamples, seqlen, rng, dataset)
         tokens = _tokenize(tokenizer, source)
     if len(tokens) <= seqlen:
-        raise InputError(
-            f"{dataset} holds {len(tokens)} tokens, and samples of --seqlen {seqlen} need more; "
-            "give a longer text or a smaller --seqlen."
-        )
+        held = f"{dataset} holds {len(tokens)} tokens, and samples of --seqlen {seqlen} need more"
+        raise InputError(f"{held}; give a longer text or a smaller --seqlen.")
     return torch.stack([_draw_window(tokens, seqlen, rng) for _ in range(nsamples)])
 
 
 def evaluation_windows(
     dataset: str, tokenizer: "PreTrainedTokenizerBase", *, seqlen: int, max_windows: int | None = None
 ) -> EvaluationText:
-    """The windows of a text to measure on: the first `max_windows`, or all.
-
-    Raises OptionError for an unknown data set, InputError for a file that is missing, damaged or shorter than
-    one window, HubError when the hub cannot be reached.
-    """
+    """The first `max_windows` windows of a text, or all. Raises as `evaluation_text`; InputError if too short."""
     if seqlen < 2:
         raise OptionError(f"--seqlen {seqlen} leaves nothing to predict; give at least 2.")
     if max_windows is not None and max_windows < 1:
@@ -106,20 +83,15 @@ def evaluation_windows(
     if dataset == "c4":
         tokens = tokens[: C4_VALIDATION_WINDOWS * seqlen]
     if len(tokens) < seqlen:
-        raise InputError(
-            f"{dataset} holds {len(tokens)} tokens, fewer than one window of --seqlen {seqlen}; "
-            "give a longer text or a smaller --seqlen."
-        )
+        held = f"{dataset} holds {len(tokens)} tokens, fewer than one window of --seqlen {seqlen}"
+        raise InputError(f"{held}; give a longer text or a smaller --seqlen.")
     count = len(tokens) // seqlen
     windows = tokens[: count * seqlen].long().view(count, seqlen)
     return EvaluationText(windows[:max_windows], len(tokens), dataset)
 
 
 def read_tokens(path: Path, vocab_size: int | None = None) -> Tensor:
-    """Saved samples: the integer tensor `tokens` of a safetensors file, as int32 [nsamples, seqlen].
-
-    vocab_size: refuse ids that the model has no embedding for. Raises InputError.
-    """
+    """`tokens` of a safetensors file, int32 [nsamples, seqlen]. Raises InputError, also for ids beyond `vocab_size`."""
     with open_tensors(path) as handle:
         names = list(handle.keys())
         if "tokens" not in names:
@@ -131,14 +103,11 @@ def read_tokens(path: Path, vocab_size: int | None = None) -> Tensor:
             f"`tokens` in {path} is {tokens.dtype} of shape {list(tokens.shape)}; an integer tensor of shape "
             "[nsamples, seqlen] is needed."
         )
-    smallest, largest = int(tokens.min()), int(tokens.max())
     limit = 2**31 if vocab_size is None else vocab_size
-    if smallest < 0 or largest >= limit:
-        wrong = smallest if smallest < 0 else largest
-        raise InputError(
-            f"`tokens` in {path} holds the id {wrong}, outside 0..{limit - 1}; give samples made with this "
-            "model's tokenizer."
-        )
+    for number in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= number < limit:
+            wrong = f"`tokens` in {path} holds the id {number}, outside 0..{limit - 1}"
+            raise InputError(f"{wrong}; give samples made with this model's tokenizer.")
     return tokens.to(torch.int32)
 
 

@@ -235,8 +235,7 @@ def test_linears_without_a_pattern_make_a_block_by_themselves() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "kept"),
-    [("WD", [False, True, False]), ("W", [False, False, True]), ("D", [True, False, False])],
+    ("metric", "kept"), [("WD", [False, True, False]), ("W", [False, False, True]), ("D", [True, False, False])]
 )
 def test_metrics_rank_weights(metric: Any, kept: list[bool]) -> None:
     dense = {"q": torch.tensor([[0.1, 2.0, -3.0]])}

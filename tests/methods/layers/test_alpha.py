@@ -16,14 +16,7 @@ from trimcli.errors import OptionError
 from trimcli.methods.layers import spectra
 from trimcli.methods.layers.alpha import METRICS, AlphaOptions, sparsities
 from trimcli.methods.layers.base import ALLOCATIONS
-from trimcli.methods.layers.spectra import (
-    SPECTRAL,
-    alpha_mid,
-    alpha_peak,
-    cache_key,
-    measure,
-    squared_singular_values,
-)
+from trimcli.methods.layers.spectra import SPECTRAL, alpha_mid, alpha_peak, cache_key, measure, squared_singular_values
 from trimcli.methods.layers.ww_metrics import COLUMNS
 
 DATA = Path(__file__).parents[2] / "data"
@@ -147,12 +140,7 @@ def test_sparsities_follow_the_formula(
     metrics, layers, sizes = (list(column) for column in zip(*linears, strict=True))
     weights = torch.tensor(sizes, dtype=torch.float64)
     found = sparsities(
-        torch.tensor(metrics, dtype=torch.float64),
-        torch.tensor(layers),
-        weights,
-        target,
-        epsilon,
-        by_block=by_block,
+        torch.tensor(metrics, dtype=torch.float64), torch.tensor(layers), weights, target, epsilon, by_block=by_block
     )
     expected = slow_sparsities(metrics, layers, sizes, target, epsilon, by_block)
     assert found.tolist() == pytest.approx(expected, rel=1e-9)

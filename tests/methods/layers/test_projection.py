@@ -11,10 +11,7 @@ from trimcli.methods.layers.projection import settle, weighted_mean
 from trimcli.options import Numerics
 
 
-@given(
-    st.lists(st.tuples(st.floats(-0.5, 1.5), st.integers(1, 10_000)), min_size=1, max_size=20),
-    st.floats(0, 0.999),
-)
+@given(st.lists(st.tuples(st.floats(-0.5, 1.5), st.integers(1, 10_000)), min_size=1, max_size=20), st.floats(0, 0.999))
 def test_exact_hits_the_target_within_bounds(linears: list[tuple[float, int]], target: float) -> None:
     sparsity = torch.tensor([value for value, _ in linears], dtype=torch.float64)
     weights = torch.tensor([count for _, count in linears], dtype=torch.float64)

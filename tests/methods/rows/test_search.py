@@ -16,8 +16,8 @@ from trimcli.methods.choice import Choice, Target
 from trimcli.methods.rows import product as outputs
 from trimcli.methods.rows.base import ROWS
 from trimcli.methods.rows.metrics import QUALITIES, ROW_QUALITIES
-from trimcli.methods.rows.search import search_rows
 from trimcli.methods.rows.options import TrimOptions
+from trimcli.methods.rows.search import search_rows
 from trimcli.methods.scores import SCORES
 from trimcli.methods.stats import LinearStats
 from trimcli.options import Numerics

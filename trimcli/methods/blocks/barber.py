@@ -1,10 +1,9 @@
 """Rebuild the masks of one block: pruned weights that matter return, kept ones that do not go.
 
-LLM-Barber (Su et al. 2024, "LLM-Barber: Block-Aware Rebuilder for Sparsity Mask in One-Shot for Large
-Language Models", section 3). Pure functions of tensors: the gradients come from `trimcli.methods.blocks.structure`.
+LLM-Barber (Su et al. 2024, section 3). The gradients come from `trimcli.methods.blocks.structure`.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,11 +41,10 @@ def rebuild(
 ) -> Rebuilt:
     """Pair pruned with kept weights of one block and swap the most rewarding pairs.
 
-    dense: the dense model's weights, [D_out, D_in] by linear. sparse: the sparse model's, zero where pruned.
-    keep: bool, the masks to rebuild. gradients: float32 mean squared gradients (`blocks.block_gradients`)
-    in the weights' orientation; None is enough for metric `W`. patterns: (kept, group) of the linears whose mask is
-    N:M, whose groups keep their counts. numerics: `exact` swaps pairs, so counts stay; `reference` compares with two
-    threshold values, as published.
+    By linear, [D_out, D_in]: dense, sparse: weights, the sparse zero where pruned. keep: bool, the masks to rebuild.
+    gradients: float32 mean squared gradients; None is enough for metric `W`. patterns: (kept, group) of the linears
+    whose mask is N:M, whose groups keep their counts. numerics: `exact` swaps pairs, so counts stay; `reference`
+    compares with two threshold values, as published.
 
     In every unit, pruned weights by descending metric meet kept ones by ascending metric; of the pairs in
     which the pruned weight is worth more, the first int(count * threshold) swap. Equal metrics go in index
@@ -69,55 +67,25 @@ def rebuild(
         return root if options.metric == "D" else root.mul_(base_of(name).float().abs())
 
     new: dict[str, Tensor] = {}
-    free = {}
-    for name, old in keep.items():
-        pattern = patterns.get(name)
-        if pattern is None:
-            free[name] = old
-        else:
-            new[name] = _swap_in_groups(metric_of(name), old, pattern, options.threshold, numerics)
-    if options.granularity == "block" and free:
-        new |= _swap_together({name: metric_of(name) for name in free}, free, options.threshold, numerics)
-        free = {}
-    for name, old in free.items():
-        if options.granularity == "layer":
-            new |= _swap_together({name: metric_of(name)}, {name: old}, options.threshold, numerics)
-        elif options.granularity == "output1":
-            new[name] = _swap_in_rows(metric_of(name), old, options.threshold, numerics)
-        else:
-            new[name] = _swap_in_rows(metric_of(name).T, old.T, options.threshold, numerics).T.contiguous()
+    free = [name for name in keep if patterns.get(name) is None]
+    for name in keep:
+        if (pattern := patterns.get(name)) is not None:
+            new[name] = _swap_in_rows(metric_of(name), keep[name], options.threshold, numerics, pattern)
+    if options.granularity in ("block", "layer"):
+        for unit in [free] if options.granularity == "block" and free else [[name] for name in free]:
+            metrics = {name: metric_of(name) for name in unit}
+            new |= _swap_together(metrics, keep, options.threshold, numerics)
+    elif options.granularity == "output1":
+        new |= {name: _swap_in_rows(metric_of(name), keep[name], options.threshold, numerics) for name in free}
+    else:
+        for name in free:
+            columns = _swap_in_rows(metric_of(name).T, keep[name].T, options.threshold, numerics)
+            new[name] = columns.T.contiguous()
     return Rebuilt(
         keep=new,
         weight={name: base_of(name).masked_fill(~new[name], 0) for name in new},
         swapped={name: int((new[name] & ~keep[name]).sum()) for name in new},
     )
-
-
-def _row_chunks(metric: Tensor, keep: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = max(1, _CHUNK // max(1, metric.shape[1]))
-    return zip(metric.split(rows), keep.split(rows), strict=True)
-
-
-@dataclass(frozen=True)
-class _Pairing:
-    """Every row's sorted sides; entries beyond a side's size are infinite and pair with nothing.
-
-    growth, prune: sorted metrics [rows, D_in], by growth_order and prune_order. count: how many pairs of
-    each row swap, [rows, 1].
-    """
-
-    growth: Tensor
-    growth_order: Tensor
-    prune: Tensor
-    prune_order: Tensor
-    count: Tensor
-
-
-def _pair_rows(metric: Tensor, keep: Tensor, threshold: float) -> _Pairing:
-    growth, growth_order = metric.masked_fill(keep, -torch.inf).sort(dim=1, descending=True, stable=True)
-    prune, prune_order = metric.masked_fill(~keep, torch.inf).sort(dim=1, stable=True)
-    rewarding = (growth > prune).sum(dim=1, keepdim=True)
-    return _Pairing(growth, growth_order, prune, prune_order, (rewarding.double() * threshold).long())
 
 
 def _first(order: Tensor, count: Tensor) -> Tensor:
@@ -126,64 +94,51 @@ def _first(order: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(chosen).scatter_(1, order, chosen)
 
 
-def _growing(pairs: _Pairing, metric: Tensor, keep: Tensor, numerics: Numerics) -> Tensor:
-    """Which pruned weights return, before anything goes."""
-    if numerics == "exact":
-        return _first(pairs.growth_order, pairs.count)
-    last = ((~keep).sum(dim=1, keepdim=True) - 1).clamp(min=0)
-    return ~keep & (metric > pairs.growth.gather(1, pairs.count.minimum(last)))
-
-
-def _swap_in_rows(metric: Tensor, keep: Tensor, threshold: float, numerics: Numerics) -> Tensor:
-    parts = []
-    for worth, old in _row_chunks(metric, keep):
-        pairs = _pair_rows(worth, old, threshold)
-        returns = _growing(pairs, worth, old, numerics)
-        if numerics == "exact":
-            goes = _first(pairs.prune_order, pairs.count)
-        else:
-            last = (old.sum(dim=1, keepdim=True) - 1).clamp(min=0)
-            goes = old & (worth < pairs.prune.gather(1, pairs.count.minimum(last)))
-        parts.append((old & ~goes) | returns)
-    return torch.cat(parts)
-
-
-def _swap_in_groups(
-    metric: Tensor, keep: Tensor, pattern: tuple[int, int], threshold: float, numerics: Numerics
+def _swap_in_rows(
+    metric: Tensor, keep: Tensor, threshold: float, numerics: Numerics, pattern: tuple[int, int] | None = None
 ) -> Tensor:
-    kept, group = pattern
-    if metric.shape[1] % group:
+    """Every row a unit; with a pattern, what returns makes room in its own group."""
+    if pattern and metric.shape[1] % pattern[1]:
+        kept, group = pattern
         inputs = metric.shape[1]
         raise OptionError(f"{kept}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}.")
     parts = []
-    for worth, old in _row_chunks(metric, keep):
-        pairs = _pair_rows(worth, old, threshold)
-        returns = _growing(pairs, worth, old, numerics).reshape(-1, group)
-        worth, old = worth.reshape(-1, group), old.reshape(-1, group)
-        # A group of which little is kept (1:4) cannot take back more than it can give.
-        room = returns.sum(dim=1, keepdim=True).minimum(old.sum(dim=1, keepdim=True))
-        growth_order = worth.masked_fill(~returns, -torch.inf).argsort(dim=1, descending=True, stable=True)
-        prune_order = worth.masked_fill(~old, torch.inf).argsort(dim=1, stable=True)
-        parts.append((old & ~_first(prune_order, room)) | _first(growth_order, room))
+    rows = max(1, _CHUNK // max(1, metric.shape[1]))
+    for worth, old in zip(metric.split(rows), keep.split(rows), strict=True):
+        # Entries beyond a side's size are infinite and pair with nothing.
+        growth, growth_order = worth.masked_fill(old, -torch.inf).sort(dim=1, descending=True, stable=True)
+        prune, prune_order = worth.masked_fill(~old, torch.inf).sort(dim=1, stable=True)
+        count = ((growth > prune).sum(dim=1, keepdim=True).double() * threshold).long()
+        if numerics == "exact":
+            returns, goes = _first(growth_order, count), _first(prune_order, count)
+        else:
+            kept_count = old.sum(dim=1, keepdim=True)
+            last_gone, last_kept = ((n - 1).clamp(min=0) for n in (old.shape[1] - kept_count, kept_count))
+            returns = ~old & (worth > growth.gather(1, count.minimum(last_gone)))
+            goes = old & (worth < prune.gather(1, count.minimum(last_kept)))
+        if pattern:
+            returns, worth, old = (part.reshape(-1, pattern[1]) for part in (returns, worth, old))
+            # A group of which little is kept (1:4) cannot take back more than it can give.
+            room = returns.sum(dim=1, keepdim=True).minimum(old.sum(dim=1, keepdim=True))
+            order = worth.masked_fill(~returns, -torch.inf).argsort(dim=1, descending=True, stable=True)
+            returns = _first(order, room)
+            goes = _first(worth.masked_fill(~old, torch.inf).argsort(dim=1, stable=True), room)
+        parts.append((old & ~goes) | returns)
     return torch.cat(parts).view(keep.shape)
 
 
 def _swap_together(
     metrics: dict[str, Tensor], keep: Mapping[str, Tensor], threshold: float, numerics: Numerics
 ) -> dict[str, Tensor]:
-    """One unit of one or more whole matrices.
-
-    Only sorted values are held, no order of all the weights: ties at the thresholds are taken by index later.
-    """
-    growth = _sorted([metric[~keep[name]] for name, metric in metrics.items()], descending=True)
-    prune = _sorted([metric[keep[name]] for name, metric in metrics.items()], descending=False)
+    """One unit of whole matrices. Only sorted values are held: ties at the thresholds are taken by index later."""
+    growth = torch.cat([metric[~keep[name]] for name, metric in metrics.items()]).sort(descending=True).values
+    prune = torch.cat([metric[keep[name]] for name, metric in metrics.items()]).sort().values
     pairs = min(len(growth), len(prune))
     count = int(int((growth[:pairs] > prune[:pairs]).sum()) * threshold)
     if count == 0:
         return {name: keep[name].clone() for name in metrics}
     if numerics == "reference":
-        grow_above = growth[min(count, len(growth) - 1)]
-        prune_below = prune[min(count, len(prune) - 1)]
+        grow_above, prune_below = (side[min(count, len(side) - 1)] for side in (growth, prune))
         return {
             name: (keep[name] & (metric >= prune_below)) | (~keep[name] & (metric > grow_above))
             for name, metric in metrics.items()
@@ -202,10 +157,6 @@ def _swap_together(
         goes = (old & (metric < prune_to)) | level
         new[name] = (old & ~goes) | returns
     return new
-
-
-def _sorted(parts: list[Tensor], *, descending: bool) -> Tensor:
-    return torch.cat(parts).sort(descending=descending).values
 
 
 def _leading(chosen: Tensor, count: int) -> Tensor:

@@ -4,8 +4,8 @@ LLM-Barber (Su et al. 2024, section 3) looks at one block at a time. No architec
 blocks are the modules that hold the layer's linears, told apart by the order in which a pass runs them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils.hooks import RemovableHandle
 
 from trimcli.errors import OptionError
 
@@ -26,10 +25,7 @@ _TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Call:
-    """What a block was called with inside its layer, and what it returned.
-
-    output: the block's value (the first entry where it returns a tuple), in the layer's dtype.
-    """
+    """What a block was called with inside its layer, and its value (a tuple's first entry) in the layer's dtype."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -40,9 +36,8 @@ class Call:
 class Block:
     """The attention or the MLP of one decoder layer.
 
-    linears: its prunable linears' names, in the order they were given. paths: their names inside `module`.
-    module: runs the block on its own. entry, exit: the modules inside the layer at which the block's inputs
-    and its value are recorded: `module` itself, or the first and the last of a chain the layer runs itself.
+    linears: names of its prunable linears. paths: name -> path inside `module`, which runs the block on its own.
+    entry, exit: where the layer gives its inputs and takes its value: `module`, or the first and last of a chain.
     """
 
     linears: tuple[str, ...]
@@ -52,7 +47,7 @@ class Block:
     exit: nn.Module
 
     def capture(self, run: Run, hidden: Tensor) -> Call:
-        """Run the layer on `hidden` [1, L, D] and record the block's call; no graph is built."""
+        """Run the layer on `hidden` [1, L, D] and record the block's last call; no graph is built."""
         # Cloned: layers add to what a block gave, or was given, in place.
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[Tensor] = []
@@ -63,23 +58,21 @@ class Block:
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             outputs.append(_value(output).clone())
 
-        with torch.no_grad(), _hooked() as handles:
-            handles.append(self.entry.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(self.exit.register_forward_hook(after))
+        first = self.entry.register_forward_pre_hook(before, with_kwargs=True)
+        with first, self.exit.register_forward_hook(after), torch.no_grad():
             run(hidden)
         return Call(*arguments[-1], outputs[-1])
 
     def call(self, call: Call) -> Tensor:
-        """Run the block on its own, with its present weights, on recorded inputs; returns its value."""
+        """The value of the block run on its own, with its present weights, on recorded inputs."""
         return _value(self.module(*call.args, **call.kwargs))
 
 
 def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, probe: Tensor, name: str) -> list[Block]:
     """The attention block and the MLP block of a decoder layer, in order of execution.
 
-    layer: the loaded decoder layer, in evaluation mode. linears: all its prunable linears, by any name. run:
-    calls the layer on hidden states, without a cache of past tokens. probe: hidden states [1, L, D] to find
-    out with; the layer runs on them a few times. name: the layer's, for messages.
+    layer: loaded, in evaluation mode. linears: all its prunable linears, by any name. run: calls it without a cache of
+    past tokens. probe: hidden states [1, L, D], on which it runs a few times. name: the layer's, for messages.
 
     Raises OptionError unless the layer runs two modules with linears (or one, and a chain of its own linears
     with modules between them), one after the other, the second fed by what the first returns.
@@ -88,19 +81,25 @@ def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, pr
     def unfit(reason: str) -> OptionError:
         return OptionError(f"--prune-barber cannot work on {name}: {reason}; prune without --prune-barber.")
 
-    groups, owner = _groups(layer, linears)
+    # By the child of the linears' common owner that holds them; under the owner those that it holds itself.
+    owner = _holder(layer, linears.values(), lambda module: module not in linears.values()) or layer
+    groups: dict[nn.Module, list[str]] = {}
+    for linear_name, linear in linears.items():
+        child = next(child for child in owner.children() if linear in set(child.modules()))
+        groups.setdefault(owner if child is linear else child, []).append(linear_name)
     if len(groups) != 2:
-        places = ", ".join(_short(group) for group in groups) or "none"
+        places = ", ".join(_short(group) for group in groups.values()) or "none"
         raise unfit(
             f"it needs linears in two blocks, attention and MLP, and this layer has them in {len(groups)} ({places})"
         )
-    order = _execution(layer, run, probe)
+    order: list[nn.Module] = []  # the layer's modules in the order in which one pass calls them, as often as it does
+    with torch.no_grad(), ExitStack() as hooks:
+        for module in layer.modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda called, _args: order.append(called)))
+        run(probe)
     blocks = []
-    for group in groups:
-        if any(linears[linear] in owner.children() for linear in group):
-            block = _chain(owner, group, linears, order)
-        else:
-            block = _module_block(layer, group, linears, order)
+    for place, group in groups.items():
+        block = _block(layer, owner if place is owner else None, {one: linears[one] for one in group}, order)
         if block is None:
             raise unfit(f"{_short(group)} sit in no module that a pass runs once, and form no chain")
         call = block.capture(run, probe)
@@ -109,8 +108,7 @@ def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, pr
         if not _close(alone, call.output):
             raise unfit(f"run on their own, {_short(group)} do not give what they give inside the layer")
         blocks.append(block)
-    blocks.sort(key=lambda block: order.index(block.entry))
-    first, second = blocks
+    first, second = blocks = sorted(blocks, key=lambda block: order.index(block.entry))
     if not _feeds(first, second, run, probe):
         pair = f"{_short(first.linears)} and {_short(second.linears)}"
         raise unfit(f"{pair} run in parallel, not one block after the other")
@@ -120,30 +118,26 @@ def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, pr
 def block_gradients(
     block: Block, dense: Mapping[str, Tensor], calls: Iterable[Call], samples: int
 ) -> dict[str, Tensor]:
-    """Mean squared gradients of a block's reconstruction loss, at the dense weights.
+    """Mean squared gradients of a block's reconstruction loss, at the dense weights (Su et al. 2024, section 3).
 
-    dense: the dense weight of each of the block's linears, as stored, any float dtype. calls: the sparse
-    block's calls, one sample each; taken one at a time, so they may be captured on the fly. samples: N, over
-    which the mean is taken; where `calls` are a share of the samples, the shares' results add up to the mean.
+    dense: weight by linear, as stored, any float dtype. calls: the sparse block's, one sample each, taken one at a
+    time. samples: N, over which the mean is taken; results of shares of the samples add up to the mean.
 
     Returns per linear g = (1/N) * sum_j (d loss_j / d W)^2, elementwise, float32, as stored, with loss_j the
     mean square of the dense block's value minus the sparse one's, on the sparse model's input. Autograd sees
-    the block alone, in float32 whatever the layer's dtype; what `dense` does not name (biases, norms) is the
-    module's own. Su et al. 2024, section 3.
+    the block alone, in float32; what `dense` does not name (biases, norms) is the module's own.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        module = block.module
-        state = dict(chain(module.named_parameters(), module.named_buffers()))
-        state = {path: _plain(value) for path, value in state.items()}
+        named = chain(block.module.named_parameters(), block.module.named_buffers())
+        state = {path: _plain(value) for path, value in named}
         weights = {}
         for name in block.linears:
             path = f"{block.paths[name]}.weight"
-            weights[name] = _plain(dense[name]).to(state[path].device).requires_grad_()
-            state[path] = weights[name]
+            state[path] = weights[name] = _plain(dense[name]).to(state[path].device).requires_grad_()
         sums = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
         for call in calls:
             args, kwargs = _mapped(call.args, _plain), _mapped(call.kwargs, _plain)
-            value = _value(functional_call(module, state, args, kwargs))
+            value = _value(functional_call(block.module, state, args, kwargs))
             loss = (value - _plain(call.output).reshape(value.shape)).square().mean()
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for total, gradient in zip(sums.values(), found, strict=True):
@@ -177,16 +171,6 @@ def _plain(tensor: Tensor) -> Tensor:
     return cast.clone() if cast.is_inference() else cast
 
 
-@contextmanager
-def _hooked() -> Iterator[list[RemovableHandle]]:
-    handles: list[RemovableHandle] = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _close(value: Tensor, expected: Tensor) -> bool:
     if value.numel() != expected.numel():
         return False
@@ -205,65 +189,30 @@ def _holder(layer: nn.Module, wanted: Iterable[nn.Module], fits: Callable[[nn.Mo
     return min(holders, key=lambda module: len(list(module.modules())), default=None)
 
 
-def _groups(layer: nn.Module, linears: Mapping[str, nn.Module]) -> tuple[list[list[str]], nn.Module]:
-    """Linears by the child of their common owner that holds them, the owner's own together; and the owner."""
-    owner = _holder(layer, linears.values(), lambda module: module not in linears.values()) or layer
-    grouped: dict[nn.Module, list[str]] = {}
-    for name, linear in linears.items():
-        child = next(child for child in owner.children() if linear in set(child.modules()))
-        grouped.setdefault(owner if child is linear else child, []).append(name)
-    return list(grouped.values()), owner
-
-
-def _execution(layer: nn.Module, run: Run, probe: Tensor) -> list[nn.Module]:
-    """The layer's modules in the order in which one pass calls them, as often as it does."""
-    order: list[nn.Module] = []
-    with torch.no_grad(), _hooked() as handles:
-        for module in layer.modules():
-            handles.append(module.register_forward_pre_hook(lambda called, _args: order.append(called)))
-        run(probe)
-    return order
-
-
-def _module_block(
-    layer: nn.Module, group: Sequence[str], linears: Mapping[str, nn.Module], order: Sequence[nn.Module]
+def _block(
+    layer: nn.Module, owner: nn.Module | None, linears: Mapping[str, nn.Module], order: Sequence[nn.Module]
 ) -> Block | None:
-    excluded = {layer, *linears.values()}
-    # A list of experts is never called itself; the module that routes to them is.
-    module = _holder(
-        layer,
-        [linears[name] for name in group],
-        lambda module: module not in excluded and order.count(module) == 1,
-    )
-    return _block([module], group, linears) if module is not None else None
-
-
-def _chain(
-    owner: nn.Module, group: Sequence[str], linears: Mapping[str, nn.Module], order: Sequence[nn.Module]
-) -> Block | None:
-    """The owner's own linears with the children it calls between them, as one module.
+    """The smallest module called once that holds the linears or, where they are its `owner`'s own, a chain of these.
 
     What the owner computes between them without a module is not in the chain: the caller compares values.
     """
-    children = set(owner.children())
-    called = [module for module in order if module in children]
-    own = [linears[name] for name in group]
-    if any(called.count(linear) != 1 for linear in own):
-        return None
-    places = sorted(called.index(linear) for linear in own)
-    return _block(called[places[0] : places[-1] + 1], group, linears)
-
-
-def _block(steps: Sequence[nn.Module], group: Sequence[str], linears: Mapping[str, nn.Module]) -> Block:
-    module = steps[0] if len(steps) == 1 else nn.Sequential(*steps)
+    own = list(linears.values())
+    if owner is None:
+        # A list of experts is never called itself; the module that routes to them is.
+        module = _holder(layer, own, lambda one: one not in (layer, *own) and order.count(one) == 1)
+        if module is None:
+            return None
+        steps = [module]
+    else:
+        children = set(owner.children())
+        called = [child for child in order if child in children]
+        if any(called.count(linear) != 1 for linear in own):
+            return None
+        places = [called.index(linear) for linear in own]
+        steps = called[min(places) : max(places) + 1]
+        module = nn.Sequential(*steps) if len(steps) > 1 else steps[0]
     paths = {found: path for path, found in module.named_modules()}
-    return Block(
-        linears=tuple(group),
-        paths={name: paths[linears[name]] for name in group},
-        module=module,
-        entry=steps[0],
-        exit=steps[-1],
-    )
+    return Block(tuple(linears), {name: paths[linear] for name, linear in linears.items()}, module, steps[0], steps[-1])
 
 
 def _feeds(first: Block, second: Block, run: Run, probe: Tensor) -> bool:
@@ -279,24 +228,23 @@ def _feeds(first: Block, second: Block, run: Run, probe: Tensor) -> bool:
         return [changed, *output[1:]] if isinstance(output, list) else (changed, *output[1:])
 
     quiet, again = second.capture(run, probe), second.capture(run, probe)
-    with _hooked() as handles:
-        handles.append(first.exit.register_forward_hook(disturb))
+    with first.exit.register_forward_hook(disturb):
         disturbed = second.capture(run, probe)
     # Some kernels do not give the same bits twice; that is no answer.
     return _distance(quiet, disturbed) > 4 * _distance(quiet, again)
 
 
 def _distance(one: Call, other: Call) -> float:
-    pairs = zip(_tensors((one.args, one.kwargs)), _tensors((other.args, other.kwargs)), strict=True)
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
     return max((float((a.float() - b.float()).abs().max()) for a, b in pairs), default=0.0)
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(call: Call) -> list[Tensor]:
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
         found.append(tensor)
         return tensor
 
-    _mapped(value, note)
+    _mapped((call.args, call.kwargs), note)
     return found

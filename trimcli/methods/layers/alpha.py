@@ -50,29 +50,20 @@ def alpha(survey: Survey, target: float, options: AlphaOptions) -> Allocation:
     """Matrices whose spectrum has a heavier tail lose less."""
     import torch
 
-    parameters: dict[str, Any] = {"epsilon": options.epsilon, "mapping_type": options.mapping_type}
-    if survey.imported is None:
-        metrics = _metrics(survey, options.ww_metric)
-        parameters["ww_metric"] = options.ww_metric
-    else:
-        metrics = survey.imported
-    layers = spread(survey, torch.arange(len(survey.layers)))
-    by_block = options.mapping_type == "block"
-    sparsity = sparsities(metrics, layers, survey.counts, target, options.epsilon, by_block=by_block)
-    return Allocation(target, sparsity, list(metrics.tolist()), parameters)
-
-
-def _metrics(survey: Survey, metric: str) -> Tensor:
-    """The metric of every linear, float64 [n]."""
-    import torch
-
     from trimcli.methods.layers.spectra import cache_key, measure
 
     def find(name: str) -> dict[str, float]:
-        found = measure(metric, name, survey.weight(name), survey.seed)
+        found = measure(options.ww_metric, name, survey.weight(name), survey.seed)
         return {cache_key(other, survey.seed): value for other, value in found.items()}
 
-    return torch.tensor(survey.remembered(cache_key(metric, survey.seed), find), dtype=torch.float64)
+    parameters: dict[str, Any] = {"epsilon": options.epsilon, "mapping_type": options.mapping_type}
+    if (metrics := survey.imported) is None:
+        measured = survey.remembered(cache_key(options.ww_metric, survey.seed), find)
+        metrics = torch.tensor(measured, dtype=torch.float64)
+        parameters["ww_metric"] = options.ww_metric
+    layers, by_block = spread(survey, torch.arange(len(survey.layers))), options.mapping_type == "block"
+    sparsity = sparsities(metrics, layers, survey.counts, target, options.epsilon, by_block=by_block)
+    return Allocation(target, sparsity, list(metrics.tolist()), parameters)
 
 
 def sparsities(
@@ -81,9 +72,8 @@ def sparsities(
     """From a metric per linear to a sparsity per linear (Lu et al. 2024, equation 3).
 
     metrics: float64 [n]. layers: int [n], each linear's decoder layer. weights: [n], weight counts. epsilon:
-    the largest and the smallest sparsity are as 1 + epsilon to 1 - epsilon. by_block: every
-    linear of a decoder layer has the layer's mean metric instead of its own. Returns float64 [n]
-    whose mean weighted by `weights` is `target`. Raises OptionError where epsilon leaves nothing to scale.
+    the largest and the smallest sparsity are as 1 + epsilon to 1 - epsilon. by_block: a decoder layer's linears have
+    their mean metric. Returns float64 [n], the weighted mean `target`. Raises OptionError where nothing is left.
     """
     import torch
 

@@ -19,9 +19,8 @@ T = TypeVar("T")
 class Survey(Protocol):
     """What an allocation may look at, one matrix at a time.
 
-    names: the linears in model order. shapes: name -> (D_out, D_in). layers: the decoder layers that have linears, each
-    the names of its own. counts: float64 [n], weights of every linear. seed: of what draws. imported: what `--import`
-    holds, float64, None without.
+    names: the linears in model order. shapes: name -> (D_out, D_in). layers: the names of each decoder layer that has
+    linears. counts: float64 [n], weights of every linear. seed: of what draws. imported: `--import`, float64 or None.
     """
 
     names: Sequence[str]
@@ -66,9 +65,8 @@ class Allocation:
 class LayerAllocation(Entry):
     """A layer allocation: function(survey, target[, options]) gives an Allocation.
 
-    needs: of dense inputs, from a calibration file. imports: what of the published tools' `.npy` it takes, ratios per
-    decoder layer or metrics per linear. remembers: whether it measures what a metrics file can keep. config_only:
-    needs no weights.
+    needs: of dense inputs. imports: what of the published tools' `.npy` it takes, ratios per decoder layer or metrics
+    per linear. remembers: whether it measures what a metrics file can keep. config_only: needs no weights.
     """
 
     imports: Literal["ratios", "metrics"] | None = None

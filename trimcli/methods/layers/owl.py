@@ -59,20 +59,16 @@ def owl(survey: Survey, target: float, options: OwlOptions) -> Allocation:
     def scored(name: str) -> Tensor:
         return wanda(survey.weight(name), survey.stats(name))
 
-    found = [
-        outlier_share(partial(map, scored, layer), options.hyper_m) for layer in survey.each("outliers", survey.layers)
-    ]
+    layers = survey.each("outliers", survey.layers)
+    found = [outlier_share(partial(map, scored, layer), options.hyper_m) for layer in layers]
     outliers = torch.tensor(found, dtype=torch.float64)
     parameters: dict[str, Any] = {"lambda": options.lambda_, "hyper_m": options.hyper_m}
     metric: list[float | None] = list(spread(survey, outliers).tolist())
     if options.group is None:
-        return Allocation(
-            target, spread(survey, 1 - keep_ratios(outliers, target, options.lambda_)), metric, parameters
-        )
+        sparsity = 1 - keep_ratios(outliers, target, options.lambda_)
+        return Allocation(target, spread(survey, sparsity), metric, parameters)
     kept = kept_of_group(outliers, target, options.group, options.lambda_, special=options.special)
-    parameters["group"] = options.group
-    if options.special:
-        parameters["special"] = True
+    parameters |= {"group": options.group} | ({"special": True} if options.special else {})
     counts = spread(survey, torch.tensor(kept))
     pattern = [(count, options.group) for count in counts.tolist()]
     return Allocation(target, 1 - counts.double() / options.group, metric, parameters, pattern)
@@ -81,16 +77,14 @@ def owl(survey: Survey, target: float, options: OwlOptions) -> Allocation:
 def outlier_share(scores: Callable[[], Iterable[Tensor]], hyper_m: float) -> float:
     """The layerwise outlier distribution D of one decoder layer (Yin et al. 2024, equation 2).
 
-    scores: called twice, once for the mean and once for the count; each call yields the score matrices of
-    the layer's linears, one at a time. hyper_m: M, how many times the mean makes an outlier. Returns D in
-    percent: 100 * the share of all the layer's scores that exceed M * their mean.
+    scores: yields the score matrices of the layer's linears, one at a time; called for the mean and for the count.
+    Returns D in percent: 100 * the share of the layer's scores that exceed M = hyper_m times their mean.
     """
     # map, unlike a loop, lets go of a matrix before the next is made.
     sums = list(map(_sum_and_count, scores()))
     count = sum(numel for _, numel in sums)
     threshold = hyper_m * (math.fsum(total for total, _ in sums) / count)
-    above = sum(map(partial(_count_above, threshold), scores()))
-    return 100.0 * above / count
+    return 100.0 * sum(map(partial(_count_above, threshold), scores())) / count
 
 
 def _sum_and_count(matrix: Tensor) -> tuple[float, int]:
@@ -104,10 +98,9 @@ def _count_above(threshold: float, matrix: Tensor) -> int:
 
 
 def keep_ratios(outliers: Tensor, target: float, lambda_: float) -> Tensor:
-    """What each decoder layer keeps.
+    """What each decoder layer keeps, float64 [layers] with mean 1 - target; everywhere so where all outliers are equal.
 
-    outliers: float64 [layers], D in percent. target: mean sparsity. lambda_: half the spread of the result.
-    Returns float64 [layers] with mean 1 - target; everywhere 1 - target where all outliers are equal.
+    outliers: float64 [layers], D in percent. lambda_: half the spread of the result.
     """
     shares = _rescaled(outliers) * (2 * lambda_)
     return shares - shares.mean() + (1 - target)
@@ -116,10 +109,9 @@ def keep_ratios(outliers: Tensor, target: float, lambda_: float) -> Tensor:
 def kept_of_group(outliers: Tensor, target: float, group: int, lambda_: float, *, special: bool = False) -> list[int]:
     """Mixed N:M: how many of each `group` consecutive inputs each decoder layer keeps.
 
-    outliers: float64 [layers]. target: mean sparsity; on average round(target * group) of a group go.
-    lambda_: how many kept weights lie between the extreme layers. A half rounds to the even number.
-    special: an offset of +1 counts as +2, as in the published code's special form. Returns
-    one count per layer, 1..group; raises OptionError naming the layer that would keep none or more than all.
+    outliers: float64 [layers]. target: mean sparsity; on average round(target * group) of a group go. lambda_: how many
+    kept weights lie between the extreme layers, a half rounded to even. special: an offset of +1 counts as +2, as in
+    the published code. One count per layer, 1..group; raises OptionError naming the layer that would keep another.
     """
     pruned = round(target * group)
     shares = _rescaled(outliers) * lambda_

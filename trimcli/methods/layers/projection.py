@@ -13,12 +13,11 @@ FLOOR = 0.01
 
 
 def settle(sparsity: Tensor, weights: Tensor, target: float, numerics: Numerics) -> Tensor:
-    """The sparsities to write.
+    """The sparsities to write, float64 [n], one per linear.
 
-    sparsity: float64 [n], one per linear, as a method proposes them. weights: [n], their weight counts.
-    `exact`: projected onto {0 <= s <= max(0.99, target), mean weighted by `weights` = target}, one shift for
-    all. `reference`: neither clipped nor shifted, so some may exceed 1; what is not positive becomes 0.01.
-    Returns float64 [n].
+    sparsity: float64 [n], as a method proposes them. weights: [n], their weight counts. `exact`: projected onto
+    {0 <= s <= max(0.99, target), weighted mean = target}, one shift for all. `reference`: neither clipped nor shifted,
+    so some may exceed 1; what is not positive becomes 0.01.
     """
     if numerics == "exact":
         return project(sparsity, weights, target, max(CAP, target))

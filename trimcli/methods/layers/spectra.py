@@ -15,11 +15,9 @@ ELEMENTS = 1 << 22
 
 
 def squared_singular_values(weight: Tensor) -> Tensor:
-    """The squared singular values of a matrix, ascending.
+    """The squared singular values of a matrix [D_out, D_in], ascending, float64 [min(D_out, D_in)].
 
-    weight: [D_out, D_in], any float dtype. Returns float64 [min(D_out, D_in)] on the same device: the
-    eigenvalues of the smaller Gram matrix in float64, which resolve more of the lower end than singular
-    values in float32 do. Those of a singular matrix lie within rounding of zero, on either side.
+    As eigenvalues of a Gram matrix: more exact than singular values in float32, within rounding of zero on either side.
     """
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=weight.device)
@@ -35,8 +33,8 @@ def alpha_mid(eigenvalues: Tensor) -> float:
     eigenvalues: float64 [n], ascending. Zeros are left out where their logarithm would be needed. Returns the
     exponent; infinity or NaN where it has none (all values equal, a single value).
     """
-    if _zeros(eigenvalues) > len(eigenvalues) // 2:
-        eigenvalues = eigenvalues[_zeros(eigenvalues) :]
+    if (zeros := _zeros(eigenvalues)) > len(eigenvalues) // 2:
+        eigenvalues = eigenvalues[zeros:]
     tail = eigenvalues[len(eigenvalues) // 2 :]
     return float(_exponents(tail.log())[0]) if len(tail) else math.nan
 
@@ -44,10 +42,9 @@ def alpha_mid(eigenvalues: Tensor) -> float:
 def alpha_peak(eigenvalues: Tensor) -> float:
     """Hill's estimate from the start that fits best, of those around the peak of the spectrum.
 
-    eigenvalues: float64 [n], ascending; zeros, which have no logarithm, are left out. Starts are the values
-    between log10(0.95 p) (a logarithm in the published code, kept) and 1.5 p, p the left edge of the fullest
-    of 100 bins of the logarithms; the best has the smallest Kolmogorov-Smirnov distance. Returns the
-    exponent; NaN or infinity where it has none.
+    eigenvalues: float64 [n], ascending; zeros are left out. Starts are the values between log10(0.95 p) (a logarithm in
+    the published code, kept) and 1.5 p, p the left edge of the fullest of 100 bins of the logarithms; the best has the
+    smallest Kolmogorov-Smirnov distance. NaN or infinity where there is none.
     """
     values = eigenvalues[_zeros(eigenvalues) :]
     count = len(values)
@@ -61,10 +58,9 @@ def alpha_peak(eigenvalues: Tensor) -> float:
     candidate &= (alphas > 1) & alphas.isfinite()
     candidate[-1] = False
     distances = torch.ones(count - 1, dtype=torch.float64, device=values.device)
-    starts, step = candidate.nonzero()[:, 0], max(1, ELEMENTS // count)
-    for first in range(0, len(starts), step):
-        some = starts[first : first + step]
-        distances[some] = _distances(logs, alphas, some)
+    for some in candidate.nonzero()[:, 0].split(max(1, ELEMENTS // count)):
+        if len(some):
+            distances[some] = _distances(logs, alphas, some)
     return float(alphas[int(distances.cpu().numpy().argmin())])
 
 
@@ -94,11 +90,10 @@ SPECTRAL = {"alpha_peak": alpha_peak, "alpha_mid": alpha_mid}
 
 
 def measure(metric: str, name: str, weight: Tensor, seed: int) -> dict[str, float]:
-    """`metric` of one matrix and every other metric that falls off on the way.
+    """`metric` of one matrix and every other metric that falls off on the way, by name: those that are finite.
 
-    name: full module name, which makes the permutation behind `random_distance` the matrix's own, whatever
-    the order of the calls. weight: [D_out, D_in], any float dtype, on the device to compute on. Returns
-    metric name -> value, only those that are finite; `metric` is missing where the matrix has none.
+    name: full module name, for a permutation behind `random_distance` that is the matrix's own. weight: [D_out, D_in],
+    any float dtype, on the device to compute on.
     """
     if metric in SPECTRAL:
         values = squared_singular_values(weight)

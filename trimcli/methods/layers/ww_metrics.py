@@ -1,16 +1,15 @@
 """Ten shape metrics from weightwatcher's `analyze(mp_fit=True, randomize=True)`, one matrix at a time.
 
-weightwatcher installs a root logger, filters warnings for the whole process, prints, and draws from numpy's
-global generator; all of that is undone here, so that calling it leaves no trace.
+weightwatcher installs a root logger, filters warnings, prints, and draws from numpy's generator: all undone here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,11 +35,10 @@ RANDOMIZED = {"random_distance"}
 
 
 def weightwatcher_metrics(weight: Tensor, seed: int) -> dict[str, float]:
-    """All ten metrics of one matrix, by metric name.
+    """All ten metrics of one matrix of any size, by metric name; NaN where an analysis or a fit failed.
 
     weight: [D_out, D_in], any float dtype, any device; analysed as weightwatcher does, on the CPU or, where
-    CUDA is there, in its half precision. seed: of the permutation behind `random_distance`. Matrices of every
-    size are analysed, weightwatcher's own limits notwithstanding. NaN where an analysis or a fit failed.
+    CUDA is there, in its half precision. seed: of the permutation behind `random_distance`.
     """
     import numpy as np
     from torch import nn
@@ -69,7 +67,7 @@ def _value(details: Any, metric: str, column: str) -> float:
     return float("nan") if failed or (metric in NOT_NEGATIVE and value < 0) else value
 
 
-@contextlib.contextmanager
+@contextmanager
 def _without_trace(seed: int) -> Iterator[None]:
     """Silence, a seeded generator, and afterwards the logging, warnings and generator of before."""
     import numpy as np
@@ -82,13 +80,7 @@ def _without_trace(seed: int) -> Iterator[None]:
         logging.disable(logging.CRITICAL)
         np.random.seed(seed)
         sink = io.StringIO()
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(sink),
-            contextlib.redirect_stderr(sink),
-            torch.no_grad(),
-        ):
-            warnings.simplefilter("ignore")
+        with redirect_stdout(sink), redirect_stderr(sink), warnings.catch_warnings(action="ignore"), torch.no_grad():
             yield
     finally:
         np.random.set_state(state)

@@ -15,14 +15,11 @@ if TYPE_CHECKING:
 class RowResult:
     """What a search found for one matrix.
 
-    keep: bool [D_out, D_in] on the scores' device. Everything else is on the CPU.
-    counts: int64 [D_out], weights that go from each row. row_sparsity: float32 [D_out], what the counts were
-    rounded from, its mean the target.
-    quality_uniform, quality_best: the matrix's quality at uniform sparsity and at the winning iterate.
-    step, iteration: where it won, iterations counted from 1; both 0 where uniform sparsity stayed best.
-    variance_before, variance_after: sample variance over rows of the row cosine, at uniform sparsity and with
-    `counts` (0 for a single row).
-    row_quality_before, row_quality_after: float64 [D_out], the row metric at the same two points.
+    keep: bool [D_out, D_in] on the scores' device; the rest is on the CPU. counts: int64 [D_out], weights that go from
+    each row. row_sparsity: float32 [D_out], what they were rounded from, its mean the target. quality_*: the matrix's,
+    at uniform sparsity and at the winning iterate. step, iteration: where it won, counted from 1; 0 for uniform
+    sparsity. At uniform sparsity and with `counts`: variance_*: sample variance over rows of the row cosine (0 for a
+    single row); row_quality_*: float64 [D_out], the row metric.
     """
 
     keep: Tensor
@@ -42,8 +39,7 @@ class RowResult:
 class Rows:
     """What a row allocation chose.
 
-    keep: bool [D_out, D_in]; None leaves the choice to the score's comparison group. found: what a search tells of
-    its rows, for `--stats-out`.
+    keep: bool [D_out, D_in]; None leaves it to the score's comparison group. found: a search's, for `--stats-out`.
     """
 
     keep: Tensor | None = None
@@ -52,10 +48,9 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class RowAllocation(Entry):
-    """A row allocation: function(weight float32 [D_out, D_in], choice[, options]) gives Rows.
+    """A row allocation: function(weight float32 [D_out, D_in], choice: Choice[, options]) gives Rows.
 
-    `choice` (see `trimcli.methods.choice`) has the scores, the target, the statistics and the numerics. only: the one
-    score that it goes with; None for all.
+    only: the one score that it goes with; None for all.
     """
 
     only: str | None = None

@@ -1,6 +1,6 @@
 """Outputs of one pruned matrix at many row counts, each found from the one before where that is quicker."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,16 +10,14 @@ from trimcli.methods.masks import keep_from_ranks
 from trimcli.methods.ranking import ranks_of, row_blocks, row_order
 from trimcli.methods.rows.quality import Dense, Outputs, compare
 
-# Share of a block's weights that may change before multiplying the block anew is quicker. On two x86 cores,
-# at 4096 x 4096 with 256 samples, the two take the same time somewhere between a third and a half.
+# Share of a block's weights that may change before multiplying the block anew is quicker: measured on two x86 cores, at
+# 4096 x 4096 with 256 samples, somewhere between a third and a half.
 _UPDATE_SHARE = 0.3
-
 # Share of a matrix's weights that may change before the update goes by blocks of rows, to keep temporaries small.
 _WHOLE_SHARE = 0.06
 
 
-@dataclass(frozen=True)
-class State:
+class State(NamedTuple):
     """Outputs at given row counts. counts: int64 [D_out] on the CPU, the weights that go from each row."""
 
     counts: Tensor
@@ -53,12 +51,11 @@ class Product:
         """Outputs at `counts` or, without, the dense ones; in the same blocks, so counts of 0 give these."""
         outputs = self._weight.new_empty((self.d_out, self._inputs.shape[1]))
         blocks = list(row_blocks(self._weight))
-        if counts is not None and near is not None:
-            changes = int((counts - near.counts).abs().sum())
-            # Places in a block are counted in int32.
-            if changes <= _WHOLE_SHARE * self._weight.numel() < 2**31 * _WHOLE_SHARE:
-                blocks = [slice(0, self.d_out)]
         if counts is not None:
+            size = self._weight.numel()
+            # Places in a block are counted in int32.
+            if near and size < 2**31 and int((counts - near.counts).abs().sum()) <= _WHOLE_SHARE * size:
+                blocks = [slice(0, self.d_out)]
             counts = counts.to(self.ranks.device)  # one copy rather than one a block
         for rows in blocks:
             kept = self._weight[rows]

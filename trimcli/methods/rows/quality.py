@@ -1,11 +1,7 @@
 """Quality of a pruned matrix: how close its outputs B stay to the dense outputs A (Beck et al. 2025).
 
-A = W V and B = P V are float32 [D_out, N]; every metric is computed in float64, and larger is better. Metrics
-of the whole matrix return one number, row metrics one per row. Cosines divide by (norm + 1e-8) and lie in
-[-1, 1].
-
-The cosines of rows and of the whole follow from two numbers per row, <A_k, B_k> and ||B_k||^2, besides what
-belongs to A alone; the errors from one, ||A_k - B_k||^2. Each is taken once for all metrics.
+A = W V and B = P V are float32 [D_out, N]. Cosines follow from two numbers per row, <A_k, B_k> and ||B_k||^2, besides
+what belongs to A alone; errors from one, ||A_k - B_k||^2. Each is taken once for all metrics, in float64.
 """
 
 from dataclasses import dataclass
@@ -18,10 +14,7 @@ from trimcli.methods.ranking import row_blocks
 
 
 class Dense:
-    """Dense outputs A with what is derived from them alone.
-
-    values: float32 [D_out, N]. sqnorm: float64 [D_out] on the CPU, ||A_k||^2.
-    """
+    """Dense outputs A, and what derives from them alone, float64 on the CPU. sqnorm: [D_out], ||A_k||^2."""
 
     def __init__(self, values: Tensor) -> None:
         self.values = values
@@ -29,27 +22,23 @@ class Dense:
 
     @cached_property
     def row_peak(self) -> Tensor:
-        """The largest squared output of each row, float64 [D_out] on the CPU."""
+        """The largest squared output of each row, [D_out]."""
         return self.values.abs().amax(dim=1).cpu().double().square()
 
     @cached_property
     def column_peak(self) -> Tensor:
-        """The largest squared output of each column, float64 [N] on the CPU."""
+        """The largest squared output of each column, [N]."""
         return self.values.abs().amax(dim=0).cpu().double().square()
 
     @cached_property
     def column_norm(self) -> Tensor:
-        """The L2 norm of each column, float64 [N] on the CPU."""
+        """The L2 norm of each column, [N]."""
         return self.values.double().square().sum(dim=0).sqrt().cpu()
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """Dense and pruned outputs of one matrix, compared.
-
-    dense: A. pruned: B, float32 [D_out, N] on A's device.
-    dot: <A_k, B_k>, sqnorm: ||B_k||^2, both float64 [D_out] on the CPU.
-    """
+    """Outputs compared. pruned: B, on A's device. dot: <A_k, B_k>, sqnorm: ||B_k||^2, float64 [D_out] on the CPU."""
 
     dense: Dense
     pruned: Tensor
@@ -80,25 +69,17 @@ class Outputs:
 
 
 def compare(dense: Dense, pruned: Tensor) -> Outputs:
-    """Take the row sums of A and B that the metrics start from.
-
-    pruned: float32 [D_out, N], on the device of `dense`. Raises ValueError for another shape than A's.
-    """
+    """Take the row sums of A and B that the metrics start from. Raises ValueError where B has another shape than A."""
     if pruned.shape != dense.values.shape:
         raise ValueError(f"pruned outputs {list(pruned.shape)} are not like the dense {list(dense.values.shape)}.")
     return Outputs(dense, pruned, *_row_sums(dense.values, pruned))
 
 
 def _row_sums(dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """<A_k, B_k> and ||B_k||^2, float64 [D_out] on the CPU.
-
-    In float64, because the search divides differences of qualities by their range, which may be no wider than
-    float32 resolves. In blocks of rows, so that the converted copies stay small.
-    """
+    """<A_k, B_k> and ||B_k||^2 on the CPU, float64: the search needs finer differences than float32 resolves."""
     sums = torch.empty((2, dense.shape[0]), dtype=torch.float64, device=dense.device)
     for rows in row_blocks(dense, parts=2):
         wide = pruned[rows].double()
         torch.linalg.vecdot(dense[rows].double(), wide, out=sums[0, rows])
         torch.linalg.vecdot(wide, wide, out=sums[1, rows])
-    dot, sqnorm = sums.cpu()
-    return dot, sqnorm
+    return tuple(sums.cpu())

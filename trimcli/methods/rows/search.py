@@ -4,7 +4,7 @@ Rows whose outputs suffer little lose more weights, rows that suffer much lose f
 iterate whose outputs are best as a whole wins. The mean sparsity stays on the target.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,7 @@ def search_rows(
 ) -> RowResult:
     """Search the row sparsities of one matrix whose mean is `target`.
 
-    weight: float [D_out, D_in]. scores: float [D_out, D_in], the lowest of a row go first. inputs: float
-    [D_in, N], the last token's input of each sample. All on one device; outputs are computed in float32.
+    weight, scores: float [D_out, D_in]. inputs: float [D_in, N], the last token's of each sample. All on one device.
     exact numerics: the counts sum to round(target * D_out * D_in) and, where whole counts allow it, no row
     loses more than the larger of 95% and the target. reference: the published code's arithmetic.
     Raises ValueError for shapes that do not fit, NaN scores and a target outside [0, 1].
@@ -43,18 +42,15 @@ def search_rows(
     if scores.shape != weight.shape or inputs.ndim != 2 or inputs.shape[0] != weight.shape[1]:
         raise ValueError(
             f"weight {list(weight.shape)}, scores {list(scores.shape)} and inputs {list(inputs.shape)} do "
-            f"not fit; they are [D_out, D_in], [D_out, D_in] and [D_in, N]."
+            "not fit; they are [D_out, D_in], [D_out, D_in] and [D_in, N]."
         )
     if not 0 <= target <= 1:
         raise ValueError(f"the target sparsity {target} is not between 0 and 1.")
     return _Search(Product(weight, scores, inputs), target, options, numerics).run()
 
 
-@dataclass(frozen=True)
-class _Iterate:
-    """A point of a search. sparsity: float32 [D_out]."""
-
-    sparsity: Tensor
+class _Iterate(NamedTuple):
+    sparsity: Tensor  # float32 [D_out]
     quality: float
     step: float = 0.0
     iteration: int = 0
@@ -64,12 +60,8 @@ class _Search:
     """The searches over one matrix; sparsities and row qualities are on the CPU, where they cost nothing."""
 
     def __init__(self, product: Product, target: float, options: TrimOptions, numerics: Numerics) -> None:
-        self.product = product
-        self.target = target
-        self.options = options
-        self.numerics = numerics
-        self._quality = QUALITIES[options.qmetric]
-        self._row_quality = ROW_QUALITIES[options.qmetric_dimwise]
+        self.product, self.target, self.options, self.numerics = product, target, options, numerics
+        self._quality, self._row_quality = QUALITIES[options.qmetric], ROW_QUALITIES[options.qmetric_dimwise]
         sparsity = torch.full((product.d_out,), target, dtype=torch.float32)
         self._start = product.at(self._counts(sparsity))
         self._start_rows = self._row_quality(self._start.outputs)
@@ -100,9 +92,7 @@ class _Search:
             # The published comparison asks for more than the 1 that uniform sparsity has, too.
             return self._uniform if self.numerics == "reference" else self._search(_STEPS[0])
         best = self._over(_STEPS)
-        if best is self._uniform and not self.options.forbid_negative:
-            best = self._over(_NEGATIVE_STEPS)
-        return best
+        return self._over(_NEGATIVE_STEPS) if best is self._uniform and not self.options.forbid_negative else best
 
     def _over(self, steps: tuple[float, ...]) -> _Iterate:
         """The best of searches with growing steps, up to the first that is no better than the one before."""
@@ -123,7 +113,9 @@ class _Search:
         for iteration in range(1, self.options.iterations + 1):
             if iteration > 1:
                 rows = self._row_quality(state.outputs)
-            moved = sparsity + _direction(rows, step)
+            lowest = rows.min()
+            change = (rows - lowest) / (rows.max() - lowest + 1e-6) * (2 * step)
+            moved = sparsity + (change - change.mean())  # rows of high quality can spare more
             if not moved.isfinite().all():
                 break  # a row quality without a finite value, from which no sparsity follows
             sparsity = self._recentre(moved)
@@ -151,11 +143,7 @@ class _Search:
         return masks.project(sparsity.double(), torch.ones_like(sparsity), self.target, cap).float()
 
     def _counts(self, sparsity: Tensor) -> Tensor:
-        """Row counts of an iterate: floors, or in exact numerics the nearest ones.
-
-        The search is to measure what is then pruned. Floors lack half a weight a row of what the final rounding
-        takes, so the winner of a search was not what was pruned; it shows where rows are short.
-        """
+        """Row counts of an iterate: floors, or in exact numerics the nearest ones, nearer to what is then pruned."""
         half = 0.5 if self.numerics == "exact" else 0.0
         return (self.product.d_in * sparsity + half).long().clamp_(0, self.product.d_in)
 
@@ -165,19 +153,10 @@ class _Search:
             sparsity = self._recentre(sparsity)
             return sparsity, self._counts(sparsity)
         d_out, d_in = self.product.d_out, self.product.d_in
-        # A cap of whole weights, so that rounding takes no row above it. The tolerance is for the likes of
-        # 0.95 * 20.
+        # A cap of whole weights, so that rounding takes no row above it. The tolerance is for the likes of 0.95 * 20.
         whole = int(_CAP * d_in + 1e-9) / d_in
         sparsity = self._project(sparsity, whole if whole >= self.target else _CAP)
-        total = masks.matrix_budget(d_out, d_in, self.target)
-        return sparsity, masks.round_row_counts(sparsity, d_in, total)
-
-
-def _direction(rows: Tensor, step: float) -> Tensor:
-    """Change of the row sparsities, float64 [D_out] with mean 0: rows of high quality can spare more."""
-    lowest = rows.min()
-    change = (rows - lowest) / (rows.max() - lowest + 1e-6) * (2 * step)
-    return change - change.mean()
+        return sparsity, masks.round_row_counts(sparsity, d_in, masks.matrix_budget(d_out, d_in, self.target))
 
 
 def _cosine_variance(outputs: Outputs) -> float:

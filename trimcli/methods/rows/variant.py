@@ -20,17 +20,14 @@ def variant(weight: Tensor, choice: Choice) -> Rows:
 
 
 def variant_keep(scores: Tensor, sparsity: float, numerics: Numerics) -> Tensor:
-    """Keep mask of the Wanda variant (Sun et al. 2023, appendix).
+    """Keep mask of the Wanda variant (Sun et al. 2023, appendix), bool [D_out, D_in].
 
     A weight goes when the running sum of its row's ascending scores up to it is at most alpha times the row's
-    sum, one alpha for the matrix, chosen to reach `sparsity`.
-    scores: float32 [D_out, D_in], not negative. Returns bool [D_out, D_in].
+    sum, one alpha for the matrix, chosen to reach `sparsity`. scores: float32 [D_out, D_in], not negative.
 
-    exact: round(sparsity * D_out * D_in) weights go, those of lowest running sum relative to their row's sum,
-    in index order where equal. Every alpha lets such a lowest set go, so the set of the right size is what
-    filling up or giving back leads to from any alpha, and none is searched for.
-    reference: alpha by bisection to within 0.001, nothing filled up, and scores equal to the last that goes
-    in their row go with it.
+    exact: round(sparsity * D_out * D_in) weights go, those of lowest running sum relative to their row's sum, in index
+    order where equal: what any alpha lets go is such a set. reference: alpha by bisection to within 0.001, and scores
+    equal to the last that goes in their row go with it.
 
     Raises ValueError for scores that are NaN, or so large that a row has no finite sum.
     """
@@ -51,10 +48,7 @@ def variant_keep(scores: Tensor, sparsity: float, numerics: Numerics) -> Tensor:
 
 
 def _bisect(ordered: Tensor, running: Tensor, sums: Tensor, sparsity: float) -> Tensor:
-    """The highest score that goes in every row, [D_out], at the alpha that bisection ends with.
-
-    ordered, running: [D_out, D_in], ascending scores and their running sums. sums: [D_out].
-    """
+    """The highest score that goes in every row, [D_out], at the alpha that bisection ends with."""
     import torch
 
     from trimcli.methods.masks import row_thresholds
@@ -68,9 +62,5 @@ def _bisect(ordered: Tensor, running: Tensor, sums: Tensor, sparsity: float) -> 
         achieved = going.sum() / ordered.numel()
         if (achieved - sparsity).abs() <= 0.001 or high - low < 0.001:
             return thresholds
-        if achieved > sparsity:
-            high = alpha
-            alpha = (alpha + low) / 2
-        else:
-            low = alpha
-            alpha = (alpha + high) / 2
+        low, high = (low, alpha) if achieved > sparsity else (alpha, high)
+        alpha = (low + high) / 2

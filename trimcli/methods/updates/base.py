@@ -26,10 +26,9 @@ class Updated:
 
 @dataclass(frozen=True, kw_only=True)
 class Update(Entry):
-    """An update: function(weight float32 [D_out, D_in], choice[, options]) gives Updated.
+    """An update: function(weight float32 [D_out, D_in], choice: Choice[, options]) gives Updated.
 
-    `choice` (see `trimcli.methods.choice`) gives the mask, beforehand or as columns are reached, and has the
-    statistics. changes: whether kept weights end with other values, so that masks alone do not carry the result.
+    changes: whether kept weights end with other values, so that masks alone do not carry the result.
     """
 
     changes: bool = True

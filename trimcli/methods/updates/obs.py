@@ -2,9 +2,7 @@
 
 The loss of a pruned row w' against its dense w is (w - w') H (w - w')^T with H the Gram of the inputs. Going
 through the columns from left to right, a weight that goes is set to zero and the weights to its right are
-moved to the optimum; what lies to the left is frozen.
-
-Three choices are independent of each other: the score that picks the mask, when it is picked, and the budget.
+moved to the optimum. The score that picks the mask, when it is picked, and the budget are independent choices.
 """
 
 from __future__ import annotations
@@ -62,12 +60,7 @@ def factor_of(stats: LinearStats, damping: float) -> Factor:
 
 
 @score(
-    "obs",
-    needs={GRAM},
-    compare="matrix",
-    title="OBS",
-    source="Frantar & Alistarh 2023, section 3",
-    options=ObsOptions,
+    "obs", needs={GRAM}, compare="matrix", title="OBS", source="Frantar & Alistarh 2023, section 3", options=ObsOptions
 )
 def obs_scores(weight: Tensor, stats: LinearStats, options: ObsOptions) -> Tensor:
     """What the loss grows by when the weight goes and the others make up for it, w^2 / U_cc^2.
@@ -83,14 +76,13 @@ def obs_scores(weight: Tensor, stats: LinearStats, options: ObsOptions) -> Tenso
 def obs(weight: Tensor, choice: Choice, options: ObsOptions) -> Updated:
     """Column by column, what stays to the right makes up for what goes.
 
-    weight: float32 [D_out, D_in], left as it is. The weights of columns that never fire are zero whatever keep says:
-    they are the first to go, but a budget smaller than their number leaves some of them marked as kept, so that
-    counts hold. Raises OptionError for options that do not go together, ValueError for NaN and for a Gram or a mask of
-    another shape, and what `factorise` raises.
+    weight: float32 [D_out, D_in], left as it is. Columns that never fire become zero, also those weights in them that
+    a small budget leaves marked as kept, so that counts hold. Raises OptionError for options that do not go together,
+    ValueError for NaN and for a Gram or a mask of another shape, and what `factorise` raises.
     """
     import torch
 
-    from trimcli.methods.masks import refuse_nan
+    from trimcli.methods.masks import refuse_nan, slices
     from trimcli.methods.updates.obs_solver import prune_block
 
     once = _fixed_beforehand(choice, options)
@@ -98,18 +90,15 @@ def obs(weight: Tensor, choice: Choice, options: ObsOptions) -> Updated:
     if choice.keep is not None and choice.keep.shape != weight.shape:
         raise ValueError(f"a mask {list(choice.keep.shape)} does not fit a weight {list(weight.shape)}.")
     with torch.no_grad():
-        factor = factor_of(choice.stats, options.damping)
-        if len(factor.dead) != weight.shape[1]:
-            raise ValueError(
-                f"a Gram of {len(factor.dead)} channels does not fit a weight of {weight.shape[1]} inputs."
-            )
+        factor, inputs = factor_of(choice.stats, options.damping), weight.shape[1]
+        if len(factor.dead) != inputs:
+            raise ValueError(f"a Gram of {len(factor.dead)} channels does not fit a weight of {inputs} inputs.")
         updated = weight.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         updated[:, factor.dead] = 0.0
         largest = updated.max()  # NaN goes like a low score, so it may be gone by the end
         keep = choice.of_matrix(updated) if once else torch.ones_like(updated, dtype=torch.bool)
-        for start in range(0, weight.shape[1], options.block_size):
-            end = min(start + options.block_size, weight.shape[1])
-            prune_block(updated, keep, factor.upper, start, end, None if once else choice, stride)
+        for columns in slices(inputs, options.block_size):
+            prune_block(updated, keep, factor.upper, columns.start, columns.stop, None if once else choice, stride)
         refuse_nan(torch.stack([largest, updated.max()]))
     return Updated(keep, updated, factor.report.remarks)
 

@@ -19,9 +19,8 @@ _LAST_DAMPING = 1e3
 class DampingReport:
     """What it took to factorise one Gram.
 
-    requested, damping: lambda / mean(diag H) as asked for and as used. added: lambda itself.
-    attempts: factorisations tried; the last one held. dtype: that one's, "float32" or "float64".
-    dead_columns: how many input channels never fire.
+    requested, damping: lambda / mean(diag H) as asked for and as used. added: lambda. attempts: factorisations tried.
+    dtype: of the last, which held, "float32" or "float64". dead_columns: how many input channels never fire.
     """
 
     requested: float
@@ -47,10 +46,7 @@ class DampingReport:
 
 @dataclass(frozen=True)
 class Factor:
-    """A factorised Gram; linears that share an input share it.
-
-    upper: float32 [D_in, D_in], U with U^T U = (H + lambda I)^-1. dead: bool [D_in], True where H_cc = 0.
-    """
+    """A factorised Gram. upper: float32 [D_in, D_in], U^T U = (H + lambda I)^-1. dead: bool [D_in], where H_cc = 0."""
 
     upper: Tensor
     dead: Tensor
@@ -61,12 +57,10 @@ class Factor:
 def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
     """Upper Cholesky factor of the inverse of the damped Gram, with retries (section 3 of the paper).
 
-    gram: H, float32 or float64 [D_in, D_in], left as it is. damping: lambda / mean(diag H), the mean taken
-    after H_cc = 1 was set for the columns that never fire. The first attempt runs in the Gram's dtype; each
-    failure is followed by an attempt with ten times the damping, in float64.
-
-    Raises ValueError for a Gram that is not square, not
-    finite or negative on its diagonal, TrimError when even 1000 times the mean, or near it, does not help.
+    gram: H, float32 or float64 [D_in, D_in], left as it is. damping: lambda / mean(diag H), H_cc = 1 where a column
+    never fires. The first attempt runs in the Gram's dtype, others in float64, each with ten times the damping.
+    Raises ValueError for a Gram that is not square, not finite or negative on its diagonal, TrimError when even 1000
+    times the mean, or near it, does not help.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"the Gram has shape {tuple(gram.shape)} where a square matrix is needed.")
@@ -86,24 +80,16 @@ def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
                 "calibrate with other or more samples, or prune with --method wanda, which needs no Gram."
             )
         used, dtype, attempts = used * 10, torch.float64, attempts + 1
-    report = DampingReport(
-        requested=damping,
-        damping=used,
-        added=used * mean,
-        attempts=attempts,
-        dtype=str(dtype).removeprefix("torch."),
-        dead_columns=int(dead_columns),
-    )
-    return Factor(upper, dead, report)
+    name = str(dtype).removeprefix("torch.")
+    return Factor(upper, dead, DampingReport(damping, used, used * mean, attempts, name, int(dead_columns)))
 
 
 def prune_block(
     updated: Tensor, keep: Tensor, upper: Tensor, start: int, end: int, choice: Choice | None, stride: int
 ) -> None:
-    """Prune columns start..end-1 in place and move what stays in them and to their right.
+    """Prune columns start..end-1 of `updated` in place and move what stays in them and to their right.
 
-    updated: float32 [D_out, D_in]. keep: bool, likewise. upper: U. choice: where given, the mask is chosen by it,
-    `stride` columns at a time as they are reached, and written to `keep`.
+    updated: float32 [D_out, D_in]. keep: bool, likewise, chosen by `choice`, where given, `stride` columns at a time.
     """
     rows = updated[:, start:end].T.contiguous()  # the inner loop wants a column's weights side by side
     stays = keep[:, start:end].T.contiguous()
@@ -123,14 +109,13 @@ def prune_block(
 def _upper(gram: Tensor, dead: Tensor, added: float, dtype: torch.dtype) -> Tensor | None:
     """U with U^T U = (gram + added I)^-1 in float32, computed in `dtype`; None where that fails.
 
-    With J the reversal of the channels and J H J = L L^T, U is J L^-1 J: the factor that inverting H and
-    factorising the inverse would give, without that second factorisation, which fails sooner than the first.
+    With J the reversal of the channels and J H J = L L^T, U is J L^-1 J: what factorising the inverse of H would
+    give, without that second factorisation, which fails sooner than the first.
     """
     flipped = gram.to(dtype).flip(0, 1)
-    diagonal = flipped.diagonal()
-    diagonal.masked_fill_(dead.flip(0), 1.0).add_(added)
+    flipped.diagonal().masked_fill_(dead.flip(0), 1.0).add_(added)
     lower, info = torch.linalg.cholesky_ex(flipped)
-    del flipped, diagonal
+    del flipped
     if int(info) != 0:
         return None
     identity = torch.eye(lower.shape[0], dtype=dtype, device=lower.device)
