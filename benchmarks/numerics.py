@@ -20,13 +20,12 @@ from typing import Any
 from benchmarks.support.ledger import Ledger
 from benchmarks.support.provenance import head, publish, table
 from benchmarks.support.study import Study, add_arguments, make_study
-from trimcli import PruneOptions, Recipe, RowOptions, prune
+from trimcli import PruneOptions, Recipe, prune
 from trimcli.files.documents import write_json
 from trimcli.files.manifest import ModelFingerprint
 from trimcli.files.masks import MaskFile
 from trimcli.files.ratios import LayerSparsity
-from trimcli.methods.masks import Numerics
-from trimcli.methods.recipe import Method
+from trimcli.options import Numerics
 
 TOLERANCE = 0.01
 LEGEND = (
@@ -41,14 +40,13 @@ class Combination:
     """What is compared: a score, with or without TRIM's rows, uniform layers or OWL's."""
 
     name: str
-    method: Method
+    method: str
     rows: bool = False
     owl: bool = False
 
     def recipe(self, numerics: Numerics) -> Recipe:
         """The pruning method under one numerics mode."""
-        rows = RowOptions(numerics=numerics) if self.rows else None
-        return Recipe(method=self.method, numerics=numerics, rows=rows)
+        return Recipe(method=self.method, numerics=numerics, rows="trim" if self.rows else "even")
 
 
 COMBINATIONS = (

@@ -22,8 +22,7 @@ from typing import Any
 from benchmarks.support.ledger import Ledger
 from benchmarks.support.provenance import head, publish, table
 from benchmarks.support.study import Study, add_arguments, make_study, ratios_name
-from trimcli import BarberOptions, PruneOptions, Recipe, RowOptions, prune
-from trimcli.methods.recipe import Method
+from trimcli import BarberOptions, PruneOptions, Recipe, prune
 
 ALLOCATIONS = {"uniform": "uniform", "owl": "OWL", "alpha": "Alpha"}
 
@@ -42,7 +41,7 @@ class Setting:
     barber: LLM-Barber's second pass, if it follows. sparsity or pattern (N:M): the target.
     """
 
-    method: Method = "wanda"
+    method: str = "wanda"
     rows: bool = False
     barber: BarberOptions | None = None
     allocation: str = "uniform"
@@ -83,7 +82,7 @@ class Setting:
 
     def prune_options(self, study: Study) -> PruneOptions:
         """The same as the library takes it, without outputs."""
-        recipe = Recipe(method=self.method, rows=RowOptions() if self.rows else None, barber=self.barber)
+        recipe = Recipe(method=self.method, rows="trim" if self.rows else "even", barber=self.barber)
         allocated = not self.pattern and self.allocation != "uniform"
         walks = self.method != "magnitude" or self.rows or self.barber
         return PruneOptions(

@@ -17,12 +17,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from trimcli.methods.rows.search import RowOptions, RowResult, search_rows
+from trimcli.methods.rows.base import RowResult
+from trimcli.methods.rows.options import TrimOptions
+from trimcli.methods.rows.search import search_rows
 
 _STEPS = ((0.01, 0.02, 0.04, 0.08, 0.12, 0.16), (-0.01, -0.02, -0.04))
 _ITERATIONS = 10
@@ -140,14 +143,14 @@ def synchronise(device: str) -> None:
 def peak_memory(case: Case) -> float | None:
     """What a search holds at its peak beyond its arguments, in float32 matrices; None if unknown."""
     torch.set_num_threads(case.threads)
-    options = RowOptions(numerics="reference", iterations=_ITERATIONS)
+    search = partial(search_rows, options=TrimOptions(iterations=_ITERATIONS), numerics="reference")
     # A small matrix first, so that what libraries allocate once is not counted.
-    search_rows(*make_matrix(replace(case, d_out=64, d_in=64)), case.target, options)
+    search(*make_matrix(replace(case, d_out=64, d_in=64)), case.target)
     arguments = make_matrix(case)
     if case.device != "cpu":
         torch.accelerator.memory.reset_peak_memory_stats()
         before = torch.accelerator.memory.memory_allocated()
-        search_rows(*arguments, case.target, options)
+        search(*arguments, case.target)
         extra = torch.accelerator.memory.max_memory_allocated() - before
     else:
         status, clear = pathlib.Path("/proc/self/status"), pathlib.Path("/proc/self/clear_refs")
@@ -155,7 +158,7 @@ def peak_memory(case: Case) -> float | None:
             return None
         clear.write_text("5")  # resets the peak, VmHWM
         held = _kilobytes(status.read_text(), "VmRSS")
-        search_rows(*arguments, case.target, options)
+        search(*arguments, case.target)
         extra = (_kilobytes(status.read_text(), "VmHWM") - held) * 1024
     return extra / (case.d_out * case.d_in * 4)
 
@@ -170,14 +173,14 @@ def _kilobytes(status: str, field: str) -> int:
 def measure(case: Case) -> Figures:
     """Time the case; raises RuntimeError where search and direct form end with different steps."""
     torch.set_num_threads(case.threads)
-    options = RowOptions(numerics="reference", iterations=_ITERATIONS)
+    search = partial(search_rows, options=TrimOptions(iterations=_ITERATIONS), numerics="reference")
     weight, scores, inputs = make_matrix(case)
     found: list[RowResult] = []
     expected: list[tuple[Tensor, float, int]] = []
     calls = (
         lambda: weight @ inputs,
         lambda: expected.append(direct_search(weight, scores, inputs, case.target)),
-        lambda: found.append(search_rows(weight, scores, inputs, case.target, options)),
+        lambda: found.append(search(weight, scores, inputs, case.target)),
     )
     with torch.inference_mode():
         # By turns, so that what else the machine does falls on all of them; the quickest of each counts.

@@ -58,6 +58,22 @@ def test_the_tables_name_matrices_and_passes(base: Path) -> None:
     assert "40 x 32" in shown.out
     assert "14 matrices" in shown.out
     assert "1.5 forward passes in float32 on cpu" in shown.out
+    patterned = trim("plan", base / "model", "--sparsity-type", "2:4", *COMPUTE)
+    [row] = [line for line in patterned.out.splitlines() if line.startswith("mlp.up_proj")]
+    assert row.split() == ["mlp.up_proj", "2", "40", "x", "32", "2:4", "(0.5000)", "1,280"]
+    assert "0 matrices left dense" in patterned.out
+
+
+def test_a_table_shows_the_patterns_of_a_mixed_allocation(base: Path, tmp_path: Path) -> None:
+    ratios = tmp_path / "ratios.json"
+    allocate(str(base / "model"), ratios, AllocateOptions(sparsity=0.5))
+    document = json.loads(ratios.read_text())
+    document["pattern"] = {name: [3, 8] if "layers.0" in name else [5, 8] for name in document["sparsity"]}
+    document["sparsity"] = {name: 1 - kept / 8 for name, (kept, _) in document["pattern"].items()}
+    ratios.write_text(json.dumps(document))
+    shown = trim("plan", base / "model", "--ratios", ratios, *COMPUTE)
+    [row] = [line for line in shown.out.splitlines() if line.startswith("mlp.up_proj")]
+    assert row.split()[2:] == ["40", "x", "32", "3:8,", "5:8", "(0.3750", "to", "0.6250)", "1,280"]
 
 
 @pytest.mark.skipif(not CONVERTS, reason="transformers 4 leaves experts apart")

@@ -30,10 +30,9 @@ T = TypeVar("T")
 def allocate(
     model: str, output: Path | None, options: AllocateOptions, *, progress: Progress = NO_PROGRESS, force: bool = False
 ) -> LayerSparsity:
-    """Distribute a target over the linears of a model, and write the layer ratios file, if `output` is given.
+    """Distribute a target over a model's linears, and write the layer ratios file, if asked for.
 
-    model: a directory or a hub id, of which `uniform` and `import_file` need only the config.json. Raises UsageError
-    and HubError.
+    Of the model, `uniform` and `import_file` need only the config.json. Raises UsageError and HubError.
     """
     options.check()
     if output is not None:

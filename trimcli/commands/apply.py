@@ -95,7 +95,7 @@ def _pruned_linears(found: MaskFile, skeleton: Skeleton) -> dict[str, PrunedLine
         linear = skeleton.linears.get(name)
         if linear is None or linear.key is None or linear.shape != found.shape(name):
             what = f"{found.path} has a mask of shape {list(found.shape(name))} for {name}"
-            raise MismatchError(f"{what}, which {skeleton.checkpoint.id} lacks; give the model it was made for.")
+            raise MismatchError(f"{what}, which {skeleton.checkpoint.id} does not have; give its own model.")
         linears[name] = pruned_linear(linear, found.entry(name))
     return linears
 
@@ -138,10 +138,8 @@ def _unchanged(weight_of: WeightOf, checkpoint: Checkpoint, path: Path) -> Weigh
     def checked(key: str) -> Tensor | None:
         weight = weight_of(key)
         if weight is not None and not torch.equal(weight, checkpoint.load(key)):
-            raise MismatchError(
-                f"{path} comes from a prune that changed the kept weights too, which the masks alone do not carry to "
-                f"{checkpoint.id}; use what prune --save-model wrote."
-            )
+            why = "comes from a prune that changed the kept weights too, which the masks alone do not carry to"
+            raise MismatchError(f"{path} {why} {checkpoint.id}; use what prune --save-model wrote.")
         return weight
 
     return checked

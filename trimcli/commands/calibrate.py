@@ -53,10 +53,7 @@ def calibrate(
     force: bool = False,
     progress: Progress = NO_PROGRESS,
 ) -> CalibrationSummary:
-    """Gather the statistics of a dense model on calibration samples (Sun et al. 2023, section 3).
-
-    model: a directory or hub id. output: the calibration file. Unfinished runs go on. Raises UsageError, HubError.
-    """
+    """Gather a dense model's statistics into a file (Sun et al. 2023, section 3). Unfinished runs go on. UsageError."""
     options = options or CalibrateOptions()
     options.check()
     refuse_existing(output, force=force)

@@ -66,10 +66,8 @@ def open_masks(path: Path, skeleton: Skeleton) -> MaskFile:
     mask = MaskFile.open(path)
     check_model(mask.manifest, skeleton.fingerprint, path)
     if mask.manifest.get("changes_weights"):
-        raise MismatchError(
-            f"{path} belongs to a prune that changed the kept weights too, so masks alone do not carry its result; "
-            "measure the directory that prune --save-model wrote."
-        )
+        why = "belongs to a prune that changed the kept weights too, so masks alone do not carry its result"
+        raise MismatchError(f"{path} {why}; measure the directory that prune --save-model wrote.")
     return mask
 
 

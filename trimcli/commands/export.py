@@ -82,8 +82,7 @@ def export(
     """Write a pruned model (dense or packed directory, or a hub id) in a form that sparse kernels read.
 
     csr: matrices that a product with one input row shows to be faster so, on this machine, the others dense.
-    semi-structured: every pruned matrix. One matrix in memory at a time. Raises OptionError (no such device),
-    InputError (nothing is pruned; matrices that are not 2:4, which are named), OutputExists.
+    semi-structured: every pruned matrix. Raises OptionError (no such device), InputError (none pruned, not 2:4).
     """
     options.check()
     refuse_existing(output, force=force)

@@ -64,10 +64,7 @@ def prune(
     progress: Progress = NO_PROGRESS,
     announce: Announce | None = None,
 ) -> PruneSummary:
-    """Choose the masks of a model, one decoder layer resident, and write them (and, on request, the pruned model).
-
-    model: a directory or hub id. announce: is given the plan before any pass. Raises any TrimError.
-    """
+    """Choose a model's masks, one decoder layer resident, and write them; `announce` is given the plan. TrimError."""
     options.check()
     _refuse_outputs(output, options, force=force)
     started = time.monotonic()

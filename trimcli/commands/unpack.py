@@ -39,8 +39,7 @@ def load_packed(
 ) -> "PreTrainedModel":
     """A packed directory as the transformers model that `from_pretrained` gives for the unpacked one.
 
-    dtype: of the parameters, None for the stored one. options: further arguments of `from_pretrained`
-    (`attn_implementation`). Raises InputError (not a packed directory, truncated or altered).
+    dtype: None for the stored one. options: further arguments of `from_pretrained`. Raises InputError.
     """
     from transformers import GenerationConfig
 

@@ -1,7 +1,4 @@
-"""Zero-shot tasks through lm-eval, on a model that is already in memory.
-
-lm-eval's own command, given the written directory with the same tasks, batch size and dtype, finds the same accuracies.
-"""
+"""Zero-shot tasks on a model in memory; lm-eval's own command finds the same on the directory written of it."""
 
 import contextlib
 import difflib
@@ -79,15 +76,10 @@ def evaluate_tasks(
     """Measure `model`, in its own dtype and on its own device, on the tasks of `options`.
 
     Data files that a task file names are looked up from the working directory, then from the task file's folder.
-
-    Returns, ready for a results document:
-
-    - `tasks`: name -> `{metric: value, metric_stderr: value or None, n_shot, limit, samples, documents, version}`,
-      where `samples` of the task's `documents` were measured. A metric behind a filter other than "none" keeps
-      lm-eval's `metric,filter` as its name. Groups that aggregate come with `subtasks`.
-    - `mean_acc_seven`: the mean of `acc` (not `acc_norm`) over the seven tasks, as Wanda, OWL and TRIM report it; None
-      unless all seven were measured.
-    - `lm_eval`: its `version`, the `batch_size` that fitted, and `truncated`: requests that lost their beginning.
+    Returns, ready for a results document, `tasks`: name -> `{metric: value, metric_stderr: value or None, n_shot,
+    limit, samples, documents, version}`, groups with `subtasks`, a metric behind a filter as `metric,filter`;
+    `mean_acc_seven`: the mean of `acc` (not `acc_norm`) over the seven tasks, None unless all were measured; and
+    `lm_eval`: its `version`, the `batch_size` that fitted, and how many requests lost their beginning (`truncated`).
 
     Raises OptionError (unknown task, unusable value), InputError (a task file or its data), HubError (its data set),
     OutputExists, ResourceError (no memory even for single sequences), TrimError (lm-eval failed on its way).
@@ -250,10 +242,9 @@ def _evaluate(
         except torch.OutOfMemoryError:
             pass  # what follows is outside the clause, whose traceback keeps the failed batch in memory
         except Exception as problem:
-            raise TrimError(
-                f"lm-eval failed on {', '.join(loaded['tasks'])} ({type(problem).__name__}: {problem}); "
-                "check the task file, or try a smaller --limit to find the document."
-            ) from problem
+            what = f"lm-eval failed on {', '.join(loaded['tasks'])} ({type(problem).__name__}: {problem})"
+            way_out = "check the task file, or try a smaller --limit to find the document."
+            raise TrimError(f"{what}; {way_out}") from problem
         if scorer.batch_size == 1:
             raise ResourceError("the tasks do not fit into memory even one sequence at a time; use another device.")
         scorer.batch_size_per_gpu = scorer.batch_size // 2

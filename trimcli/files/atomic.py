@@ -1,7 +1,4 @@
-"""Outputs that appear whole: written beside their target and renamed in place once complete and synced.
-
-A file that exists is whole. The outputs of one command appear together or not at all: `all_or_none`.
-"""
+"""Outputs that appear whole: written beside their target and renamed once synced, together in `all_or_none`."""
 
 import contextlib
 import contextvars
@@ -125,9 +122,8 @@ def _staged(target: Path) -> Iterator[Path]:
         for other in together:
             there = other.target.resolve()
             if place.is_relative_to(there) or there.is_relative_to(place):
-                raise OptionError(
-                    f"of the outputs {other.target} and {target} one would replace the other; name another place."
-                )
+                both = f"{other.target} and {target}"
+                raise OptionError(f"of the outputs {both} one would replace the other; name another place.")
         token = _TOGETHER.set(None)
         try:
             _remove(output.staged)

@@ -1,7 +1,4 @@
-"""A model directory, tensor by tensor: its config and single tensors, never the whole model; local or from the hub.
-
-From safetensors, `pytorch_model*.bin` (restricted unpickling) or a packed directory, memory-mapped where possible.
-"""
+"""A model directory, tensor by tensor, never whole: safetensors, `pytorch_model*.bin` or packed; local or a hub id."""
 
 from collections.abc import Mapping
 from functools import partial

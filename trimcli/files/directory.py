@@ -32,10 +32,9 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """One pruned matrix as a directory records it.
+    """One pruned matrix as a directory records it, under its tensor's `key`.
 
-    key: its tensor's name in the checkpoint. shape: (D_out, D_in). transposed: stored as [D_in, D_out].
-    pruned: weights its mask takes. target: the sparsity asked for. pattern: (kept, group) of N:M.
+    transposed: stored as [D_in, D_out]. pruned: weights its mask takes. pattern: (kept, group) of N:M.
     """
 
     key: str
@@ -180,10 +179,9 @@ def write_model(
     max_shard_size: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> WrittenModel:
-    """Write a pruned model directory, one tensor in memory at a time; the directory appears when complete.
+    """Write a pruned model directory, one tensor in memory. Raises OutputExists, InputError.
 
-    document: the manifest, with `commands` of `commands_so_far`; `linears` and the total `sparsity` are added to it.
-    max_shard_size: bytes of a dense shard, None for the checkpoint's own shards. Raises OutputExists, InputError.
+    document: the manifest, to which `linears` and `sparsity` are added. max_shard_size: bytes, None for the own shards.
     """
     checkpoint = tensors.checkpoint
     shards = plan_shards(checkpoint, max_shard_size)

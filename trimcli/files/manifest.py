@@ -29,11 +29,7 @@ COMMAND_LINE: contextvars.ContextVar[str | None] = contextvars.ContextVar("comma
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """Which model a file belongs to.
-
-    structure: SHA-256 of config, module names and shapes. content: of dtypes and a sample of every tensor; None where
-    no weights were read.
-    """
+    """Which model a file is of: SHA-256 of its config, names and shapes, and of a sample of its weights, if read."""
 
     id: str
     structure: str

@@ -83,9 +83,8 @@ def write_masks(
 ) -> dict[str, Any]:
     """Write a masks file atomically, one mask in memory at a time; returns the manifest as written.
 
-    document: its manifest, whose `linears` may hold what is known of a linear (`target`, `pattern`). shapes: linear ->
-    (D_out, D_in), in the model's order. keep_of(name): bool [D_out, D_in]; called twice a linear, since the manifest
-    comes first in the file. Raises OutputExists, InputError (no such parent directory).
+    document: its manifest, whose `linears` may hold what is known of a linear. shapes: linear -> (D_out, D_in), in the
+    model's order. keep_of(name): bool [D_out, D_in]; called twice, since the manifest comes first. Raises OutputExists.
     """
     linears = {}
     for name, shape in shapes.items():

@@ -12,10 +12,7 @@ SCHEMA = "trim.metrics/1"
 
 
 class MetricsCache:
-    """The metrics of one model: `values`, metric -> linear -> value, kept in `path` if given.
-
-    Raises MismatchError (metrics of another model), InputError (damaged file, missing directory).
-    """
+    """`values`, metric -> linear -> value, of one model, kept in `path` if given. Raises MismatchError, InputError."""
 
     def __init__(self, path: Path | None, model: ModelFingerprint) -> None:
         self._path, self._model, self._grown = path, model, False

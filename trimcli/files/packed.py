@@ -80,10 +80,7 @@ def stored_parts(key: str, entry: Mapping[str, Any]) -> list[str]:
 
 
 class PackedReader(Shards):
-    """A packed directory read as if it were dense. files: shard of the dense model -> the tensors in it.
-
-    Raises InputError: a shard missing, truncated, outside the directory or lacking a tensor; `trim.json` edited.
-    """
+    """A packed directory read as if dense. Raises InputError for a shard missing or damaged, or an edited mark."""
 
     def __init__(self, directory: Path) -> None:
         mark = directory / MARK

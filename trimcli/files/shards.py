@@ -73,9 +73,8 @@ class BinShards(Shards):
                 # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
                 found = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
             except Exception as problem:  # torch raises anything from RuntimeError to UnpicklingError here
-                raise InputError(
-                    f"{path} cannot be read as a plain weights file ({first_line(problem)}); give a safetensors one."
-                ) from None
+                what = f"{path} cannot be read as a plain weights file ({first_line(problem)})"
+                raise InputError(f"{what}; give a safetensors one.") from None
             tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
             self._tensors.update(tensors)
             self.files[name] = list(tensors)

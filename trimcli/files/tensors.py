@@ -65,10 +65,9 @@ def write_tensors(
     tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file of `specs`, asking for one tensor at a time.
+    """Write a safetensors file to a temporary path, asking for one tensor at a time, on any device.
 
-    path: of `atomic_file` or inside `atomic_directory`. tensor(name): on any device, as its spec promised. The
-    safetensors library wants every tensor at once; the layout is its own but for the tensors' order.
+    The safetensors library wants every tensor at once; the layout is its own but for the tensors' order.
     """
     order = list(DTYPES)
     names = sorted(specs, key=lambda name: (order.index(specs[name].dtype), name))

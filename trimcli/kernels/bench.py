@@ -68,10 +68,9 @@ class BenchResult:
 
 
 def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = NO_PROGRESS) -> BenchResult:
-    """Measure models and exports, one form in memory at a time.
+    """Measure models and exports, one form in memory at a time. Raises UsageError and HubError.
 
-    models: directories, hub ids or exports. Of a model: dense, and what its zeros allow (csr on a CPU, semi-structured
-    for 2:4 on a CUDA device); of an export: dense, and as exported. Raises UsageError and HubError.
+    Of a model: dense, and what its zeros allow (csr on a CPU, semi-structured for 2:4 on a CUDA device).
     """
     options.check()
     measured: list[Measured] = []
@@ -137,10 +136,8 @@ def _forms(
     skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust)
     positions = max_positions(skeleton.config)
     if positions is not None and 2 * options.tokens > positions:
-        raise OptionError(
-            f"--tokens {options.tokens}, prompt and as many decoded, is beyond the {positions} positions of "
-            f"{checkpoint.id}; give {positions // 2} or fewer."
-        )
+        what = f"--tokens {options.tokens}, prompt and as many decoded, is beyond the {positions} positions"
+        raise OptionError(f"{what} of {checkpoint.id}; give {positions // 2} or fewer.")
     skeleton.load_everything()
     weights = sum(linear.numel for linear in skeleton.linears.values())
     zeros = 1 - sum(int(linear.weight.count_nonzero()) for linear in skeleton.linears.values()) / max(weights, 1)

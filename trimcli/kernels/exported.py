@@ -35,7 +35,7 @@ def device_for(form: Form, name: str) -> torch.device:
 
 
 class ExportedCheckpoint(Checkpoint):
-    """An export read as a checkpoint: dense tensors as stored, sparse ones decoded, if semi-structured on `device`.
+    """An export read as a checkpoint, its sparse tensors decoded, if semi-structured on `device`.
 
     Raises InputError (no whole export, edited), MismatchError (packed for another GPU), OptionError (no GPU).
     """

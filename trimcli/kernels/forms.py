@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trimcli.errors import MismatchError, OptionError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_mark
+from trimcli.files.tensors import dtype_name
 from trimcli.model.empty import empty
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
@@ -105,22 +106,21 @@ class SemiStructured:
                 f"{device}; run on a machine with one, or export --to csr."
             )
         if dtype not in (torch.float16, torch.bfloat16):
-            raise OptionError(
-                "semi-structured (2:4) kernels compute in 16 bits, and this model's weights are "
-                f"{str(dtype).removeprefix('torch.')}; give --dtype bfloat16 or --dtype float16."
-            )
+            what = f"kernels compute in 16 bits, and this model's weights are {dtype_name(dtype)}"
+            raise OptionError(f"semi-structured (2:4) {what}; give --dtype bfloat16 or --dtype float16.")
         self.device, self.dtype = device, dtype
         self.capability = torch.cuda.get_device_capability(device)
-        self._kind: Any
         if torch.backends.cusparselt.is_available() and self.capability >= (8, 0):
-            self.backend, self._kind = "cusparselt", torch.sparse.SparseSemiStructuredTensorCUSPARSELT
+            self.backend = "cusparselt"
         elif self.capability[0] == 8:
-            self.backend, self._kind = "cutlass", torch.sparse.SparseSemiStructuredTensorCUTLASS
+            self.backend = "cutlass"
         else:
-            raise OptionError(
-                f"this GPU (compute capability {self.capability[0]}.{self.capability[1]}) and this build of torch "
-                "have no semi-structured (2:4) kernels; use another machine, or export --to csr."
-            )
+            here = f"this GPU (compute capability {'.'.join(map(str, self.capability))}) and this build of torch"
+            raise OptionError(f"{here} have no semi-structured (2:4) kernels; use another machine, or export --to csr.")
+
+    @property
+    def _kind(self) -> Any:
+        return getattr(torch.sparse, f"SparseSemiStructuredTensor{self.backend.upper()}")
 
     def document(self) -> dict[str, Any]:
         """What the packed tensors are bound to."""

@@ -126,19 +126,17 @@ class Recipe:
                 raise OptionError(f"these options do not go together: {what}; drop one of the two.")
 
         check_fields(self)
-        uneven, on_dense, only = self.rows != "even", not self.propagate, self.allocating.only
+        uneven, on_dense, again, only = self.rows != "even", not self.propagate, self.input_recalc, self.allocating.only
         rows = {"trim": "--use-trim", "variant": "--use-variant"}.get(self.rows, f"--rows {self.rows}")
         named = f"--method {self.method}"
         needy = [name for name in sorted(self.needs) if STATISTICS[name].stored is None]
-        again = self.input_recalc
         refuse(uneven and pattern, f"{rows} with an N:M pattern: the pattern fixes every row's count")
         refuse(only not in (None, self.scoring.name), f"{rows} with {named}: it is made for {only}")
         refuse(
             again and "inputs" not in self.allocating.needs,
             "--input-recalc without --use-trim: only TRIM reads the inputs again",
         )
-        passing = f"its {' and '.join(needy)} comes from a forward pass"
-        refuse(on_dense and needy, f"--no-propagate with {named}: {passing}")
+        refuse(on_dense and needy, f"--no-propagate with {named}: its {' and '.join(needy)} comes from a forward pass")
         refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
         refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
         for flag, value, owner in misplaced(self.options, self.entries):

@@ -18,8 +18,10 @@ from trimcli.files.checkpoint import Checkpoint
 class Matrix:
     """A weight matrix that can be pruned; a `linear` in files, options and messages.
 
-    name: full module name. module: what is called with its inputs. key: the checkpoint tensor that it lies in, None
-    where only a config was read. transposed: whether it is stored as [D_in, D_out], as transformers' `Conv1D` does.
+    name: full module name. module: what is called with its inputs, and holds it in its parameter `parameter_name`.
+    key: the checkpoint tensor that it lies in, None where only a config was read. place: which matrix of a stack
+    [E, ., .] it is, None where the tensor holds no other. transposed: whether it is stored as [D_in, D_out], as
+    transformers' `Conv1D` and some stacked experts are. A convolution is [D_out, D_in * height * width].
     """
 
     name: str
@@ -28,6 +30,8 @@ class Matrix:
     d_in: int
     key: str | None
     transposed: bool = False
+    place: int | None = None
+    parameter_name: str = "weight"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,12 +45,15 @@ class Matrix:
 
     def within(self, tensor: Tensor) -> Tensor:
         """The view [D_out, D_in] of the matrix in a tensor such as the checkpoint's."""
-        return tensor.T if self.transposed else tensor
+        own = tensor if self.place is None else tensor[self.place]
+        own = own.mT if self.transposed else own
+        return own if own.ndim == 2 else own.view(len(own), -1)
 
     @property
     def parameter(self) -> Tensor:
         """The loaded tensor that it lies in."""
-        return self.module.weight.data  # type: ignore[return-value]
+        found: Tensor = getattr(self.module, self.parameter_name).data
+        return found
 
     @property
     def weight(self) -> Tensor:

@@ -69,9 +69,8 @@ class SweepOptions(RunOptions):
         for kind in axes():
             for one in declared(kind):
                 if one.field in self.settings and one.field not in brought:
-                    raise OptionError(
-                        f"{one.spelled} does nothing without {_bringing(kind)}; add it or leave {one.spelled} out."
-                    )
+                    what = f"{one.spelled} does nothing without {_bringing(kind)}"
+                    raise OptionError(f"{what}; add it or leave {one.spelled} out.")
         if self.input_recalc and True not in self.trim:
             raise OptionError("--input-recalc does nothing without --trim on; add it or leave it out.")
         self.calibrate().check()
@@ -102,6 +101,11 @@ class Setting:
     values: Mapping[str, Any]
     recipe: Recipe
     allocate: AllocateOptions | None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics that its allocation reads."""
+        return self.allocate.allocating.needs if self.allocate else frozenset()
 
 
 def settings_of(options: SweepOptions) -> list[Setting]:

@@ -92,9 +92,8 @@ def sweep(
 ) -> SweepResult:
     """Prune by every setting of a grid and measure each on held-out calibration samples.
 
-    model: a directory or hub id. output: a JSON file of what was found. announce: is given the plan before any pass.
-    What was measured stays in the stage cache, so that an interrupted sweep goes on; masks and models do not. Raises
-    InputError where the text is too short to hold samples out, and what prune raises.
+    output: a JSON file of what was found. announce: is given the plan before any pass. What was measured stays in the
+    stage cache, so that an interrupted sweep goes on. Raises InputError (too short a text), and what prune raises.
     """
     options.check()
     if output is not None:
@@ -140,10 +139,8 @@ def _plan(skeleton: Skeleton, options: SweepOptions, settings: list[Setting]) ->
         samples, seqlen = read_tokens(options.tokens).shape
         nsamples = samples - options.holdout
         if nsamples < 1:
-            raise OptionError(
-                f"--holdout {options.holdout} leaves none of the {samples} samples in {options.tokens} to "
-                "calibrate on; hold out fewer."
-            )
+            left = f"--holdout {options.holdout} leaves none of the {samples} samples in {options.tokens}"
+            raise OptionError(f"{left} to calibrate on; hold out fewer.")
     passes = (len(settings) + 1) * options.holdout + (nsamples if _stats(settings) else 0)
     passes += sum(round(forward_passes(one.recipe, len(skeleton.layers)) * nsamples) for one in settings)
     return SweepPlan(len(settings), nsamples, options.holdout, seqlen, passes)
@@ -153,8 +150,7 @@ def _stats(settings: list[Setting]) -> tuple[str, ...]:
     """The statistics that one calibration needs to serve every setting, as `calibrate --stats` names them."""
     needed: set[str] = set()
     for setting in settings:
-        needed |= setting.allocate.allocating.needs if setting.allocate else set()
-        needed |= set() if walks(setting.recipe) else setting.recipe.needs
+        needed |= setting.needs | (frozenset() if walks(setting.recipe) else setting.recipe.needs)
     return tuple(option for option, one in stored_statistics().items() if one.name in needed)
 
 
@@ -190,11 +186,9 @@ def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
             further *= 4
     if len(fresh) < options.holdout:
         source = options.tokens or options.dataset
-        raise InputError(
-            f"{source} gives {len(fresh)} samples that share no text with the {len(seen)} calibration samples, "
-            f"and --holdout {options.holdout} asks for more; give a longer text, fewer --nsamples or a smaller "
-            "--holdout."
-        )
+        few = f"{source} gives {len(fresh)} samples that share no text with the {len(seen)} calibration samples"
+        more = f"and --holdout {options.holdout} asks for more"
+        raise InputError(f"{few}, {more}; give a longer text, fewer --nsamples or a smaller --holdout.")
     return fresh[: options.holdout]
 
 

@@ -107,10 +107,8 @@ def _local_file(dataset: str) -> Path:
     if not dataset.endswith(SUFFIXES):
         near = difflib.get_close_matches(dataset, STANDARD, n=1)
         hint = f"did you mean {near[0]}?" if near else "give one of these."
-        raise OptionError(
-            f"{dataset!r} is no data set that trim knows ({', '.join(STANDARD)}, hf:NAME, or a file ending "
-            f"in {', '.join(SUFFIXES)}); {hint}"
-        )
+        known = f"{', '.join(STANDARD)}, hf:NAME, or a file ending in {', '.join(SUFFIXES)}"
+        raise OptionError(f"{dataset!r} is no data set that trim knows ({known}); {hint}")
     if not path.is_file():
         raise InputError(f"there is no file {path}; check the path.")
     return path
@@ -220,10 +218,8 @@ def _from_hub(source: _HubSource, split: str) -> Any:
             if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
                 raise cause from None
         if isinstance(problem, unusable) and not isinstance(problem, LocalEntryNotFoundError):
-            raise InputError(
-                f"the data set {source.name} has no usable split {split!r} ({first_line(problem)}); check "
-                "the name, or give a local file."
-            ) from None
+            what = f"the data set {source.name} has no usable split {split!r} ({first_line(problem)})"
+            raise InputError(f"{what}; check the name, or give a local file.") from None
         raise HubError(
             f"the data set {source.name} could not be fetched ({first_line(problem)}); give a local file: "
             f"{source.local_form}any .txt, .jsonl(.gz) or .parquet; or, to calibrate, samples with --tokens."

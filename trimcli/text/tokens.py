@@ -99,10 +99,8 @@ def read_tokens(path: Path, vocab_size: int | None = None) -> Tensor:
             raise InputError(f"{path} holds {found} but no tensor `tokens`; give a file of token samples.")
         tokens: Tensor = handle.get_tensor("tokens")
     if tokens.dtype not in INTEGER_DTYPES or tokens.dim() != 2 or not tokens.numel():
-        raise InputError(
-            f"`tokens` in {path} is {tokens.dtype} of shape {list(tokens.shape)}; an integer tensor of shape "
-            "[nsamples, seqlen] is needed."
-        )
+        found = f"`tokens` in {path} is {tokens.dtype} of shape {list(tokens.shape)}"
+        raise InputError(f"{found}; an integer tensor of shape [nsamples, seqlen] is needed.")
     limit = 2**31 if vocab_size is None else vocab_size
     for number in (int(tokens.min()), int(tokens.max())):
         if not 0 <= number < limit:

@@ -72,8 +72,8 @@ def sparsities(
     """From a metric per linear to a sparsity per linear (Lu et al. 2024, equation 3).
 
     metrics: float64 [n]. layers: int [n], each linear's decoder layer. weights: [n], weight counts. epsilon:
-    the largest and the smallest sparsity are as 1 + epsilon to 1 - epsilon. by_block: a decoder layer's linears have
-    their mean metric. Returns float64 [n], the weighted mean `target`. Raises OptionError where nothing is left.
+    the largest and the smallest sparsity are as 1 + epsilon to 1 - epsilon. by_block: a decoder layer's linears share
+    their mean metric. Float64 [n] of weighted mean `target`. Raises OptionError where epsilon leaves nothing to scale.
     """
     import torch
 
