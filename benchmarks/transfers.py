@@ -1,9 +1,10 @@
 """Count the copies and waits of every stage on an accelerator, which is simulated on the CPU.
 
-    python -m benchmarks.transfers --before counts.json --out benchmarks/results-transfers.md
+    python -m benchmarks.transfers --before eb82b00.json --out benchmarks/results-transfers.md
 
 The model is the embedded one, 4 layers of 7 matrices, each worked through in as many blocks as one of 4096 x 11008;
-figures are totals of a command, by matrix. --counts FILE keeps the totals as JSON, for the --before of another tree.
+figures are totals of a command, by matrix. --counts FILE keeps the totals as JSON, for the --before of another tree,
+which is called as the file is.
 """
 
 import argparse
@@ -103,7 +104,9 @@ def main() -> None:
     ]
     facts = {
         "model": f"the embedded one, {MATRICES} matrices; 8 samples of 32 tokens, 2 a batch; 16 windows of 32 tokens",
+        **({"before the arrows": given.before.stem} if given.before else {}),
         "counted": "the whole command, divided by the number of matrices; a copy that waits is no wait besides",
+        "TRIM": "a copy either way is an iterate's: counts of the rows there, sums of their outputs back",
     }
     columns = ("stage", "copies to the host", "copies to the device", "other waits")
     publish([*head("Copies and waits a matrix", "transfers", facts), *table(columns, rows)], given.out)

@@ -1,6 +1,7 @@
 """What a run says while it works: progress on stderr, nothing when stderr is no terminal or under --quiet."""
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -27,8 +28,6 @@ class NoProgress:
 
     def warn(self, message: str) -> None:
         """Python's own warning, so that library callers can see or silence it."""
-        import warnings
-
         warnings.warn(message, stacklevel=3)
 
 
@@ -65,7 +64,6 @@ class RichProgress:
 
         self.console = Console(stderr=True, quiet=quiet)
         self._bars: Any = None
-        self._depth = 0
         self._said: set[str] = set()
 
     def _make(self) -> Any:
@@ -86,24 +84,23 @@ class RichProgress:
     @contextlib.contextmanager
     def task(self, description: str, total: int) -> Iterator[Advance]:
         """A bar of `total` steps; nested tasks stack below it."""
-        if self._depth == 0:
+        outermost = self._bars is None
+        if outermost:
             self._bars = self._make()
             self._bars.start()
-        self._depth += 1
         bar = self._bars.add_task(description, total=total)
         try:
             yield lambda count=1: self._bars.advance(bar, count)
         finally:
             self._bars.remove_task(bar)
-            self._depth -= 1
-            if self._depth == 0:
+            if outermost:
                 self._bars.stop()
+                self._bars = None
 
     def warn(self, message: str) -> None:
         """One yellow line, the first time."""
         from rich.text import Text
 
-        if message in self._said:
-            return
-        self._said.add(message)
-        self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+        if message not in self._said:
+            self._said.add(message)
+            self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)

@@ -14,7 +14,7 @@ ODD = ["N:M: kept", "2:4, 3:8:", ":smile:", "[bold]x[/bold]", "[0, 1)", r"C:\mod
 
 @pytest.mark.parametrize("text", ODD)
 def test_text_is_printed_as_it_stands(text: str, capsys: pytest.CaptureFixture[str]) -> None:
-    show(rows_table((("name", "left"), (text, "right")), [(text, "1"), ("x", text)], f"about {text}"))
+    show(rows_table(("name", text), [(text, "1"), ("x", text)], f"about {text}"))
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].strip() == f"about {text}"
     assert [text in line for line in lines[1:]] == [True, True, True]
@@ -32,7 +32,7 @@ def test_a_table_in_a_pipe_is_as_wide_as_it_is(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     name = "a.very.long.name.of.a.linear" * 9
-    show(rows_table((("linear", "left"), ("zeros", "right")), [(name, "1,024")]))
+    show(rows_table(("linear", "zeros"), [(name, "1,024")]))
     assert capsys.readouterr().out.splitlines()[1].split() == [name, "1,024"]
 
 
@@ -64,3 +64,13 @@ def test_small_words() -> None:
     assert [bar(share, 4) for share in (0, 0.5, 1)] == ["", "██", "████"]
     assert spread([0.5, 0.5]) == "0.5000"
     assert spread([0.25, 0.75, 0.5]) == "0.2500 to 0.7500"
+
+
+def test_text_stands_to_the_left_and_numbers_to_the_right(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("a", "7", "csr", "█"), ("bcdef", "1,024", "dense", "██")]
+    show(rows_table(("name", "zeros", "form", ""), rows, words=["form"]))
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "name   zeros  form",
+        "a          7  csr    █",
+        "bcdef  1,024  dense  ██",
+    ]

@@ -43,7 +43,7 @@ def expected_of(x: Tensor) -> dict[str, Tensor]:
 def test_the_statistics_that_there_are() -> None:
     assert dict(STATISTICS) == {"sqnorm": SQNORM, "inputs": INPUTS, "gram": GRAM}
     assert stored_statistics() == {"norms": SQNORM, "inputs": INPUTS}
-    assert {name for name, one in STATISTICS.items() if one.sums} == {"gram"}
+    assert {name for name, one in STATISTICS.items() if one.copies} == {"gram"}
     with pytest.raises(OptionError, match="--stats 'sqnrm' is none of sqnorm, inputs, gram; did you mean 'sqnorm'"):
         STATISTICS["sqnrm"]
     with pytest.raises(ValueError, match="a statistic named 'gram' is registered already"):

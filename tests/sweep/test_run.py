@@ -74,12 +74,10 @@ def test_a_choice_brings_its_own_settings() -> None:
         assert (one.allocate is None) == (values["alloc"] == "uniform")
         if one.allocate and values["alloc"] == "owl":
             assert one.allocate.own() == OwlOptions(lambda_=values["lambda"], hyper_m=values["hyper_m"])
-            assert one.needs == {"sqnorm"}
+            assert one.allocate.allocating.needs == {"sqnorm"}
         elif one.allocate:
             assert one.allocate.own() == AlphaOptions(epsilon=values["epsilon"])
-            assert one.needs == frozenset()
-        else:
-            assert one.needs == frozenset()
+            assert one.allocate.allocating.needs == frozenset()
         if one.recipe.rows == "trim":
             assert one.recipe.options_of(one.recipe.allocating) == TrimOptions(qmetric=values["qmetric"])
             assert values["iterations"] == 10

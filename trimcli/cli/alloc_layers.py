@@ -37,5 +37,5 @@ def _print(found: "LayerSparsity", output: Path) -> None:
         metric = [value for name in names if (value := found.metric.get(name)) is not None]
         mean = f"{sum(metric) / len(metric):.4g}" if metric else ""
         rows.append((layer, mean, spread(values), bar(sum(values) / len(values))))
-    columns = (("layer", "left"), ("metric", "right"), ("sparsity", "right"), ("", "left"))
-    show(rows_table(columns, rows, f"{found.method}, target {found.target:.4g}"), f"written to {output}")
+    table = rows_table(("layer", "metric", "sparsity", ""), rows, f"{found.method}, target {found.target:.4g}")
+    show(table, f"written to {output}")

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -24,41 +24,30 @@ from trimcli.cli.sweep import sweep
 from trimcli.cli.verify import verify
 from trimcli.errors import TrimError
 
-
-class Listed(NamedTuple):
-    """A command: its topic, its function, and what its options are made of ("module:attribute")."""
-
-    topic: str
-    function: Callable[..., None]
-    takes: str | None = None
-
-
 STAGES, MEASURE, MORE = "Stages, each with a file", "Measure and check", "More"
 OPTIONS = "trimcli.commands.options"
-COMMANDS = {
-    "calibrate": Listed(STAGES, calibrate, f"{OPTIONS}:CalibrateOptions"),
-    "alloc-layers": Listed(STAGES, alloc_layers, "trimcli.cli.groups:ALLOCATE"),
-    "prune": Listed(STAGES, prune, "trimcli.cli.groups:PRUNE"),
-    "apply-masks": Listed(STAGES, apply_masks, f"{OPTIONS}:ApplyOptions"),
-    "eval": Listed(STAGES, evaluate, f"{OPTIONS}:EvaluateOptions"),
-    "plan": Listed(MEASURE, plan, "trimcli.cli.groups:PRUNE"),
-    "verify": Listed(MEASURE, verify, f"{OPTIONS}:VerifyOptions"),
-    "report": Listed(MEASURE, report),
-    "compare": Listed(MEASURE, compare),
-    "sweep": Listed(MORE, sweep, "trimcli.cli.groups:SWEEP"),
-    "export": Listed(MORE, export, "trimcli.kernels.options:ExportOptions"),
-    "bench": Listed(MORE, bench, "trimcli.kernels.options:BenchOptions"),
-    "unpack": Listed(MORE, unpack),
-    "cache": Listed(MORE, cache),
-    "demo": Listed(MORE, demo),
+# A command: its topic, its function, and what its options are made of.
+COMMANDS: dict[str, tuple[str, Callable[..., None], str | None]] = {
+    "calibrate": (STAGES, calibrate, f"{OPTIONS}:CalibrateOptions"),
+    "alloc-layers": (STAGES, alloc_layers, "trimcli.cli.groups:ALLOCATE"),
+    "prune": (STAGES, prune, "trimcli.cli.groups:PRUNE"),
+    "apply-masks": (STAGES, apply_masks, f"{OPTIONS}:ApplyOptions"),
+    "eval": (STAGES, evaluate, f"{OPTIONS}:EvaluateOptions"),
+    "plan": (MEASURE, plan, "trimcli.cli.groups:PRUNE"),
+    "verify": (MEASURE, verify, f"{OPTIONS}:VerifyOptions"),
+    "report": (MEASURE, report, None),
+    "compare": (MEASURE, compare, None),
+    "sweep": (MORE, sweep, "trimcli.cli.groups:SWEEP"),
+    "export": (MORE, export, "trimcli.kernels.options:ExportOptions"),
+    "bench": (MORE, bench, "trimcli.kernels.options:BenchOptions"),
+    "unpack": (MORE, unpack, None),
+    "cache": (MORE, cache, None),
+    "demo": (MORE, demo, None),
 }
 
 
 class Program(TyperGroup):
     """Commands made on demand, help by topic in plain text (quicker than drawing it), errors in one sentence."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**{**settings, "rich_markup_mode": None})
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Every command, in the order of the work."""
@@ -67,9 +56,9 @@ class Program(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """The command of that name, None where there is none."""
         if cmd_name in COMMANDS and cmd_name not in self.commands:
-            listed = COMMANDS[cmd_name]
+            _, function, takes = COMMANDS[cmd_name]
             alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-            alone.command(cmd_name)(expanded(listed.function, listed.takes))
+            alone.command(cmd_name)(expanded(function, takes))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return self.commands.get(cmd_name)
 
@@ -82,9 +71,9 @@ class Program(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The commands under their topics, each with its docstring's first sentence."""
         topics: dict[str, list[tuple[str, str]]] = {}
-        for name, listed in COMMANDS.items():
-            first = (listed.function.__doc__ or "").split("\n\n")[0]
-            topics.setdefault(listed.topic, []).append((name, " ".join(first.split())))
+        for name, (topic, function, _) in COMMANDS.items():
+            first = (function.__doc__ or "").split("\n\n")[0]
+            topics.setdefault(topic, []).append((name, " ".join(first.split())))
         for topic, rows in topics.items():
             with formatter.section(topic):
                 formatter.write_dl(rows)
@@ -102,11 +91,9 @@ class Program(TyperGroup):
             sys.exit(problem.exit_status)
         except typer.TyperException as problem:
             context = getattr(problem, "ctx", None)
-            command = context.command_path if context else "trim"
+            said = f"trim: {usage(problem, context.command_path if context else 'trim')}"
             asked_for_nothing = type(problem).__name__ == "NoArgsIsHelpError"
-            print(
-                problem.format_message() if asked_for_nothing else f"trim: {usage(problem, command)}", file=sys.stderr
-            )
+            print(problem.format_message() if asked_for_nothing else said, file=sys.stderr)
             sys.exit(problem.exit_code)
 
 
@@ -115,7 +102,7 @@ app = typer.Typer(
     cls=Program,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
     help="Prune large language models to extreme sparsity, and say honestly what that cost.\n\n"
     "Start with trim demo (offline, a minute), or in one go: "
     "trim prune MODEL -o masks.safetensors --sparsity 0.7 --alloc owl --use-trim --save-model DIR.",

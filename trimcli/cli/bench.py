@@ -33,8 +33,7 @@ def bench(
 
 
 def _print(result: "BenchResult") -> None:
-    columns = [("model", "left"), ("form", "left"), ("zeros", "right"), ("disk", "right"), ("memory", "right")]
-    columns += [(f"{rate.phase} b{rate.batch}", "right") for rate in result.measured[0].rates]
+    rates = [f"{rate.phase} b{rate.batch}" for rate in result.measured[0].rates]
     rows = [
         [
             Path(one.model).name,
@@ -46,6 +45,6 @@ def _print(result: "BenchResult") -> None:
         ]
         for one in result.measured
     ]
-    show(rows_table(columns, rows, "tokens per second, medians; b: batch"))
-    for sentence in result.verdicts:
-        show(f"\n{sentence}")
+    headers = ["model", "form", "zeros", "disk", "memory", *rates]
+    table = rows_table(headers, rows, "tokens per second, medians; b: batch", words=["form"])
+    show(table, *(f"\n{sentence}" for sentence in result.verdicts))

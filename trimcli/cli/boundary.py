@@ -10,14 +10,11 @@ from collections.abc import Callable
 
 import typer
 
-from trimcli.errors import ResourceError, TrimError
+from trimcli.errors import TrimError
 
 
 def guarded(work: Callable[[], None]) -> None:
-    """Do the work in a context of its own: the command line it notes for manifests is its own, too.
-
-    A traceback is shown only under TRIM_TRACEBACK=1.
-    """
+    """Do the work in a context of its own, so that the command line it notes is its own, too."""
     try:
         contextvars.copy_context().run(work)
     except typer.Exit:
@@ -40,19 +37,15 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
         return 130, "interrupted; repeat the command: calibrate, prune and sweep go on where they stopped."
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {problem.filename}" if problem.filename else ""
-        full = ResourceError(
-            f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."
-        )
-        return full.exit_status, str(full)
+        return 1, f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."
     if isinstance(problem, PermissionError):
         return 2, f"no permission for {problem.filename}; choose another path or change its rights."
     if isinstance(problem, MemoryError) or "out of memory" in str(problem).lower() or "can't allocate" in str(problem):
         return 1, "memory ran out; give a smaller --batch-size, --nsamples or --seqlen, or --device cpu."
     if isinstance(problem, Exception) and not isinstance(problem, typer.Abort | typer.BadParameter):
         first = (str(problem).splitlines() or [""])[0]
-        return 1, (
-            f"internal error, {type(problem).__name__}: {first}; set TRIM_TRACEBACK=1 for the traceback, and report it."
-        )
+        what = f"internal error, {type(problem).__name__}: {first}"
+        return 1, f"{what}; set TRIM_TRACEBACK=1 for the traceback, and report it."
     return 1, None
 
 

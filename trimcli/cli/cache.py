@@ -25,7 +25,7 @@ def cache(
     def people() -> None:
         rows = [(entry.kind, size(entry.nbytes), entry.path.name) for entry in entries]
         if rows:
-            show(rows_table((("kind", "left"), ("size", "right"), ("name", "left")), rows))
+            show(rows_table(("kind", "size", "name"), rows, words=["name"]))
         show(f"{len(entries)} entries in {found.directory}" + (f", {size(freed)} freed" if clear else ""))
 
     say.result(lambda: {"directory": found.directory, "entries": listed, "freed": freed}, people)

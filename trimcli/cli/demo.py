@@ -1,6 +1,5 @@
 """`trim demo`."""
 
-import contextlib
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -34,19 +33,15 @@ def demo(
     from trimcli.options import fraction
 
     fraction("--sparsity", sparsity)
-    with contextlib.ExitStack() as stack:
-        if output is None:
-            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trim-demo-")))
-        else:
-            directory = output
-            if not directory.parent.is_dir():
-                raise InputError(f"the directory {directory.parent} does not exist; create it.")
-            if directory.exists():
-                raise OutputExists(f"{directory} exists already; name another directory.")
-            directory.mkdir()
-        found = run(
-            directory, sparsity, seed=seed, device=device, progress=say.progress, say=lambda line: say.note(f"$ {line}")
-        )
+    if output is not None:
+        if not output.parent.is_dir():
+            raise InputError(f"the directory {output.parent} does not exist; create it.")
+        if output.exists():
+            raise OutputExists(f"{output} exists already; name another directory.")
+        output.mkdir()
+    with tempfile.TemporaryDirectory(prefix="trim-demo-") as folder:
+        directory, shared = output or Path(folder), {"seed": seed, "device": device}
+        found = run(directory, sparsity, progress=say.progress, say=lambda line: say.note(f"$ {line}"), **shared)
         say.result(lambda: asdict(found), lambda: _print(found, kept=output is not None))
 
 
@@ -58,8 +53,8 @@ def _print(result: "DemoResult", *, kept: bool) -> None:
         ratio, seconds = ("", "") if first else (f"{row.perplexity / dense:.2f}x", f"{row.seconds:.1f}")
         label = f"{row.label} *" if row.label == result.best else row.label
         rows.append((label, f"{row.perplexity:.2f}", ratio, f"{row.sparsity:.2%}", seconds))
-    columns = [("perplexity", "right"), ("of dense", "right"), ("sparsity", "right"), ("seconds", "right")]
-    show(rows_table((("method", "left"), *columns), rows, "Held-back help topics, embedded model"))
+    headers = ("method", "perplexity", "of dense", "sparsity", "seconds")
+    show(rows_table(headers, rows, "Held-back help topics, embedded model"))
     show(
         f"* best: {result.best}; its directory verified; {size(result.dense_bytes)} as an ordinary directory, "
         f"{size(result.packed_bytes)} packed (embedding and head stay dense)"

@@ -1,7 +1,6 @@
-"""The command line made of options classes: each option is declared once, as a field, and expanded here.
+"""Options classes as a command line. A command is a function of its arguments, of `options` and of `say`.
 
-A command is a function of its own arguments, of `options` (made of what `takes` names) and of `say` (how it speaks).
-`takes` is a text, "module:attribute", so that nothing heavy is imported before the command is asked for.
+`options` is made of what `takes` names, "module:attribute": nothing heavy is imported before it is asked for.
 """
 
 import dataclasses
@@ -11,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import typer
 from rich.markup import escape
@@ -21,14 +20,15 @@ from trimcli.cli.output import Say
 from trimcli.errors import OptionError
 from trimcli.options import RUN, Declared, RunOptions, declared
 
-T = TypeVar("T")
 Values = Mapping[str, Any]
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="A directory in Hugging Face format, or a hub id such as Qwen/Qwen2.5-3B."),
 ]
-SWITCHES = {"on": True, "off": False}
+# How a value that is one of several is read.
+READ: dict[Any, Callable[[str], Any]] = {int: int, float: float, bool: {"on": True, "off": False}.__getitem__}
 
 
 def plain(text: str) -> str:
@@ -46,17 +46,11 @@ def switch(flag: str, text: str, panel: str | None = None) -> Any:
     return typer.Option(flag, help=plain(text), rich_help_panel=panel, metavar="")
 
 
-class Group(Protocol):
-    """A set of options that becomes one object."""
+class Group(NamedTuple):
+    """Options that become one object: as typer reads them, and the object made of their values by name."""
 
-    def parameters(self) -> list[inspect.Parameter]:
-        """The parameters, as typer reads them."""
-
-    def build(self, values: Values, given: Collection[str]) -> Any:
-        """The object. values: by parameter name; given: the names that stood on the command line."""
-
-
-# --- fields to parameters and back ---------------------------------------------------------------------------
+    parameters: Callable[[], list[inspect.Parameter]]
+    build: Callable[[Values], Any]
 
 
 def parameters(
@@ -73,10 +67,10 @@ def parameters(
     values, separated by commas (a switch stays one). panel: in the place of their own.
     """
     chosen = [one for one in declared(options) if fields is None or one.field in fields]
-    return [_parameter(one, unset=unset, axis=axis and one.type is not bool, panel=panel) for one in chosen]
+    return [_parameter(one, unset, axis and one.type is not bool, panel) for one in chosen]
 
 
-def _parameter(one: Declared, *, unset: bool, axis: bool, panel: str | None) -> inspect.Parameter:
+def _parameter(one: Declared, unset: bool, axis: bool, panel: str | None) -> inspect.Parameter:
     default, kind = one.default, one.type
     text = " ".join([one.flag.help, *one.described])
     if kind is bool:
@@ -85,27 +79,25 @@ def _parameter(one: Declared, *, unset: bool, axis: bool, panel: str | None) -> 
         kind, text = str, f"{text} Several values."
     elif get_origin(kind) is tuple:
         kind = list[str] if one.flag.repeated else str
-        default = None if one.flag.repeated else ",".join(_word(value) for value in default) or None
+        default = None if one.flag.repeated else ",".join(word(value) for value in default) or None
     elif one.flag.choices is not None:
         kind = Literal[tuple(one.choices or ())]
     if unset or axis:
-        text += f" (default {_word(one.default)})" if one.default not in (None, dataclasses.MISSING, False) else ""
+        text += f" (default {word(one.default)})" if one.default not in (None, dataclasses.MISSING, False) else ""
         default = False if kind is bool else None
     if default is None:
         kind = kind | None
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
-    said = typer.Option(
-        one.spelled, help=plain(text), rich_help_panel=panel or one.flag.panel, metavar="" if one.type is bool else None
-    )
-    return inspect.Parameter(
-        one.field, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, said]
-    )
+    said = switch(one.spelled, text, panel or one.flag.panel)
+    said.metavar = "" if one.type is bool else None
+    return inspect.Parameter(one.field, KEYWORD, default=default, annotation=Annotated[kind, said])
 
 
-def _word(value: Any) -> str:
+def word(value: Any) -> str:
+    """A value as an option takes it."""
     if isinstance(value, tuple):
-        return ",".join(_word(part) for part in value)
+        return ",".join(word(part) for part in value)
     return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
@@ -126,10 +118,7 @@ def fields_of(options: type[Any], values: Values) -> dict[str, Any]:
 
 def several(one: Declared, text: str) -> tuple[Any, ...]:
     """Values separated by commas, each of the option's type. Raises OptionError naming one that is none."""
-    kinds = [part for part in get_args(one.type) or (one.type,) if part in (int, float, bool)]
-    convert: Callable[[str], Any] = kinds[0] if kinds else str
-    if convert is bool:
-        convert = SWITCHES.__getitem__
+    convert = next((READ[part] for part in get_args(one.type) or (one.type,) if part in READ), str)
     found = []
     for part in (part.strip() for part in text.split(",") if part.strip()):
         try:
@@ -145,41 +134,10 @@ def chosen_options(classes: Iterable[type[Any]], values: Values) -> tuple[Any, .
     return tuple(one for one in made if one != type(one)())
 
 
-class ClassGroup:
-    """The options of one class."""
-
-    def __init__(self, options: type[Any]) -> None:
-        self.options = options
-
-    def parameters(self) -> list[inspect.Parameter]:
-        """Its fields."""
-        return parameters(self.options)
-
-    def build(self, values: Values, given: Collection[str]) -> Any:
-        """An instance."""
-        return self.options(**fields_of(self.options, values))
-
-
-# --- a function to a command ---------------------------------------------------------------------------------
-
-
-def _shared(name: str, kind: Any, default: Any, said: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, said])
-
-
-def _everywhere() -> list[inspect.Parameter]:
-    """What every command takes, so that one set of flags fits a whole Makefile."""
-    return [
-        _shared("quiet", bool, False, switch("--quiet", "No progress, no summary; errors only.", RUN)),
-        _shared("as_json", bool, False, switch("--json", "Print one JSON document on stdout instead of tables.", RUN)),
-        _shared(
-            "force",
-            bool,
-            False,
-            switch("--force", "Replace an existing output; a directory only if trim made it.", RUN),
-        ),
-        *parameters(RunOptions),
-    ]
+def flag(name: str, spelled: str, text: str, panel: str | None = None) -> inspect.Parameter:
+    """A parameter that is on or off."""
+    said = Annotated[bool, switch(spelled, text, panel)]
+    return inspect.Parameter(name, KEYWORD, default=False, annotation=said)
 
 
 def run_option(name: str) -> Any:
@@ -187,53 +145,52 @@ def run_option(name: str) -> Any:
     return next(one.annotation for one in parameters(RunOptions) if one.name == name)
 
 
-def group_of(takes: str | None) -> Group | None:
+def _group(takes: str) -> Group:
     """What `takes` names: an options class, or a group of its own."""
-    if takes is None:
-        return None
     module, _, name = takes.partition(":")
-    found = getattr(import_module(module), name)
-    return ClassGroup(found) if isinstance(found, type) and dataclasses.is_dataclass(found) else found
+    found: Any = getattr(import_module(module), name)
+    if isinstance(found, Group):
+        return found
+    return Group(lambda: parameters(found), lambda values: found(**fields_of(found, values)))
 
 
 def expanded(function: Callable[..., None], takes: str | None) -> Callable[..., None]:
     """The function as typer makes a command of it: options spelled out, errors in one sentence and an exit status."""
-    group = group_of(takes)
+    group = _group(takes) if takes else None
     signature = inspect.signature(function)
     own = [one for one in signature.parameters.values() if one.name not in ("options", "say")]
     offered = own + (group.parameters() if group else [])
     names = {one.name for one in offered}
-    writes = "output" in names
-    shown = {"quiet", "as_json", *(["force"] if writes else [])}
-    for one in _everywhere():
+    shown = {"quiet", "as_json", *(["force"] if "output" in names else [])}
+    everywhere = [  # so that one set of flags fits a whole Makefile
+        flag("quiet", "--quiet", "No progress, no summary; errors only.", RUN),
+        flag("as_json", "--json", "Print one JSON document on stdout instead of tables.", RUN),
+        flag("force", "--force", "Replace an existing output; a directory only if trim made it.", RUN),
+    ]
+    for one in everywhere + parameters(RunOptions):
         if one.name not in names:
-            said = get_args(one.annotation)[1]
-            said.hidden = one.name not in shown
+            get_args(one.annotation)[1].hidden = one.name not in shown
             offered.append(one)
-    context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    context = inspect.Parameter("context", KEYWORD, annotation=typer.Context)
 
     @functools.wraps(function)
     def command(context: typer.Context, **values: Any) -> None:
         def work() -> None:
-            given = {name for name in values if _was_given(context, name)}
+            sources = {name: context.get_parameter_source(name) for name in values}
+            given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
             say = Say.start(values, given)
             passed = {one.name: values[one.name] for one in own}
             if group is not None:
-                passed["options"] = group.build(values, given)
+                passed["options"] = group.build(values)
             function(**passed, say=say)
 
         guarded(work)
 
     ordered = sorted(offered, key=lambda one: one.default is not inspect.Parameter.empty)
-    keywords = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in ordered]
+    keywords = [one.replace(kind=KEYWORD) for one in ordered]
     command.__signature__ = signature.replace(parameters=[context, *keywords])  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in [context, *keywords]}
     return command
-
-
-def _was_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 OutputFile = Annotated[Path | None, typer.Option("--output", "-o", help="A JSON file of what was found.")]

@@ -3,20 +3,22 @@
 import contextlib
 import json
 import os
+import shlex
+import signal
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trimcli.console import RichProgress
 from trimcli.files.documents import finite_or_none
 from trimcli.files.manifest import COMMAND_LINE
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from trimcli.console import RichProgress
 
 BAR = 24
 
@@ -29,17 +31,11 @@ class Say:
     as_json: bool
     force: bool
     given: Collection[str]
-    progress: "RichProgress"
+    progress: RichProgress
 
     @classmethod
     def start(cls, values: Mapping[str, Any], given: Collection[str]) -> "Say":
         """Progress on stderr; libraries' own chatter off; the command line noted for manifests."""
-        import shlex
-        import signal
-        import warnings
-
-        from trimcli.console import RichProgress
-
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -47,7 +43,8 @@ class Say:
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
         with contextlib.suppress(ValueError):  # only the main thread may; a server's worker keeps its own
-            signal.signal(signal.SIGTERM, _terminated)
+            # Leave as after Ctrl-C, so that nothing half-written stays.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         COMMAND_LINE.set(shlex.join(["trim", *sys.argv[1:]]))
         quiet = bool(values["quiet"])
         return cls(quiet, values["as_json"], values["force"], given, RichProgress(quiet=quiet))
@@ -63,11 +60,6 @@ class Say:
         """A line on stderr before long work."""
         if not self.quiet:
             print(text, file=sys.stderr)
-
-
-def _terminated(number: int, _: Any) -> None:
-    """Leave as after Ctrl-C, so that nothing half-written stays."""
-    raise SystemExit(128 + number)
 
 
 def emit_json(document: Any) -> None:
@@ -108,10 +100,7 @@ def facts(rows: Mapping[str, Any]) -> None:
 
 
 def show(*parts: Any) -> None:
-    """Print tables and lines on stdout.
-
-    Where stdout is no terminal, a table is as wide as it is: a name cut short is of no use in a file or a pipe.
-    """
+    """Print tables and lines on stdout. In a file or a pipe, a table is as wide as it is: no name is cut short."""
     from rich.console import Console
 
     console = Console(emoji=False, markup=False)
@@ -125,14 +114,17 @@ def show(*parts: Any) -> None:
         console.print(part)
 
 
-def rows_table(columns: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]], title: str | None = None) -> "Table":
-    """A plain table. columns: (header, justify)."""
+def rows_table(
+    headers: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None, *, words: Collection[str] = ()
+) -> "Table":
+    """A plain table: text in the first column, those of `words` and a bar's (headed ""), numbers in the others."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title and Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for place, (header, justify) in enumerate(columns):
-        table.add_column(Text(header), justify=justify, overflow="fold", no_wrap=place > 0)  # type: ignore[arg-type]
+    for place, header in enumerate(headers):
+        left = place == 0 or header in ("", *words)
+        table.add_column(Text(header), justify="left" if left else "right", overflow="fold", no_wrap=place > 0)
     for row in rows:
         table.add_row(*map(Text, row))
     return table

@@ -47,8 +47,7 @@ def _print(found: "Plan") -> None:
         target = f"{', '.join(patterns)} ({target})" if patterns else target
         zeros = f"{sum(one.zeros for one in members):,}"
         rows.append((name, str(len(members)), f"{shape[0]} x {shape[1]}", target, zeros))
-    right = [(header, "right") for header in ("matrices", "shape", "target", "zeros")]
-    show(rows_table([("linear", "left"), *right], rows), head(found))
+    show(rows_table(("linear", "matrices", "shape", "target", "zeros"), rows), head(found))
     for left, dense in list(found.dense.items())[:SHOWN]:
         show(f"left dense: {left} {list(dense)}")
     if len(found.dense) > SHOWN:

@@ -33,17 +33,15 @@ def prune(model: Model, output: Annotated[Path, output("masks file")], options: 
 
 def _print(found: "PruneSummary") -> None:
     rows = [(layer, f"{sparsity:.4f}", bar(sparsity)) for layer, sparsity in found.layers.items()]
-    show(rows_table((("layer", "left"), ("sparsity", "right"), ("", "left")), rows))
+    show(rows_table(("layer", "sparsity", ""), rows))
     zeros = f"{found.zeros:,} of {found.weights:,} weights, {found.linears} linears"
-    improved = found.rows_improved
+    improved = f"row sparsities beat uniform in {found.rows_improved} of {found.linears} linears"
     facts(
         {
             "masks": f"{found.masks} ({size(found.masks.stat().st_size)})",
             "model": found.model_directory,
             "sparsity": f"{found.sparsity:.4%} ({zeros})",
-            "TRIM": None
-            if improved is None
-            else f"row sparsities beat uniform in {improved} of {found.linears} linears",
+            "TRIM": None if found.rows_improved is None else improved,
             "resumed": f"after {found.resumed} layers" if found.resumed else None,
             "seconds": f"{found.seconds:.1f}",
             "peak memory": memory(found.peak_memory),

@@ -1,15 +1,14 @@
 """`trim sweep`."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from trimcli.cli.options import Model, OutputFile
+from trimcli.cli.options import Model, OutputFile, word
 from trimcli.cli.output import Say, rows_table, show
 
 if TYPE_CHECKING:
     from trimcli.sweep.grid import SweepOptions
-    from trimcli.sweep.run import Run, SweepPlan, SweepResult
+    from trimcli.sweep.run import SweepPlan, SweepResult
 
 
 def sweep(model: Model, options: "SweepOptions", say: Say, output: OutputFile = None) -> None:
@@ -40,28 +39,18 @@ def _print(result: "SweepResult", output: Path | None) -> None:
             seen.setdefault(name, set()).add(str(value))
     # What is the same wherever it applies is in the command line below; what varies, the table shows.
     varied = [name for name, found in seen.items() if len(found) > 1] or ["method"]
-    columns = [(name.replace("_", "-"), "left") for name in varied]
-    columns += [(name, "right") for name in ("sparsity", "perplexity", "of dense", "seconds")]
-    first = ["dense", *[""] * (len(varied) - 1)]
-    rows = [first + _figures(result.dense, result.dense)]
-    rows += [[_word(run.values, name) for name in varied] + _figures(run, result.dense) for run in runs]
-    show(
-        rows_table(columns, rows),
-        f"perplexity on {result.heldout} held-out samples of {result.seqlen} tokens of the calibration text, "
-        "of no test set",
-    )
+    axes = [name.replace("_", "-") for name in varied]
+    rows = []
+    for run in (result.dense, *runs):
+        values = [word(run.values.get(name, "")) for name in varied]
+        values[0] = "dense" if run is result.dense else values[0]
+        ratio = f"{run.perplexity / result.dense.perplexity:.3f}"
+        rows.append([*values, f"{run.sparsity:.4f}", f"{run.perplexity:.5g}", ratio, f"{run.seconds:.1f}"])
+    samples = f"{result.heldout} held-out samples of {result.seqlen} tokens of the calibration text"
+    table = rows_table([*axes, "sparsity", "perplexity", "of dense", "seconds"], rows, words=axes)
+    show(table, f"perplexity on {samples}, of no test set")
     if result.taken_over:
         show(f"{result.taken_over} of {len(runs) + 1} taken over from an earlier sweep")
     if output is not None:
         show(f"written to {output}")
     show("\nthe best one's command line:", str(runs[0].command))
-
-
-def _word(values: Mapping[str, Any], name: str) -> str:
-    value = values.get(name, "")
-    return ("on" if value else "off") if isinstance(value, bool) else str(value)
-
-
-def _figures(run: "Run", dense: "Run") -> list[str]:
-    ratio = run.perplexity / dense.perplexity
-    return [f"{run.sparsity:.4f}", f"{run.perplexity:.5g}", f"{ratio:.3f}", f"{run.seconds:.1f}"]

@@ -37,37 +37,25 @@ def _print(report: "VerifyReport") -> None:
     shared = "".join(f"{part[0]}." for part in takewhile(lambda part: len(set(part)) == 1, parts))
     rows = []
     for linear in report.linears:
-        asked = ":".join(map(str, linear.pattern)) if linear.pattern else ""
-        if not asked and linear.target is not None:
-            asked = f"{linear.target:.4f}"
-        rows.append(
-            (
-                linear.name.removeprefix(shared),
-                f"{linear.shape[0]} x {linear.shape[1]}",
-                f"{linear.zeros:,}",
-                f"{linear.sparsity:.4f}",
-                asked,
-                f"{linear.row_min:.3f} {linear.row_median:.3f} {linear.row_max:.3f}",
-            )
-        )
-    columns = [(name, "right") for name in ("shape", "zeros", "sparsity", "asked for", "rows: min/med/max")]
-    show(rows_table(((f"{shared}*" if shared else "linear", "left"), *columns), rows))
+        target = "" if linear.target is None else f"{linear.target:.4f}"
+        asked = ":".join(map(str, linear.pattern)) if linear.pattern else target
+        name, shape = linear.name.removeprefix(shared), f"{linear.shape[0]} x {linear.shape[1]}"
+        within = f"{linear.row_min:.3f} {linear.row_median:.3f} {linear.row_max:.3f}"
+        rows.append((name, shape, f"{linear.zeros:,}", f"{linear.sparsity:.4f}", asked, within))
+    headers = ("shape", "zeros", "sparsity", "asked for", "rows: min/med/max")
+    show(rows_table((f"{shared}*" if shared else "linear", *headers), rows))
     layers = [(name, f"{sparsity:.4f}", bar(sparsity)) for name, sparsity in report.layers.items()]
-    show(rows_table((("layer", "left"), ("sparsity", "right"), ("", "left")), layers))
+    show(rows_table(("layer", "sparsity", ""), layers))
     counts = report.row_histogram
-    most = max(counts) or 1
-    width = 1 / len(counts)
-    histogram = [
-        (f"{index * width:.2f} to {(index + 1) * width:.2f}", f"{count:,}", bar(count / most))
-        for index, count in enumerate(counts)
-        if count
-    ]
-    show(rows_table((("row sparsity", "left"), ("rows", "right"), ("", "left")), histogram))
+    most, width = max(counts) or 1, 1 / len(counts)
+    histogram = []
+    for index, count in enumerate(counts):
+        if count:
+            span = f"{index * width:.2f} to {(index + 1) * width:.2f}"
+            histogram.append((span, f"{count:,}", bar(count / most)))
+    show(rows_table(("row sparsity", "rows", ""), histogram))
+    verdict = "does not hold" if report.failures else "holds"
     if report.schema is None:
         verdict = "nothing to check against: trim did not write this directory"
-    else:
-        verdict = "does not hold" if report.failures else "holds"
-    show(
-        f"{report.path}: sparsity {report.sparsity:.4%} ({report.zeros:,} zeros in {len(report.linears)} linears); "
-        f"{verdict}"
-    )
+    zeros = f"{report.zeros:,} zeros in {len(report.linears)} linears"
+    show(f"{report.path}: sparsity {report.sparsity:.4%} ({zeros}); {verdict}")

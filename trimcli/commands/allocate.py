@@ -30,10 +30,7 @@ T = TypeVar("T")
 def allocate(
     model: str, output: Path | None, options: AllocateOptions, *, progress: Progress = NO_PROGRESS, force: bool = False
 ) -> LayerSparsity:
-    """Distribute a target over a model's linears, and write the layer ratios file, if asked for.
-
-    Of the model, `uniform` and `import_file` need only the config.json. Raises UsageError and HubError.
-    """
+    """Distribute a target over a model's linears, and write the ratios file, if asked for. UsageError, HubError."""
     options.check()
     if output is not None:
         refuse_existing(output, force=force)
@@ -51,8 +48,7 @@ def allocate(
     if proposed.pattern is None:
         final = settle(final, survey.counts, target, options.numerics)
     names = survey.names
-    beyond = int((final > 1).sum())
-    if beyond:
+    if beyond := int((final > 1).sum()):
         what = f"{beyond} of {len(names)} linears a sparsity above 1, the largest {float(final.max()):.4g}"
         progress.warn(f"reference numerics leave {what}: all their weights would go.")
     imported = {} if options.import_file is None else {"import": options.import_file.name}
@@ -67,8 +63,7 @@ def allocate(
         model=skeleton.fingerprint,
     )
     if output is not None:
-        used = {"calibration": options.calibration, "import": options.import_file}
-        sources = {role: path for role, path in used.items() if path}
+        sources = {"calibration": options.calibration, "import": options.import_file}
         write_json(output, result.document(options.document(), sources), force=force)
     return result
 
@@ -103,8 +98,8 @@ class _ModelSurvey:
     def stats(self, name: str) -> LinearStats:
         """Its statistics on dense inputs, on the compute device."""
         assert self._calibration is not None, "checked by AllocateOptions.check"
-        found = self._calibration.statistics(name)
-        return LinearStats(**{kind: tensor.to(self._skeleton.device) for kind, tensor in found.tensors.items()})
+        found, needs = self._calibration.statistics(name).tensors, self._options.allocating.needs
+        return LinearStats(**{kind: found[kind].to(self._skeleton.device) for kind in needs})
 
     def remembered(self, metric: str, find: Callable[[str], Mapping[str, float]]) -> list[float]:
         """Every linear's metric, from the metrics file or measured and kept there."""

@@ -78,15 +78,9 @@ def apply_masks(
     what = checkpoint, weights, linears
     tensors = PackedTensors(*what, found.keep) if packed else PrunedTensors(*what)
     written = write_model(tensors, output, document, force=force, max_shard_size=max_shard_size, progress=progress)
-    return AppliedMasks(
-        output=str(output),
-        format=options.format,
-        dense_bytes=written.dense_bytes,
-        nbytes=written.nbytes,
-        linears=len(linears),
-        zeros=sum(entry["zeros"] for entry in written.document["linears"].values()),
-        sparsity=written.document["sparsity"],
-    )
+    zeros, sparsity = sum(one["zeros"] for one in written.document["linears"].values()), written.document["sparsity"]
+    nbytes = written.dense_bytes, written.nbytes
+    return AppliedMasks(str(output), options.format, *nbytes, linears=len(linears), zeros=zeros, sparsity=sparsity)
 
 
 def _pruned_linears(found: MaskFile, skeleton: Skeleton) -> dict[str, PrunedLinear]:
@@ -115,8 +109,8 @@ def masked_weights(
 ) -> WeightOf:
     """What replaces a checkpoint's tensors: key -> the tensor pruned, None where it is no matrix of `linears`.
 
-    keep_of(name): bool [D_out, D_in]; what goes becomes +0.0. new_of(name): the pruned weights [D_out, D_in] where the
-    kept ones changed too. What is returned raises InputError on NaN or infinity.
+    keep_of(name): bool [D_out, D_in]. new_of(name): the pruned weights [D_out, D_in] where the kept ones changed too.
+    What is returned raises InputError on NaN or infinity.
     """
     by_key = {linear.key: linear for linear in linears}
 

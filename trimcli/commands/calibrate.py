@@ -25,7 +25,7 @@ from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What calibrate did: the file, samples of seqlen tokens, statistics kept, seconds and peak memory in bytes."""
+    """What calibrate did. peak_memory: in bytes."""
 
     path: Path
     nsamples: int
@@ -101,7 +101,7 @@ def _gather(
             "calibrate",
             options.document(),
             skeleton.fingerprint,
-            {"tokens": options.tokens} if options.tokens else None,
+            {"tokens": options.tokens},
             stats=list(options.stats),
             shares=shares,
             nsamples=tokens.shape[0],
@@ -118,8 +118,7 @@ def _gather(
 
 
 def _write_part(parts: Parts, index: int, collector: Collector) -> None:
-    stats, tensors = collector.by_linear(), {}
-    for group in collector.groups:
-        tensors.update({f"{group.name}.{kind}": tensor for kind, tensor in stats[group.name].tensors.items()})
-    shares = {linear.name: group.name for group in collector.groups for linear in group.linears}
-    parts.write(index, tensors, {"shares": shares})
+    stats, groups = collector.by_linear(), collector.groups
+    found = {group.name: stats[group.name].tensors for group in groups}
+    tensors = {f"{name}.{kind}": tensor for name, kinds in found.items() for kind, tensor in kinds.items()}
+    parts.write(index, tensors, {"shares": {linear.name: group.name for group in groups for linear in group.linears}})

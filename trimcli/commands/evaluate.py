@@ -1,5 +1,6 @@
 """The eval stage: perplexity layer by layer, zero-shot tasks through lm-eval, and the sparsity that was there."""
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def evaluate(
         "eval",
         options.document(),
         skeleton.fingerprint,
-        {"masks": options.masks} if options.masks else None,
+        {"masks": options.masks},
         label=f"{name} + {mask.path.stem}" if mask else name,
         perplexity=measured,
         **tasks,
@@ -77,10 +78,10 @@ def _perplexities(
     seqlen = options.seqlen or default_seqlen(skeleton.config)
     positions = max_positions(skeleton.config)
     if positions is not None and seqlen > positions:
-        what = f"--seqlen {seqlen} is beyond the {positions} positions of {skeleton.checkpoint.id}"
-        raise OptionError(f"{what}; give less.")
-    windows, batch_size = options.max_windows, options.batch_size
-    texts = [evaluation_windows(name, tokenizer, seqlen=seqlen, max_windows=windows) for name in options.ppl]
+        known = f"the {positions} positions of {skeleton.checkpoint.id}"
+        raise OptionError(f"--seqlen {seqlen} is beyond {known}; give less.")
+    most, batch_size = options.max_windows, options.batch_size
+    texts = [evaluation_windows(name, tokenizer, seqlen=seqlen, max_windows=most) for name in options.ppl]
     return [
         {
             "dataset": text.dataset,
@@ -128,8 +129,7 @@ def _tasks(
 
 def _pruning(skeleton: Skeleton, mask: MaskFile | None) -> dict[str, Any] | None:
     """How the measured model was pruned, as the masks or the directory tell; None for a dense one."""
-    try:
+    found: dict[str, Any] = {}
+    with contextlib.suppress(InputError):
         found = mask.manifest if mask else read_mark(skeleton.checkpoint.directory)
-    except InputError:
-        return None
-    return {key: value for key, value in found.items() if key != "linears"} if found else None
+    return {key: value for key, value in found.items() if key != "linears"} or None

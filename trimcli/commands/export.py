@@ -1,8 +1,7 @@
-"""`trim export`: a pruned model with its matrices in the forms that sparse kernels read.
+"""`trim export`: a pruned model with its matrices in the forms that sparse kernels read (`trim.export/1`).
 
-An export is a directory with the model's config and tokenizer, shards `export-00001-of-0000N.safetensors` and
-`trim.json` (`trim.export/1`). A matrix whose checkpoint name is `K` lies there as `K.crow_indices`, `K.col_indices`
-(int32) and `K.values`, or as `K.packed` and, where the backend keeps it apart, `K.meta`, always of [D_out, D_in].
+A matrix whose checkpoint name is `K` lies there as `K.crow_indices`, `K.col_indices` (int32) and `K.values`, or as
+`K.packed` and, where the backend keeps it apart, `K.meta`, always of [D_out, D_in].
 """
 
 import json
@@ -34,11 +33,7 @@ NOT_PRUNED, NOT_PATTERN = "not pruned", "not 2:4"
 
 @dataclass(frozen=True)
 class ExportedLinear:
-    """One matrix of an export.
-
-    key: its name in the checkpoint. shape: (D_out, D_in). transposed: stored as [D_in, D_out] where it is dense.
-    reason: why it stays dense. dense_seconds, sparse_seconds: medians of a product with one input row, if timed.
-    """
+    """One matrix of an export. key: in the checkpoint. reason: why it stays dense. *_seconds: of a product."""
 
     key: str
     shape: tuple[int, int]
@@ -143,17 +138,12 @@ def _refuse(
 ) -> None:
     if all(linear.reason == NOT_PRUNED for linear in linears.values()):
         raise InputError(f"no matrix of {where} is pruned, so there is nothing to export; prune the model first.")
-    if packer is None:
-        return
     # Where nothing tells which matrices were pruned, those that are not 2:4 stay dense.
-    wrong = [name for name, linear in linears.items() if linear.reason == NOT_PATTERN and recorded is not None]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(
-            f"not 2:4 (at most 2 of every 4 consecutive inputs) in {where}: {', '.join(wrong[:3])}{more}; prune "
-            "with --sparsity-type 2:4, or export --to csr."
-        )
-    if all(linear.form == "dense" for linear in linears.values()):
+    if wrong := [name for name, linear in linears.items() if linear.reason == NOT_PATTERN and recorded is not None]:
+        names = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        what = f"not 2:4 (at most 2 of every 4 consecutive inputs) in {where}: {names}"
+        raise InputError(f"{what}; prune with --sparsity-type 2:4, or export --to csr.")
+    if packer and all(linear.form == "dense" for linear in linears.values()):
         raise InputError(f"no matrix of {where} is 2:4 and of a shape that the kernels take; export --to csr.")
 
 

@@ -46,9 +46,7 @@ class AllocateOptions(RunOptions):
     sparsity: float | None = option(None, "Target: the fraction of weights to prune, in [0, 1).", check=fraction)
     calibration: Path | None = option(None, "A file of `trim calibrate`, for what reads activations (OWL).")
     metrics_cache: Path | None = option(None, "Alpha: a JSON file of metrics, read and extended.")
-    import_file: Path | None = option(
-        None, "A published tool's .npy: OWL's keep ratios or Alpha's metrics.", "--import"
-    )
+    import_file: Path | None = option(None, "A published tool's .npy: OWL keep ratios or Alpha metrics.", "--import")
     numerics: Numerics = option(
         "exact", "exact: the mean is the target, no linear above 0.99. reference: the published code's arithmetic."
     )
@@ -117,6 +115,12 @@ class PruneOptions(RunOptions):
     resume: bool = option(True, "Start over instead of going on with an interrupted run.", "--no-resume", off=True)
     calibrate: CalibrateOptions | None = None
     allocate: AllocateOptions | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether statistics of the dense model are gathered on the way, unless the stage cache has them."""
+        allocates = bool(self.allocate and self.allocate.allocating.needs)
+        return self.calibration is None and (allocates or (not self.recipe.propagate and bool(self.recipe.needs)))
 
     def check(self) -> None:
         """Raise OptionError for values and combinations that cannot be used, before anything is read."""

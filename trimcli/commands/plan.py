@@ -31,5 +31,13 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
         if skeleton.checkpoint.has_weights:
             calibration.check(skeleton.fingerprint)
         nsamples, seqlen = calibration.tokens.shape
-    saves = options.save_model is not None
-    return make_plan(skeleton, linears, targets, options.recipe, nsamples=nsamples, seqlen=seqlen, saves_model=saves)
+    return make_plan(
+        skeleton,
+        linears,
+        targets,
+        options.recipe,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        saves_model=options.save_model is not None,
+        calibrates=options.calibrates,
+    )

@@ -14,7 +14,7 @@ from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOpt
 from trimcli.commands.resolve import cached_calibration, cached_ratios, targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
-from trimcli.files.atomic import all_or_none, refuse_existing
+from trimcli.files.atomic import all_or_none, file_digest, refuse_existing
 from trimcli.files.cache import Cache
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.directory import PrunedTensors, commands_so_far, write_model
@@ -39,7 +39,7 @@ KeepOf = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class PruneSummary:
-    """What prune did. layers: decoder layer's name -> sparsity of its pruned linears. resumed: layers taken over."""
+    """What prune did. layers: sparsity by decoder layer. resumed: layers that an earlier run had finished."""
 
     masks: Path
     sparsity: float
@@ -109,10 +109,8 @@ def _refuse_outputs(output: Path, options: PruneOptions, *, force: bool) -> None
     stats = stats_paths(options.stats_out) if options.stats_out else []
     for target in filter(None, [output, options.save_model, *stats]):
         place = target.resolve()
-        if place in places:
-            raise OptionError(f"the run would write two outputs to {target}; name another file in -o or --stats-out.")
-        if any(place in (other, *other.parents) or other in place.parents for other in places):
-            raise OptionError(f"the run would write an output inside another, at {target}; name another place for it.")
+        if any(place.is_relative_to(other) or other.is_relative_to(place) for other in places):
+            raise OptionError(f"the run would write two outputs to {target}, or one inside the other; name another.")
         places.append(place)
         refuse_existing(target, force=force)
 
@@ -139,7 +137,7 @@ class _Run:
         self.passes = Passes(skeleton, self.recipe, self.targets, self.calibration, progress, options.batch_size)
 
     def _allocation(self, allocate: AllocateOptions) -> AllocateOptions:
-        """The allocation with the calibration that it reads: the one given, or one made for it and for the prune."""
+        """The allocation with the calibration that it reads, given or made."""
         if not allocate.allocating.needs or allocate.import_file or allocate.calibration:
             return allocate
         return replace(allocate, calibration=self.options.calibration or self._calibrated())
@@ -157,9 +155,16 @@ class _Run:
     def plan(self) -> Plan:
         """The plan, which also refuses patterns that do not fit."""
         nsamples, seqlen = self.calibration.tokens.shape if self.calibration else (0, 0)
-        how = {"nsamples": nsamples, "seqlen": seqlen or default_seqlen(self.skeleton.config)}
-        saves = self.options.save_model is not None
-        return make_plan(self.skeleton, self.linears, self.targets, self.recipe, **how, saves_model=saves)
+        return make_plan(
+            self.skeleton,
+            self.linears,
+            self.targets,
+            self.recipe,
+            nsamples=nsamples,
+            seqlen=seqlen or default_seqlen(self.skeleton.config),
+            saves_model=self.options.save_model is not None,
+            calibrates=self.options.calibrates,
+        )
 
     def key(self, stage: str) -> dict[str, Any]:
         """What the part files of a pass depend on."""
@@ -171,7 +176,7 @@ class _Run:
             "model": self.skeleton.fingerprint.document(),
             "recipe": recipe,
             "targets": {name: list(target) for name, target in sorted(self.targets.items())},
-            "calibration": self.calibration.digest() if self.calibration else None,
+            "calibration": file_digest(self.calibration.path) if self.calibration else None,
             "dtype": str(self.skeleton.dtype),
             "device": self.skeleton.device.type,
         }
@@ -181,7 +186,6 @@ class _Run:
         layers = [(layer, parts.read(layer.index)) for layer in self.skeleton.layers]
         homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
         options = self.options
-        sources = {"calibration": self.calibration.path if self.calibration else None, "ratios": self.ratios}
         before = [self.calibration.manifest] if self.calibration else []
         before += [read_json(self.ratios)] if self.ratios else []
         document = manifest(
@@ -189,11 +193,8 @@ class _Run:
             "prune",
             {**options.document(), "recipe": self.recipe.document()},
             self.skeleton.fingerprint,
-            {role: path for role, path in sources.items() if path},
-            linears={
-                name: {"target": target.sparsity, "pattern": list(target.pattern) if target.pattern else None}
-                for name, target in self.targets.items()
-            },
+            {"calibration": self.calibration.path if self.calibration else None, "ratios": self.ratios},
+            linears={name: {"target": one.sparsity, "pattern": one.pattern} for name, one in self.targets.items()},
             changes_weights=self.recipe.changes_weights,
             commands=commands_so_far(*before),
             numerics=self.recipe.numerics,
@@ -219,13 +220,10 @@ class _Run:
     def _write_model(
         self, target: Path, document: Mapping[str, Any], homes: Mapping[str, Part], keep: KeepOf, *, force: bool
     ) -> None:
-        def new(name: str) -> Tensor | None:
-            key = f"{name}.weight"
-            return homes[name].load(key) if key in homes[name].names else None
-
         checkpoint = self.skeleton.checkpoint
         linears = {linear.name: pruned_linear(linear, document["linears"][linear.name]) for linear in self.linears}
-        tensors = PrunedTensors(checkpoint, masked_weights(checkpoint, self.linears, keep, new), linears)
+        weights = masked_weights(checkpoint, self.linears, keep, lambda name: homes[name].weight(name))
+        tensors = PrunedTensors(checkpoint, weights, linears)
         described = manifest(
             PRUNED,
             "prune",

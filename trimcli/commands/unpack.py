@@ -37,10 +37,7 @@ def load_packed(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> "PreTrainedModel":
-    """A packed directory as the transformers model that `from_pretrained` gives for the unpacked one.
-
-    dtype: None for the stored one. options: further arguments of `from_pretrained`. Raises InputError.
-    """
+    """A packed directory as transformers' model; `options`: more arguments of `from_pretrained`. Raises InputError."""
     from transformers import GenerationConfig
 
     path = Path(directory)

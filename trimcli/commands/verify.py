@@ -1,9 +1,4 @@
-"""verify: sparsity read back from saved files, tensor by tensor, and held against what they claim.
-
-Every pruned matrix of a directory or masks file must have the zeros its manifest counts, where it says they are, follow
-its N:M pattern in every group, and under exact numerics lie within one weight of its target. A directory that trim did
-not write claims nothing: its sparsity is reported.
-"""
+"""verify: zeros read back from saved files, tensor by tensor, and held against what these claim, if trim wrote them."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,12 +27,7 @@ BINS = 20
 
 @dataclass(frozen=True)
 class LinearReport:
-    """One matrix as saved.
-
-    zeros: of its D_out * D_in weights (a masks file: that go). target, pattern: if known. row_min, row_median, row_max:
-    of the rows' sparsities. kept_zeros: zeros that the mask keeps, if known. rows: how many by sparsity, in
-    `BINS` equal bins of [0, 1].
-    """
+    """One matrix as saved. kept_zeros: that its mask keeps, if known. rows: how many by sparsity, in `BINS` bins."""
 
     name: str
     shape: tuple[int, int]
@@ -169,12 +159,10 @@ def _verify_plain(path: Path, options: VerifyOptions, progress: Progress) -> Ver
     found = MaskFile.open(options.masks) if options.masks else None
     if found is not None:
         check_model(found.manifest, skeleton.fingerprint, found.path, structure_only=True)
-
-    def read(name: str) -> Tensor:
-        return skeleton.linears[name].read(skeleton.checkpoint) != 0
-
+    linears, checkpoint = skeleton.linears, skeleton.checkpoint
     report = VerifyReport(str(path), MASKS if found else None, [])
-    return _read_back(report, {"linears": {name: {} for name in skeleton.linears}}, read, progress, found)
+    nothing: dict[str, Any] = {"linears": {name: {} for name in linears}}
+    return _read_back(report, nothing, lambda name: linears[name].read(checkpoint) != 0, progress, found)
 
 
 def _verify_masks(path: Path, progress: Progress) -> VerifyReport:
@@ -201,11 +189,7 @@ def _read_back(
     progress: Progress,
     found: MaskFile | None = None,
 ) -> VerifyReport:
-    """`report` with every matrix, and what does not hold of it.
-
-    document: whose `linears` say what the file claims: nothing, where trim did not write it. read(name): which weights
-    are not zero as saved, bool [D_out, D_in]; raises InputError where they cannot be read.
-    """
+    """`report` with every matrix, and what does not hold of what `document` claims. read(name): True where not zero."""
     exact = (document.get("pruning") or document).get("numerics") == "exact"
     with progress.task("verifying", len(document["linears"])) as advance:
         for name, claim in document["linears"].items():
@@ -244,9 +228,8 @@ def _disagreements(keep: Tensor, entry: Mapping[str, Any], *, exact: bool) -> It
         yield from _broken_groups(keep, *entry["pattern"])
     if exact and (asked := entry.get("target")) is not None:
         pruned = entry.get("pruned", zeros)  # a weight that was zero before was not taken to reach the target
-        if abs(pruned - asked * keep.numel()) > 1:
-            budget = round(asked * keep.numel())
-            yield f"{pruned:,} weights were pruned where the target {asked:g} asks for {budget:,}"
+        if abs(pruned - (budget := asked * keep.numel())) > 1:
+            yield f"{pruned:,} weights were pruned where the target {asked:g} asks for {round(budget):,}"
 
 
 def _broken_groups(keep: Tensor, kept: int, group: int) -> Iterator[str]:

@@ -27,8 +27,6 @@ from trimcli.methods.recipe import Recipe
 from trimcli.options import words
 
 SAMPLES, SEQLEN, WINDOWS = 64, 128, 240
-
-
 # A row of the demo each: label -> method, layer allocation, and how sparsity is shared among rows.
 VARIANTS = {
     "magnitude": ("magnitude", None, "even"),
@@ -92,7 +90,7 @@ def demo(
         found = evaluate(model, options, output, progress=progress)
         return DemoRow(label, found["perplexity"][0]["value"], found["sparsity"]["total"], seconds)
 
-    ratios: dict[str | None, Path] = {}
+    ratios = {}
     for method in ("owl", "alpha"):
         ratios[method] = directory / f"ratios-{method}.json"
         read = calibration if method == "owl" else None
@@ -104,13 +102,9 @@ def demo(
     for label, (method, allocation, among) in VARIANTS.items():
         masks[label] = directory / f"masks-{_file(label)}.safetensors"
         recipe = Recipe(method=method, rows=among)
-        choice = PruneOptions(
-            recipe=recipe,
-            ratios=ratios.get(allocation),
-            sparsity=None if allocation else sparsity,
-            calibration=calibration if recipe.needs else None,
-            **run,
-        )
+        target: dict[str, Any] = {"ratios": ratios[allocation]} if allocation else {"sparsity": sparsity}
+        read = calibration if recipe.needs else None
+        choice = PruneOptions(recipe=recipe, calibration=read, **target, **run)
         tell("prune", masks[label], *prune_words(choice))
         summary = prune(model, masks[label], choice, progress=progress)
         rows.append(measured(label, masks[label], summary.seconds))
@@ -122,8 +116,8 @@ def demo(
     packed_form = apply_masks(model, masks[best.label], packed, ApplyOptions(format="packed"), progress=progress)
     say(f"trim verify {pruned.name}")
     verify(pruned, progress=progress).check()
-    seconds = time.monotonic() - started
-    return DemoResult(tuple(rows), best.label, dense_form.nbytes, packed_form.nbytes, directory, seconds)
+    nbytes = dense_form.nbytes, packed_form.nbytes
+    return DemoResult(tuple(rows), best.label, *nbytes, directory, time.monotonic() - started)
 
 
 def _file(label: str) -> str:

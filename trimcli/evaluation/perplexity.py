@@ -35,7 +35,7 @@ def perplexity(
     losses = [
         loss
         for start in range(0, len(windows), per_round)
-        for loss in _round(skeleton, windows[start : start + per_round], mask, batch_size, progress)
+        for loss in _round(skeleton, windows[start : start + per_round], mask, batch_size, progress).tolist()
     ]
     mean = sum(losses) / len(losses)
     return math.exp(mean) if mean < 700 else math.inf if not math.isnan(mean) else math.nan
@@ -43,8 +43,8 @@ def perplexity(
 
 def _round(
     skeleton: Skeleton, windows: Tensor, mask: MaskFile | None, batch_size: int | None, progress: Progress
-) -> list[float]:
-    """The mean cross-entropy of each window."""
+) -> Tensor:
+    """The mean cross-entropy of each window, float64 [n]."""
     walk = Walk(skeleton, windows, batch_size=batch_size, progress=progress)
     with progress.task("evaluating layers", len(skeleton.layers)) as step:
         for layer in walk.layers():
@@ -65,8 +65,7 @@ def _round(
                 part = slice(first, min(first + piece, length))
                 total[rows] += _losses(head, walk.hidden[rows, part].to(skeleton.device), targets[rows, part])
             step(rows.stop - rows.start)
-    found: list[float] = (total / length).tolist()
-    return found
+    return total / length
 
 
 def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:

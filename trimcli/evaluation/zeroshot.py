@@ -49,12 +49,11 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class ZeroShotOptions:
-    """What to measure.
+    """What to measure: `trim eval`'s options of the same names.
 
     tasks: names of lm-eval tasks, groups or tags, patterns (`mmlu_*`), or task files (`x.yaml`); those in the folder
-    include_path win. num_fewshot: None keeps each task's own. limit: documents a task, or their fraction if below 1.
-    batch_size: halved and tried again when memory runs out. log_samples: a folder for one `TASK.jsonl` a task. seed: of
-    the few-shot draw; None keeps lm-eval's own. force: replace sample files that exist.
+    include_path win. limit: documents a task, or their fraction if below 1. log_samples: a folder for one `TASK.jsonl`
+    a task; force: replace those that exist. num_fewshot, seed (of the draw): None keeps lm-eval's own.
     """
 
     tasks: tuple[str, ...]
@@ -102,7 +101,11 @@ def evaluate_tasks(
         found = _evaluate(scorer, loaded, options, seed, progress)
     if options.log_samples:
         for name, samples in found["samples"].items():
-            _write_samples(_samples_file(options.log_samples, name), samples, force=options.force)
+            path = _samples_file(options.log_samples, name)
+            with atomic_file(path, force=options.force) as temporary, temporary.open("wb") as lines:
+                for sample in samples:
+                    line = json.dumps(finite_or_none(sample), default=handle_non_serializable, ensure_ascii=False)
+                    lines.write(f"{line}\n".encode())
     if scorer.truncated:
         longer = f"{scorer.truncated} requests were longer than the model's {scorer.max_length} positions"
         progress.warn(f"{longer} and lost their beginning")
@@ -140,7 +143,7 @@ class _Scorer(HFLM):  # type: ignore[misc]
 
 
 def _check(options: ZeroShotOptions) -> None:
-    if not any(name.strip() for name in options.tasks):
+    if not any(map(str.strip, options.tasks)):
         raise OptionError("--tasks names no task; give one, such as 'hellaswag'.")
     positive("--batch-size", options.batch_size)
     not_negative("--num-fewshot", options.num_fewshot or 0)
@@ -206,7 +209,7 @@ def _load_task(manager: TaskManager, name: str) -> dict[str, Any]:
             if source is None:
                 raise
             with contextlib.chdir(source.parent):
-                return dict(manager.load([str(source.resolve()) if entry is None else name]))
+                return dict(manager.load([name if entry else str(Path.cwd() / source.name)]))
     except (ConnectionError, TimeoutError, HfHubHTTPError, DatasetNotFoundError) as problem:
         what = f"the data of the task {name!r} cannot be reached ({problem})"
         raise HubError(f"{what}; go online, or give a task file over local data with --include-path.") from problem
@@ -243,8 +246,7 @@ def _evaluate(
             pass  # what follows is outside the clause, whose traceback keeps the failed batch in memory
         except Exception as problem:
             what = f"lm-eval failed on {', '.join(loaded['tasks'])} ({type(problem).__name__}: {problem})"
-            way_out = "check the task file, or try a smaller --limit to find the document."
-            raise TrimError(f"{what}; {way_out}") from problem
+            raise TrimError(f"{what}; check the task file, or find the document by a smaller --limit.") from problem
         if scorer.batch_size == 1:
             raise ResourceError("the tasks do not fit into memory even one sequence at a time; use another device.")
         scorer.batch_size_per_gpu = scorer.batch_size // 2
@@ -263,14 +265,13 @@ def _entry(found: Mapping[str, Any], name: str, limit: float | None) -> dict[str
         base = metric.removesuffix("_stderr")
         shown = base if filtered == "none" else f"{base},{filtered}"
         entry[shown + metric[len(base) :]] = float(value) if isinstance(value, int | float | np.number) else None
-    if not entry:
-        return {}
-    entry |= {"n_shot": found["n-shot"].get(name), "limit": limit, "version": found["versions"].get(name)}
-    counts = [found["n-samples"][leaf] for leaf in _leaves(found, name)]
-    entry["samples"] = sum(count["effective"] for count in counts)
-    entry["documents"] = sum(count["original"] for count in counts)
-    if subtasks := found["group_subtasks"].get(name):
-        entry["subtasks"] = list(subtasks)
+    if entry:
+        entry |= {"n_shot": found["n-shot"].get(name), "limit": limit, "version": found["versions"].get(name)}
+        counts = [found["n-samples"][leaf] for leaf in _leaves(found, name)]
+        for shown, key in (("samples", "effective"), ("documents", "original")):
+            entry[shown] = sum(count[key] for count in counts)
+        if subtasks := found["group_subtasks"].get(name):
+            entry["subtasks"] = list(subtasks)
     return entry
 
 
@@ -284,10 +285,3 @@ def _leaves(found: Mapping[str, Any], name: str) -> list[str]:
 def _samples_file(folder: Path, task: str) -> Path:
     folder.mkdir(exist_ok=True)
     return folder / (re.sub(r"[^\w.-]", "_", task) + ".jsonl")
-
-
-def _write_samples(path: Path, samples: Sequence[Mapping[str, Any]], *, force: bool) -> None:
-    with atomic_file(path, force=force) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as lines:
-        for sample in samples:
-            line = json.dumps(finite_or_none(sample), default=handle_non_serializable, ensure_ascii=False)
-            lines.write(line + "\n")

@@ -41,8 +41,7 @@ class _Output:
     def stand(self, *, alone: bool) -> None:
         """Rename what is staged in place, keeping what stood there as `old`."""
         if alone and not self.staged.is_dir():
-            # In one step, so that there is a whole file at every moment.
-            self.staged.replace(self.target)
+            self.staged.replace(self.target)  # in one step, so that there is a whole file at every moment
             return
         _remove(self.old)
         self._replaces = os.path.lexists(self.target)
@@ -69,8 +68,7 @@ _TOGETHER: contextvars.ContextVar[list[_Output] | None] = contextvars.ContextVar
 def all_or_none() -> Iterator[list[_Output]]:
     """Within this, outputs of `atomic_file` and `atomic_directory` stay staged, and take their places when it ends.
 
-    What they replace stands until all are complete and synced; on any error, be it the last rename's, it stands again.
-    One within another joins it. Yields what is staged. Raises OptionError for an output inside another.
+    On any error, be it the last rename's, what they replace stands again. Raises OptionError for one inside another.
     """
     if (around := _TOGETHER.get()) is not None:
         yield around
@@ -143,14 +141,12 @@ def _sync(path: Path) -> None:
         with path.open("rb+") as handle:  # Windows syncs only what may be written
             os.fsync(handle.fileno())
         return
-    try:
+    with contextlib.suppress(PermissionError):  # Windows opens no directory
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no directory
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

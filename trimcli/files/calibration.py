@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from trimcli.errors import InputError
-from trimcli.files.atomic import file_digest
 from trimcli.files.manifest import CALIBRATION, ModelFingerprint, check_model
 from trimcli.files.tensors import open_tensors, read_manifest
 from trimcli.methods.stats import LinearStats, stored_statistics
@@ -34,8 +33,7 @@ class CalibrationFile:
         """Raise InputError unless the file holds the statistics of these names, as far as files can."""
         for option, statistic in stored_statistics().items():
             if statistic.name in needs and option not in self.manifest["stats"]:
-                made = f"it was made with --stats {','.join(self.manifest['stats'])}"
-                what = f"{self.path} holds no {option} ({made})"
+                what = f"{self.path} holds no {option} (it was made with --stats {','.join(self.manifest['stats'])})"
                 raise InputError(f"{what}; calibrate again with --stats including {option}.")
 
     def statistics(self, name: str) -> LinearStats:
@@ -45,7 +43,3 @@ class CalibrationFile:
             raise InputError(f"{self.path} holds no statistics of {name}; calibrate this model again.")
         keys = {one.name: f"{stored}.{one.name}" for one in stored_statistics().values()}
         return LinearStats(**{kind: self._handle.get_tensor(key) for kind, key in keys.items() if key in self._names})
-
-    def digest(self) -> str:
-        """SHA-256 of the file."""
-        return file_digest(self.path)

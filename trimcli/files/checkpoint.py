@@ -38,11 +38,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, weights: bool | None = True) -> "Checkpoint":
-        """Open a local directory or a hub id.
-
-        weights: whether tensors are needed; False: config.json will do, and of a hub model only that is fetched.
-        None: whatever is there. Raises InputError (no model directory, truncated or missing shards) and HubError.
-        """
+        """Open a local directory or a hub id. weights: None for what is there. Raises InputError and HubError."""
         local = Path(model).expanduser()
         if local.is_dir():
             return cls(local, str(model), weights=weights)
@@ -117,12 +113,10 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
     except errors.RepositoryNotFoundError:
         raise InputError(f"{missing}, and the hub has no such model; check the spelling or set HF_TOKEN.") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, errors.HfHubHTTPError, OSError) as problem:
-        cause = type(problem).__name__
+        what = f"{missing}, and the model hub cannot be reached for it ({type(problem).__name__})"
         if "/" not in model:
-            what = f"{missing}, and the hub cannot be asked for a model of that name ({cause}); check the path."
-            raise InputError(what) from None
-        what = f"{missing}, and the model hub cannot be reached for it ({cause}); give a local directory or go online."
-        raise HubError(what) from None
+            raise InputError(f"{what}; check the path.") from None
+        raise HubError(f"{what}; give a local directory or go online.") from None
 
 
 def _open_shards(directory: Path) -> Shards:
@@ -138,8 +132,7 @@ def _open_shards(directory: Path) -> Shards:
             if not isinstance(found, Mapping) or not found:
                 raise InputError(f"{index} has no weight_map; fetch the model anew.")
             files = sorted(set(shard_names(found.values(), index)))
-            for path in (directory / file for file in files):
-                if not path.is_file():
-                    raise InputError(f"the shard {path} is missing; fetch the model anew.")
+            if missing := [file for file in files if not (directory / file).is_file()]:
+                raise InputError(f"the shard {directory / missing[0]} is missing; fetch the model anew.")
             return form(directory, files)
     raise InputError(f"{directory} has a config.json but no weights ({SAFE_SINGLE} or {BIN_SINGLE}); fetch them.")

@@ -1,9 +1,8 @@
 """Writing a pruned model directory: an ordinary Hugging Face one, streamed from shard to shard.
 
-Beside the shards lies `trim.json`: the manifest, and per pruned linear where it is (`key`, `shape`
-[D_out, D_in], `transposed`), what was asked (`target`, `pattern`), how many weights its mask took (`pruned`),
-and what was written: `zeros`, the exact number of zero weights, and `keep_sha256`, the SHA-256 of the packed
-bits of `weight != 0` (a weight that was zero already counts as pruned there).
+Its `trim.json` is the manifest, and per pruned linear where it is (`key`, `shape` [D_out, D_in], `transposed`), what
+was asked (`target`, `pattern`), how many weights its mask took (`pruned`), its exact number of `zeros`, and
+`keep_sha256`, the SHA-256 of the packed bits of `weight != 0`.
 """
 
 import re
@@ -32,10 +31,7 @@ README = "README.md"
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """One pruned matrix as a directory records it, under its tensor's `key`.
-
-    transposed: stored as [D_in, D_out]. pruned: weights its mask takes. pattern: (kept, group) of N:M.
-    """
+    """A pruned matrix as recorded: [D_in, D_out] if `transposed`; weights its mask takes; (kept, group) of N:M."""
 
     key: str
     shape: tuple[int, int]
@@ -89,11 +85,9 @@ def commands_so_far(*sources: Mapping[str, Any]) -> list[str]:
 
 
 def plan_shards(checkpoint: Checkpoint, max_shard_size: int | None = None) -> dict[str, list[str]]:
-    """Safetensors shard name -> tensor names, for a directory written from `checkpoint`.
+    """Safetensors shard name -> tensor names: the checkpoint's own shards, or new ones of `max_shard_size` bytes.
 
-    The checkpoint's own (`.bin` ones under the names safetensors ones have), or new ones of `max_shard_size` bytes,
-    more only for a single tensor. Of tensors that a `.bin` file ties to one memory the first is kept, unless the config
-    says that they are not tied.
+    Of tensors that a `.bin` file ties to one memory the first is kept, unless the config says that they are not tied.
     """
     from huggingface_hub import split_state_dict_into_shards_factory as split
 
@@ -132,10 +126,7 @@ def _twins(checkpoint: Checkpoint) -> set[str]:
 
 
 class PrunedTensors:
-    """What the shards of a pruned directory hold: the checkpoint's tensors, pruned; a subclass may store others.
-
-    weight_of(key): what replaces a tensor, of its dtype and shape, or None. linears: full module name -> matrix.
-    """
+    """The tensors of a pruned directory; a subclass may store others. weight_of(key): what replaces one, or None."""
 
     def __init__(
         self, checkpoint: Checkpoint, weight_of: Callable[[str], Tensor | None], linears: Mapping[str, PrunedLinear]
@@ -179,10 +170,7 @@ def write_model(
     max_shard_size: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> WrittenModel:
-    """Write a pruned model directory, one tensor in memory. Raises OutputExists, InputError.
-
-    document: the manifest, to which `linears` and `sparsity` are added. max_shard_size: bytes, None for the own shards.
-    """
+    """Write a pruned model directory, one tensor in memory. document: its manifest. Raises OutputExists, InputError."""
     checkpoint = tensors.checkpoint
     shards = plan_shards(checkpoint, max_shard_size)
     files = tensors.plan(shards)

@@ -22,6 +22,7 @@ PRUNED = "trim.pruned/1"
 RESULTS = "trim.results/1"
 ROWS = "trim.rows/1"
 SEAL = "manifest_sha256"
+LIBRARIES = ("torch", "transformers")
 
 # The command line of the run, for provenance; None where the library was called. The command line sets it.
 COMMAND_LINE: contextvars.ContextVar[str | None] = contextvars.ContextVar("command_line", default=None)
@@ -45,11 +46,11 @@ def manifest(
     command: str,
     options: Mapping[str, Any],
     model: ModelFingerprint | None,
-    sources: Mapping[str, Path] | None = None,
+    sources: Mapping[str, Path | None] | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
-    """The manifest of a new file. sources: role ("masks") -> file it was made from. fields: what the schema adds."""
-    libraries = {name: version(name) for name in ("torch", "transformers")}
+    """The manifest of a new file. sources: role ("masks") -> file it was made from, if any. fields: more of them."""
+    made_from = {role: path for role, path in (sources or {}).items() if path}
     return {
         "schema": schema,
         "trim": version("trimcli"),
@@ -57,8 +58,8 @@ def manifest(
         "command_line": COMMAND_LINE.get(),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "model": model.document() if model else None,
-        "sources": {role: {"path": str(path), "sha256": file_digest(path)} for role, path in (sources or {}).items()},
-        "versions": {"python": platform.python_version(), **libraries},
+        "sources": {role: {"path": str(path), "sha256": file_digest(path)} for role, path in made_from.items()},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         **fields,
     }
 
@@ -66,16 +67,13 @@ def manifest(
 def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path, *, structure_only: bool = False) -> None:
     """Raise MismatchError unless the manifest `found` in `path` is of `model` (structure_only: of any weights)."""
     theirs = found.get("model") or {}
-    if theirs.get("structure") != model.structure:
-        raise MismatchError(
-            f"{path} was made for the model {theirs.get('id')!r} (structure {str(theirs.get('structure'))[:12]}), "
-            f"not for {model.id!r} (structure {model.structure[:12]}); make it anew for this model."
-        )
-    if not structure_only and theirs.get("content") and theirs["content"] != model.content:
-        raise MismatchError(
-            f"{path} was made for other weights of this structure: {theirs.get('id')!r} (content "
-            f"{theirs['content'][:12]}), not {model.id!r} (content {str(model.content)[:12]}); make it anew."
-        )
+    structure, content = str(theirs.get("structure")), theirs.get("content")
+    if structure != model.structure:
+        pair = f"{theirs.get('id')!r} (structure {structure[:12]}), not for {model.id!r} ({model.structure[:12]})"
+        raise MismatchError(f"{path} was made for the model {pair}; make it anew for this model.")
+    if not structure_only and content and content != model.content:
+        pair = f"{theirs.get('id')!r} (content {content[:12]}), not {model.id!r} ({str(model.content)[:12]})"
+        raise MismatchError(f"{path} was made for other weights of this structure: {pair}; make it anew.")
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The masks artifact (`trim.masks/1`): which weights of which linears stay, one bit a weight.
 
-Per linear a tensor `<name>.keep`, uint8 [D_out, ceil(D_in / 8)], rows packed to bytes, most significant bit
-first, 1 = kept; and in the manifest, under `linears`, `{shape, zeros, sparsity, keep_sha256}` beside what the caller
-says of it (`target`, `pattern`), in the model's order.
+Per linear a tensor `<name>.keep`, uint8 [D_out, ceil(D_in / 8)], most significant bit first, 1 = kept; in the manifest,
+under `linears`, in the model's order, `{shape, zeros, sparsity, keep_sha256}` beside what the caller says of it.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,10 +80,10 @@ def write_masks(
     *,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Write a masks file atomically, one mask in memory at a time; returns the manifest as written.
+    """Write a masks file, one mask in memory; returns the manifest as written. Raises OutputExists.
 
-    document: its manifest, whose `linears` may hold what is known of a linear. shapes: linear -> (D_out, D_in), in the
-    model's order. keep_of(name): bool [D_out, D_in]; called twice, since the manifest comes first. Raises OutputExists.
+    document: its manifest, whose `linears` may hold what is known of a linear. keep_of(name): bool [D_out, D_in];
+    called twice, since the manifest comes first.
     """
     linears = {}
     for name, shape in shapes.items():

@@ -1,12 +1,10 @@
 """Packed checkpoints (`trim.packed/1`): pruned matrices as keep bits and the kept values.
 
-A matrix whose checkpoint name is `K` is stored as `K.keep`, uint8 [rows, ceil(columns / 8)], the keep bits of
-the matrix *as stored* (GPT-2's Conv1D: [D_in, D_out]), most significant bit first, and `K.values`, the kept
-weights in row order in the stored dtype. Every other tensor, and a matrix that would not get smaller, stays
-as it is. The shards are called `packed-00001-of-0000N.safetensors`, so that nothing takes them for a model's;
-`trim.json` says under `packed` which shard of the dense model each stands for, and of every tensor its shard,
-dtype, shape, `kept` (number of stored values, null where stored as is) and the SHA-256 of its dense bytes,
-checked whenever it is read.
+A matrix `K` is stored as `K.keep`, uint8 [rows, ceil(columns / 8)], the keep bits of the matrix *as stored* (GPT-2's
+Conv1D: [D_in, D_out]), most significant bit first, and `K.values`, the kept weights in row order in the stored dtype.
+Every other tensor, and a matrix that would not get smaller, stays as it is. `trim.json` says under `packed` which shard
+of the dense model each `packed-00001-of-0000N.safetensors` stands for, and of every tensor its shard, dtype, shape,
+`kept` (number of stored values, null where stored as is) and the SHA-256 of its dense bytes, checked on every read.
 """
 
 import contextlib
@@ -43,11 +41,7 @@ def kept_values(weight: Tensor, keep: Tensor) -> Tensor:
 
 
 def decode(packed: Tensor, values: Tensor, columns: int) -> Tensor:
-    """The matrix [rows, columns] of packed keep bits and `kept_values`, +0.0 where nothing was kept.
-
-    packed: uint8 [rows, ceil(columns / 8)], of `masks.pack`. values: [n_kept], CPU. The kept weights are
-    those that went in, to the bit. Raises ValueError where the bits call for more or fewer values or columns.
-    """
+    """The matrix [rows, columns] of `masks.pack`'s bits and `kept_values` [n_kept], to the bit. Raises ValueError."""
     keep = masks.unpack(packed, columns)
     if int(keep.count_nonzero()) != len(values):
         raise ValueError(f"the keep bits call for {int(keep.count_nonzero())} values, not {len(values)}.")

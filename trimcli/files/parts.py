@@ -84,3 +84,7 @@ class Part:
     def load(self, name: str) -> Tensor:
         """A tensor, mapped."""
         return self._handle.get_tensor(name)
+
+    def weight(self, linear: str) -> Tensor | None:
+        """A linear's new weight [D_out, D_in], None where the dense values stay."""
+        return self.load(key) if (key := f"{linear}.weight") in self.names else None

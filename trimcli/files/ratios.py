@@ -13,11 +13,10 @@ from trimcli.files.manifest import LAYER_SPARSITY, ModelFingerprint, check_model
 
 @dataclass(frozen=True)
 class LayerSparsity:
-    """A sparsity for every linear of a model.
+    """A sparsity for every linear of a model; reference numerics may ask for more than 1, which is read back as 1.
 
-    method: of the allocation. target: mean sparsity over all weights. sparsity: full module name -> fraction to prune;
-    reference numerics may ask for more than 1, which is read back as 1. metric: what it was derived from. pattern: for
-    mixed N:M, name -> (kept, group). model: the one it is for; without content, any of that structure. path: read from.
+    target: mean over all weights. metric: what each was derived from. pattern: for mixed N:M, name -> (kept, group).
+    model: without content, any of that structure.
     """
 
     method: str
@@ -30,7 +29,7 @@ class LayerSparsity:
     model: ModelFingerprint
     path: Path | None = field(default=None, compare=False)
 
-    def document(self, options: Mapping[str, Any], sources: Mapping[str, Path]) -> dict[str, Any]:
+    def document(self, options: Mapping[str, Any], sources: Mapping[str, Path | None]) -> dict[str, Any]:
         """The JSON form: a manifest with this object's fields, without `pattern` where there is none."""
         outside = {"path", "model", *(["pattern"] if self.pattern is None else [])}
         fields = {name: value for name, value in asdict(self).items() if name not in outside}
@@ -42,10 +41,9 @@ class LayerSparsity:
         found = read_json(path, LAYER_SPARSITY)
         try:
             sparsity = {name: float(value) for name, value in found["sparsity"].items()}
-            patterns, metric = found.get("pattern"), found.get("metric") or {}
-            pattern: dict[str, tuple[int, int]] | None = None
-            if patterns is not None:
-                pattern = {name: (int(kept), int(group)) for name, (kept, group) in patterns.items()}
+            pattern, metric = found.get("pattern"), found.get("metric") or {}
+            if pattern is not None:
+                pattern = {name: (int(kept), int(group)) for name, (kept, group) in pattern.items()}
             result = cls(
                 method=str(found["method"]),
                 parameters=dict(found["parameters"]),
@@ -82,8 +80,8 @@ class LayerSparsity:
             raise MismatchError(f"{origin} is not for the linears of {model.id!r}: {what}")
         for name, (_, group) in (self.pattern or {}).items():
             if (inputs := shapes[name][1]) % group:
-                what = f"{origin} has groups of {group} for {name}, which has {inputs} inputs; make it anew."
-                raise MismatchError(what)
+                what = f"{origin} has groups of {group} for {name}, which has {inputs} inputs"
+                raise MismatchError(f"{what}; make it anew.")
         check_model({"model": self.model.document()}, model, origin)
 
 

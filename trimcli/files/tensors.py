@@ -65,10 +65,7 @@ def write_tensors(
     tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file to a temporary path, asking for one tensor at a time, on any device.
-
-    The safetensors library wants every tensor at once; the layout is its own but for the tensors' order.
-    """
+    """Write a safetensors file, asking for one tensor at a time, on any device: the library wants all at once."""
     order = list(DTYPES)
     names = sorted(specs, key=lambda name: (order.index(specs[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

@@ -77,10 +77,13 @@ def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = 
     verdicts: list[str] = []
     machines: dict[str, str] = {}
     for model in models:
-        exported = read_mark(Path(model)).get("schema") == EXPORT
-        export = ExportedCheckpoint(Path(model), options.device) if exported else None
+        marked = read_mark(Path(model)).get("schema") == EXPORT
+        export = ExportedCheckpoint(Path(model), options.device) if marked else None
         device = export.device if export else compute_device(options.device)
-        machines[model] = machine(device)
+        threads = torch.get_num_threads()
+        machines[model] = f"this CPU ({threads} thread{'s' * (threads > 1)})"
+        if device.type == "cuda":
+            machines[model] = torch.cuda.get_device_name(device)
         dense, *others = _forms(model, export, device, options, progress)
         measured += [dense, *others]
         verdicts += [verdict(dense, form, machines[model]) for form in others]
@@ -94,36 +97,23 @@ def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = 
     return BenchResult(tuple(measured), tuple(verdicts), document)
 
 
-def machine(device: torch.device) -> str:
-    """What a device is called in a sentence."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    threads = torch.get_num_threads()
-    return f"this CPU ({threads} thread{'s' * (threads > 1)})"
-
-
 def verdict(dense: Measured, sparse: Measured, where: str) -> str:
     """What the figures say of a sparse form against dense: medians within dense's rounds are within the noise."""
     name = f"{sparse.model}: {sparse.form}{' as exported' if sparse.exported else ''}"
     if not sparse.sparse:
         return f"{name} has no sparse matrix, so nothing is gained."
-    figures, pays, even = [], [], []
-    for before, after in zip(dense.rates, sparse.rates, strict=True):
-        case = f"{after.phase} at batch {after.batch}"
-        figures.append(f"{after.median / before.median:.2f}x in {case}")
-        if after.median > before.fastest:
-            pays.append(case)
-        elif after.median >= before.slowest:
-            even.append(case)
-    found = (
+    names = [f"{rate.phase} at batch {rate.batch}" for rate in sparse.rates]
+    cases = list(zip(names, dense.rates, sparse.rates, strict=True))
+    figures = [f"{after.median / before.median:.2f}x in {case}" for case, before, after in cases]
+    pays = [case for case, before, after in cases if after.median > before.fastest]
+    even = any(after.median >= before.slowest for _, before, after in cases)
+    found = "pays here" + (f" for {' and '.join(pays)} alone" if len(pays) < len(figures) else "")
+    if not pays:
+        found = "does not pay here" + (": nothing is faster beyond the noise" if even else "")
+    return (
         f"{name} at {sparse.zeros:.1%} zeros runs at these multiples of dense's speed on {where}: "
-        f"{', '.join(figures)}, with {sparse.memory / dense.memory:.2f}x the memory; sparsity"
+        f"{', '.join(figures)}, with {sparse.memory / dense.memory:.2f}x the memory; sparsity {found}."
     )
-    if len(pays) == len(figures):
-        return f"{found} pays here."
-    if pays:
-        return f"{found} pays here for {' and '.join(pays)} alone."
-    return f"{found} does not pay here{': nothing is faster beyond the noise' if even else ''}."
 
 
 def _forms(
@@ -152,7 +142,6 @@ def _forms(
     if exported:
         empty(skeleton.model)
         skeleton = exported_skeleton(exported, options.dtype, trust_remote_code=trust)
-        skeleton.load_everything()
         yield measured(exported.to, len(exported.sparse), _bytes_on_disk(exported))
     elif sparse := _make_sparse(skeleton):
         yield measured("csr" if device.type == "cpu" else "semi-structured", sparse, None)

@@ -86,25 +86,24 @@ class ExportedCheckpoint(Checkpoint):
     def matrix(self, name: str) -> Tensor:
         """The sparse [D_out, D_in] of a linear of `sparse`. Raises InputError where it is damaged."""
         key, (d_out, d_in) = self.sparse[name]["key"], self.sparse[name]["shape"]
-        names, shape = {kind: f"{key}.{kind}" for kind in PARTS[self.to]}, (d_out, d_in)
+        names = {kind: f"{key}.{kind}" for kind in PARTS[self.to]}
         parts = {kind: self._stored.load(name) for kind, name in names.items() if name in self._stored.home}
         if self._packer:
-            return self._packer.from_parts(parts, shape)
+            return self._packer.from_parts(parts, (d_out, d_in))
         try:
             finite(parts["values"], key, self)
-            return csr_from_parts(parts, shape)
+            return csr_from_parts(parts, (d_out, d_in))
         except (KeyError, ValueError):
             raise InputError(f"{key} in {self.directory} is no csr matrix; export the model anew.") from None
 
 
-def exported_skeleton(
-    checkpoint: ExportedCheckpoint, dtype: str = "auto", *, trust_remote_code: bool = False
-) -> Skeleton:
-    """The skeleton of an export, its sparse matrices in place, everything else still on the meta device."""
+def exported_skeleton(checkpoint: ExportedCheckpoint, dtype: str, *, trust_remote_code: bool) -> Skeleton:
+    """The skeleton of an export, loaded, with its sparse matrices in place."""
     computed_in, device = checkpoint.compute_dtype(dtype), checkpoint.device
     skeleton = Skeleton(checkpoint, dtype=computed_in, device=device, trust_remote_code=trust_remote_code)
     for name in checkpoint.sparse:
         replace_linear(skeleton, skeleton.linears[name], computed(checkpoint.matrix(name)))
+    skeleton.load_everything()
     return skeleton
 
 
@@ -121,7 +120,6 @@ def load_exported(
     if not (path / MARK).is_file():
         raise InputError(f"{path} is not an export: it has no {MARK}; check the path.")
     skeleton = exported_skeleton(ExportedCheckpoint(path, device), dtype, trust_remote_code=trust_remote_code)
-    skeleton.load_everything()
     model: PreTrainedModel = skeleton.model
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(path)

@@ -101,10 +101,8 @@ class SemiStructured:
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "cuda":
-            raise OptionError(
-                "semi-structured (2:4) matrices are packed and multiplied on a CUDA GPU, and the device here is "
-                f"{device}; run on a machine with one, or export --to csr."
-            )
+            what = f"semi-structured (2:4) matrices are packed on a CUDA GPU, and the device here is {device}"
+            raise OptionError(f"{what}; run on a machine with one, or export --to csr.")
         if dtype not in (torch.float16, torch.bfloat16):
             what = f"kernels compute in 16 bits, and this model's weights are {dtype_name(dtype)}"
             raise OptionError(f"semi-structured (2:4) {what}; give --dtype bfloat16 or --dtype float16.")

@@ -26,11 +26,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """The rule that chooses which weights go.
-
-    stats: all columns'. target: the budget, unless row allocation has chosen: then `keep`, bool [D_out, D_in], is the
-    mask. options: the score's, None for its defaults.
-    """
+    """What goes: all but a row allocation's `keep`, bool [D_out, D_in], or, without one, by score and target."""
 
     score: Score
     stats: LinearStats
@@ -69,9 +65,8 @@ class Choice:
     def of_columns(self, weight: Tensor, start: int) -> Tensor:
         """The keep mask of the columns `weight` [D_out, n] from `start` on, chosen as an update reaches them.
 
-        NaN is for the update to refuse, once at its end: to ask for it here is to wait for the device at every block.
-        Whenever a block ends at column c, the first c columns have lost round(sparsity * D_out * c) weights. In
-        reference numerics every block is pruned to the sparsity by itself, all its rows together, as published.
+        Exact: whenever a block ends at column c, the first c have lost round(sparsity * D_out * c) weights. Reference:
+        every block is pruned to the sparsity by itself, as published. NaN is for the update to refuse, once at its end.
         """
         from trimcli.methods import masks
 
@@ -83,9 +78,8 @@ class Choice:
         if self.numerics == "reference":
             return masks.lowest_overall(scores, sparsity, "reference", check=False)
         if self.score.compare == "row":
-            before, after = (
-                masks.even_row_counts(d_out, width, sparsity, "exact", weight.device) for width in (start, end)
-            )
+            before = masks.even_row_counts(d_out, start, sparsity, "exact", weight.device)
+            after = masks.even_row_counts(d_out, end, sparsity, "exact", weight.device)
             return masks.lowest_per_row(scores, after - before, check=False)
         total = masks.matrix_budget(d_out, end, sparsity) - masks.matrix_budget(d_out, start, sparsity)
         return masks.lowest_in_all(scores, total)
@@ -98,10 +92,9 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
     found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
     if found is None or not 0 < int(found[1]) < int(found[2]):
         near = difflib.get_close_matches(text, ["unstructured"])
-        raise OptionError(
-            f"the sparsity type {text!r} is neither 'unstructured' nor N:M with 0 < N < M, where N is how many of "
-            f"every M consecutive weights are kept; {'did you mean unstructured?' if near else 'give one such as 2:4.'}"
-        )
+        hint = "did you mean unstructured?" if near else "give one such as 2:4."
+        what = "is neither 'unstructured' nor N:M, 0 < N < M: N is how many of every M consecutive weights are kept"
+        raise OptionError(f"the sparsity type {text!r} {what}; {hint}")
     return int(found[1]), int(found[2])
 
 
@@ -111,10 +104,8 @@ def uniform_target(sparsity: float | None, sparsity_type: str) -> Target:
     if pattern:
         implied = 1 - pattern[0] / pattern[1]
         if sparsity is not None and abs(sparsity - implied) > 1e-9:
-            raise OptionError(
-                f"--sparsity {sparsity} with --sparsity-type {sparsity_type}: {pattern[0]} kept of {pattern[1]} "
-                f"implies {implied:g}; drop --sparsity."
-            )
+            what = f"{pattern[0]} kept of {pattern[1]} implies {implied:g}; drop --sparsity."
+            raise OptionError(f"--sparsity {sparsity} with --sparsity-type {sparsity_type}: {what}")
         return Target(implied, pattern)
     if sparsity is None:
         raise OptionError("no target was given; give --sparsity T, --sparsity-type N:M or --ratios FILE.")

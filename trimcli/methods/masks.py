@@ -1,9 +1,8 @@
 """Masks: how many weights go, which ones, and how a mask is stored.
 
 A keep mask is bool [D_out, D_in], True where the weight stays; scores are float [D_out, D_in], counts of the weights
-that go int64 [D_out], each in 0..D_in. The lowest scores go first, equal ones in index order. Work goes by blocks of
-rows, so temporaries stay within about two copies of the scores. `check`: refuse NaN scores (ValueError), for which the
-host waits for an accelerator once; without, NaN gives some mask.
+that go int64 [D_out], each in 0..D_in. The lowest scores go first, equal ones in index order. `check`: refuse NaN
+scores (ValueError), for which the host waits for an accelerator once; without, NaN gives some mask.
 """
 
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ def even_row_counts(
 ) -> Tensor:
     """Weights to go from each row when all rows share one sparsity, int64 [d_out] on `device`.
 
-    exact: the rows share the matrix budget, the lower rows take one more where it does not divide evenly.
-    reference: floor(d_in * sparsity) each, as the published Wanda counts (Sun et al. 2023).
+    exact: the rows share the matrix budget, the lower ones take one more where it does not divide evenly. reference:
+    floor(d_in * sparsity) each, as the published Wanda counts (Sun et al. 2023).
     """
     if numerics == "reference":
         return torch.full((d_out,), min(max(int(d_in * sparsity), 0), d_in), device=device)
@@ -39,11 +38,7 @@ def even_row_counts(
 
 
 def round_row_counts(row_sparsity: Tensor, d_in: int, total: int) -> Tensor:
-    """Largest-remainder rounding of row_sparsity * d_in to counts that sum to `total`.
-
-    row_sparsity: float [D_out]. On equal remainders the lower row loses more. Further rounds spread what is left.
-    Raises ValueError for a row sparsity that is not finite or a total that the matrix cannot give.
-    """
+    """Largest-remainder rounding of row_sparsity [D_out] * d_in to counts that sum to `total`. Raises ValueError."""
     if not 0 <= total <= row_sparsity.numel() * d_in:
         raise ValueError(f"{row_sparsity.numel()} rows of {d_in} weights cannot lose {total} weights.")
     if not row_sparsity.isfinite().all():
@@ -78,10 +73,9 @@ def lowest_per_row(scores: Tensor, counts: Tensor, *, check: bool = True) -> Ten
 
 
 def lowest_overall(scores: Tensor, sparsity: float, numerics: Numerics, *, check: bool = True) -> Tensor:
-    """Keep mask without the lowest scores of the whole matrix: the rule of magnitude pruning.
+    """Keep mask without the round(sparsity * D_out * D_in) lowest scores of the whole matrix.
 
-    exact: the round(sparsity * D_out * D_in) lowest go. reference: all scores <= the value at ascending index
-    int(D_out * D_in * sparsity), as Wanda's published code (Sun et al. 2023) prunes by magnitude.
+    reference: without all <= the value at ascending index int(D_out * D_in * sparsity), as in Wanda's published code.
     """
     if check:
         refuse_nan(scores)
@@ -142,18 +136,15 @@ def split_rows(scores: Tensor, thresholds: Tensor, counts: Tensor) -> Tensor:
 
 
 def n_of_m(scores: Tensor, kept: int, group: int, *, check: bool = True) -> Tensor:
-    """Keep mask with the `kept` highest scores of every `group` consecutive inputs.
-
-    Raises ValueError unless 0 < kept < group and `group` divides D_in.
-    """
-    d_out, d_in = scores.shape
+    """Keep mask with the `kept` highest scores of every `group` consecutive inputs. ValueError if none fits."""
+    d_in = scores.shape[1]
     if not 0 < kept < group:
         raise ValueError(f"{kept}:{group} keeps {kept} of every {group} weights, which must be between 0 and {group}.")
     if d_in % group:
         raise ValueError(f"{kept}:{group} does not fit rows of {d_in} weights, since {group} does not divide {d_in}.")
     if check:
         refuse_nan(scores)
-    keep = torch.empty((d_out, d_in // group, group), dtype=torch.bool, device=scores.device)
+    keep = torch.empty_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format).unflatten(1, (-1, group))
     for rows in _row_blocks(scores):
         places = scores[rows].unflatten(1, (-1, group)).movedim(2, 0).contiguous()
         for place in range(group):
@@ -190,10 +181,9 @@ def unpack(packed: Tensor, d_in: int) -> Tensor:
 
 
 def project(sparsity: Tensor, weights: Tensor, target: float, cap: float) -> Tensor:
-    """Shift sparsities by one number, clipped to [0, max(cap, target)], so that their weighted mean is `target`.
+    """Shift sparsities [n] by one number, clipped to [0, max(cap, target)], onto a weighted mean, float64 [n].
 
-    sparsity: float [n]. weights: [n]. Returns float64 [n], by bisection to its precision. Raises ValueError for a
-    target outside [0, 1], a sparsity that is not finite, and weights that are negative or without a sum.
+    By bisection to float64's precision. Raises ValueError for what has no such shift.
     """
     start, shares = sparsity.double(), weights.double()
     if not 0 <= target <= 1:
@@ -222,8 +212,7 @@ def project(sparsity: Tensor, weights: Tensor, target: float, cap: float) -> Ten
 
 def _row_blocks(scores: Tensor) -> Iterator[slice]:
     """Slices that together are all rows of `scores`, each of at most some four million scores or one row."""
-    d_out, d_in = scores.shape
-    return slices(d_out, max(1, _BLOCK // max(d_in, 1)))
+    return slices(len(scores), max(1, _BLOCK // max(scores.shape[1], 1)))
 
 
 def slices(count: int, step: int) -> Iterator[slice]:

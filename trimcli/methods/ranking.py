@@ -13,10 +13,7 @@ _SMALLEST_BLOCK = 1 << 16
 
 
 def row_order(scores: Tensor) -> Tensor:
-    """Columns of every row of float [D_out, D_in] by ascending score, equal scores in index order.
-
-    Returns the like, int16 where it can hold D_in, int32 else. Raises ValueError for NaN scores.
-    """
+    """Columns of every row by ascending score, ties in index order, int16 or int32. Raises ValueError for NaN."""
     if scores.numel():
         refuse_nan(scores)
     dtype = torch.int16 if scores.shape[1] <= torch.iinfo(torch.int16).max else torch.int32
@@ -42,19 +39,13 @@ def ranks_of(order: Tensor) -> Tensor:
 
 
 def row_blocks(matrix: Tensor, parts: int = 8) -> Iterator[slice]:
-    """Slices that together are all rows of a matrix, about `parts` of them, fewer where they would get small.
-
-    To keep temporaries a fraction of the matrix; what a block costs besides its work is soon more than the work.
-    """
+    """Slices that together are all rows of a matrix, about `parts` of them, fewer where they would get small."""
     d_out, width = matrix.shape
     return slices(d_out, max(-(-d_out // parts), _SMALLEST_BLOCK // max(width, 1), 1))
 
 
 def _packed_order(scores: Tensor, pool: ThreadPoolExecutor, threads: int) -> Tensor:
-    """Columns by ascending score as int64, by sorting score and column packed into one integer.
-
-    No two are equal, so numpy's unstable vectorised sort gives the stable order in a fifth of the time of torch's.
-    """
+    """Columns by ascending score as int64: score and column packed into one integer, of which no two are equal."""
     # Adding zero turns -0.0, which equals 0.0 but has other bits, into 0.0.
     bits = (scores.float() + 0.0).view(torch.int32)
     bits ^= (bits >> 31) & 0x7FFFFFFF

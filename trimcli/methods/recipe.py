@@ -34,10 +34,7 @@ class Outcome(Updated):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Independent choices that together are a pruning method, by the names of their registries.
-
-    barber: LLM-Barber's second pass. options: instances of the chosen entries' option classes; defaults for others.
-    """
+    """Independent choices that make a pruning method, by name; options: instances of their option classes."""
 
     method: str = option("wanda", "What picks the weights that go.", choices=methods)
     numerics: Numerics = option(
@@ -70,8 +67,8 @@ class Recipe:
     @cached_property
     def scoring(self) -> Score:
         """The score: the method's, or the one that --mask-score names for the update obs."""
-        obs = self.updating.options is ObsOptions
-        return SCORES[(self._obs.mask_score if obs else None) or self.named.score]
+        chosen = self._obs.mask_score if self.updating.options is ObsOptions else None
+        return SCORES[chosen or self.named.score]
 
     @cached_property
     def allocating(self) -> RowAllocation:
@@ -132,10 +129,8 @@ class Recipe:
         needy = [name for name in sorted(self.needs) if STATISTICS[name].stored is None]
         refuse(uneven and pattern, f"{rows} with an N:M pattern: the pattern fixes every row's count")
         refuse(only not in (None, self.scoring.name), f"{rows} with {named}: it is made for {only}")
-        refuse(
-            again and "inputs" not in self.allocating.needs,
-            "--input-recalc without --use-trim: only TRIM reads the inputs again",
-        )
+        idle = again and "inputs" not in self.allocating.needs
+        refuse(idle, "--input-recalc without --use-trim: only TRIM reads the inputs again")
         refuse(on_dense and needy, f"--no-propagate with {named}: its {' and '.join(needy)} comes from a forward pass")
         refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
         refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
@@ -145,10 +140,7 @@ class Recipe:
         refuse(by_block, f"{rows} with --mask-update block: it fixes every row's count for the whole matrix")
 
     def choose(self, weight: Tensor, stats: LinearStats, target: Target) -> Outcome:
-        """The mask and, where the update changes them, the new weights of one matrix.
-
-        weight: [D_out, D_in], any float dtype. stats: what `needs` asks for, on the weight's device.
-        """
+        """The mask and, where the update changes them, the new weights of one matrix [D_out, D_in], any float dtype."""
         import torch
 
         weight = weight.float()
@@ -166,10 +158,8 @@ def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int
     """Raise OptionError naming the first linear whose inputs do not fall into whole groups."""
     for name, target in targets.items():
         if target.pattern and shapes[name][1] % target.pattern[1]:
-            raise OptionError(
-                f"{name} has {shapes[name][1]} inputs, which do not divide into groups of {target.pattern[1]}; "
-                f"leave it dense with --skip '{name}' or choose another pattern."
-            )
+            what = f"{name} has {shapes[name][1]} inputs, which do not divide into groups of {target.pattern[1]}"
+            raise OptionError(f"{what}; leave it dense with --skip '{name}' or choose another pattern.")
 
 
 def expected_zeros(shape: tuple[int, int], target: Target, recipe: Recipe) -> int:
@@ -180,7 +170,6 @@ def expected_zeros(shape: tuple[int, int], target: Target, recipe: Recipe) -> in
     if target.pattern:
         kept, group = target.pattern
         return d_out * (d_in // group) * (group - kept)
-    by_rows = recipe.scoring.compare == "row" and recipe.updating.name == "none"
-    if recipe.numerics == "reference" and by_rows:
+    if recipe.numerics == "reference" and recipe.scoring.compare == "row" and recipe.updating.name == "none":
         return int(masks.even_row_counts(d_out, d_in, target.sparsity, "reference").sum())
     return masks.matrix_budget(d_out, d_in, target.sparsity)

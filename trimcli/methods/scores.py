@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Entry):
-    """A score: function(weight [D_out, D_in], stats[, options]) gives float32 [D_out, D_in]; the lowest go first.
+    """A score: function(weight [D_out, D_in], stats[, options]) gives float32 likewise; the lowest go.
 
     compare: the comparison group. "row": every row loses alike, its own lowest; "matrix": the lowest of the matrix.
     """
@@ -24,15 +24,11 @@ class Score(Entry):
 
 SCORES = Registry("score", "--mask-score", Score)
 score = SCORES.register
-"""Register the decorated function as a score, which by that is a `--method` too."""
 
 
 @score("wanda", needs={SQNORM}, compare="row", title="Wanda", source="Sun et al. 2023, section 3")
 def wanda(weight: Tensor, stats: LinearStats) -> Tensor:
-    """Weight magnitude times input norm.
-
-    stats.sqnorm: [D_in], mean over samples of the inputs' squared L2 norm.
-    """
+    """Weight magnitude times input norm."""
     return weight.abs().float().mul_(stats.sqnorm.sqrt())
 
 

@@ -1,7 +1,4 @@
-"""Statistics: what is collected from the inputs of a linear, how, and under which name it is stored.
-
-The inputs of one sample are X_j, [L, D_in]; there are N samples.
-"""
+"""Statistics: what is collected from a linear's inputs X_j, [L, D_in], of N samples, how, and under which name."""
 
 from __future__ import annotations
 
@@ -21,12 +18,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic(Entry):
-    """A statistic, called to start collecting it.
+    """A statistic: function(d_in, nsamples, device) gives the tensor it is gathered in.
 
-    function(d_in, nsamples, device): the tensor it is gathered in. add(gathered, inputs [n, L, D_in], samples, N):
-    takes in a batch, `samples` its slice of 0..N-1; a batch may come again, unless it `sums`. finish(gathered): what
-    methods read. columns(tensor, slice): its part of some columns. nbytes(d_in, nsamples): memory while gathered.
-    stored: its name in `calibrate --stats`, whose files then hold it; None for what is only collected while pruning.
+    add(gathered, inputs [n, L, D_in], samples, N): takes in a batch, `samples` its slice of 0..N-1. finish(gathered):
+    what methods read. columns(tensor, slice): its part of some columns. nbytes(d_in, nsamples): memory, and `copies`
+    more of it while a matrix is pruned. stored: its name in `calibrate --stats`; None for what is only collected while
+    pruning.
     """
 
     add: Callable[..., None]
@@ -34,7 +31,7 @@ class Statistic(Entry):
     finish: Callable[[Tensor], Tensor] = lambda gathered: gathered
     columns: Callable[[Tensor, slice], Tensor] = lambda tensor, place: tensor[place]
     stored: str | None = None
-    sums: bool = False
+    copies: int = 0
 
 
 STATISTICS = Registry("statistic", "--stats", Statistic)
@@ -53,10 +50,7 @@ def stored_statistics() -> dict[str, Statistic]:
 
 
 class LinearStats:
-    """The statistics of one linear; linears that share an input share them, and what `once` keeps.
-
-    tensors: by statistic name, on one device. place: which columns they are of.
-    """
+    """Tensors by statistic of one linear, or of those that share its input, on one device. place: of which columns."""
 
     def __init__(self, **tensors: Tensor | None) -> None:
         self.tensors: Mapping[str, Tensor] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
@@ -88,16 +82,15 @@ class LinearStats:
         return self[GRAM]
 
     def with_(self, **tensors: Tensor | None) -> LinearStats:
-        """The same with other tensors in the place of some."""
+        """The same with other tensors in the place of some; what `once` gives stays."""
         found = LinearStats(**{**self.tensors, **tensors})
-        found._derived = self._derived
+        found._derived, found.place = self._derived, self.place
         return found
 
     def of(self, columns: slice) -> LinearStats:
         """The part of some columns. What `once` gives belongs to all columns still."""
-        parts = {name: STATISTICS[name].columns(tensor, columns) for name, tensor in self.tensors.items()}
-        found = LinearStats(**parts)
-        found._derived, found.place = self._derived, columns
+        found = self.with_(**{name: STATISTICS[name].columns(part, columns) for name, part in self.tensors.items()})
+        found.place = columns
         return found
 
     def once(self, key: Hashable, make: Callable[[LinearStats], T]) -> T:
@@ -172,5 +165,5 @@ GRAM = statistic(
     nbytes=lambda d_in, nsamples: 4 * d_in * d_in,
     columns=lambda tensor, place: tensor[place, place],
     options=GramOptions,
-    sums=True,
+    copies=5,
 )

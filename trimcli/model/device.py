@@ -14,10 +14,7 @@ UNITS = {torch.float16: ("avx512_fp16", "amx_fp16"), torch.bfloat16: ("avx512_bf
 
 
 def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """The computation's dtype: as named, or for `auto` the one that most of the checkpoint's bytes are stored in.
-
-    `auto` is float32 where the device has no units for that dtype: another one of 16 bits would lose range or digits.
-    """
+    """The computation's dtype: as named, or the one of most bytes; float32 where the device has no units for that."""
     if name != "auto":
         return getattr(torch, one_of("--dtype", name, ("auto", "float32", "bfloat16", "float16")))
     stored: Counter[torch.dtype] = Counter()

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimcli.errors import InputError
+from trimcli.errors import InputError, first_line
 from trimcli.files.checkpoint import Checkpoint
 
 
@@ -19,11 +19,9 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as problem:  # any library behind a config may raise anything
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise InputError(
-            f"no causal language model can be built from {checkpoint.directory / 'config.json'} ({reason}); "
-            "check the config, or --trust-remote-code if the model brings its own code."
-        ) from None
+        what = f"no causal language model can be built from {checkpoint.directory / 'config.json'}"
+        hint = "check the config, or --trust-remote-code if the model brings its own code."
+        raise InputError(f"{what} ({first_line(problem)}); {hint}") from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
 

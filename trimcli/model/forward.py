@@ -1,8 +1,4 @@
-"""The parts of a forward pass around the decoder layers: embedding and recording before them, the head after them.
-
-What each layer is called with (masks, position embeddings, sliding windows) is recorded in the model's own forward
-pass, in which every layer returns its input.
-"""
+"""The parts of a forward pass around the decoder layers: embedding and recording before them, the head after them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,10 +96,8 @@ class Forward:
             self.around(tokens, recorder)
         except _AllRecorded:
             return first[0].to(skeleton.dtype), recording
-        raise TrimError(
-            f"the forward pass of {skeleton.checkpoint.id} called {len(recording)} of its "
-            f"{len(skeleton.layers)} decoder layers once; its form is not supported."
-        )
+        called = f"called {len(recording)} of its {len(skeleton.layers)} decoder layers once"
+        raise TrimError(f"the forward pass of {skeleton.checkpoint.id} {called}; its form is not supported.")
 
     @contextmanager
     def head(self) -> Iterator[Head]:

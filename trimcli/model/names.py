@@ -1,8 +1,4 @@
-"""Module names against checkpoint names.
-
-A checkpoint may spell a parameter otherwise than the module tree, lack the base prefix, or hold in pieces what is
-stacked on loading. The mapping is transformers' own, so what `from_pretrained` loads is what is pruned.
-"""
+"""Module names against checkpoint names, by transformers' own mapping: what it would load is what is pruned."""
 
 import copy
 import re
@@ -16,10 +12,7 @@ from torch import Tensor
 
 @dataclass
 class Conversion:
-    """A parameter that transformers builds from several checkpoint tensors (experts merged on loading).
-
-    name: the parameter (the first, where one conversion yields several). pieces: (pattern, checkpoint key).
-    """
+    """A parameter (the first of several) that transformers builds from pieces, (pattern, checkpoint key)."""
 
     name: str
     converter: Any

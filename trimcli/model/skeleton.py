@@ -1,15 +1,11 @@
-"""The skeleton: a transformers model on the meta device, filled one decoder layer at a time.
-
-Buffers are real. Decoder layers are the ModuleList of `config.num_hidden_layers` entries, matrices are found by type;
-so no architecture is named anywhere.
-"""
+"""The skeleton: a transformers model on the meta device, buffers real, filled one decoder layer at a time."""
 
 import hashlib
 import math
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,6 +15,7 @@ from trimcli.errors import InputError, first_line
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import canonical_json
 from trimcli.files.manifest import ModelFingerprint
+from trimcli.files.names import grouped
 from trimcli.files.tensors import natural
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import build_empty, empty, find_decoder_layers, set_parameter
@@ -27,17 +24,8 @@ from trimcli.model.names import NameMap, map_names
 from trimcli.options import RunOptions
 
 # Of a config.json: what does not change which function of the weights the model is.
-VOLATILE = {
-    "_name_or_path",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-    "architectures",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-}
+TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
+VOLATILE = TOKEN_IDS | {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
 SAMPLES = 64
 
 
@@ -52,10 +40,7 @@ class DecoderLayer:
 
 
 class Skeleton:
-    """A transformers model without weights, and the means to fill it in parts.
-
-    checkpoint: open, with or without weights. dtype: of the computation. device: where layers go in their turn.
-    """
+    """A transformers model without weights, and the means to fill it in parts. dtype: of the computation."""
 
     def __init__(
         self,
@@ -97,11 +82,10 @@ class Skeleton:
 
     def _tied_names(self) -> dict[str, str]:
         """Parameter name -> the name whose checkpoint tensor it shares."""
-        by_identity: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            by_identity.setdefault(id(parameter), []).append(name)
         tied: dict[str, str] = {}
-        for names in by_identity.values():
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        for same in grouped(parameters, lambda item: id(item[1])).values():
+            names = [name for name, _ in same]
             source = next((name for name in names if name in self._names.plain), names[0])
             tied |= {name: source for name in names if name != source}
         return tied
@@ -114,15 +98,10 @@ class Skeleton:
             if key is None:
                 parameter = name in dict(self.model.named_parameters(remove_duplicate=False))
                 if parameter and not several and name not in made and name not in self._tied:
-                    raise InputError(
-                        f"{self.checkpoint.directory} lacks a tensor for {name}, which its config.json calls for; "
-                        "fetch the model anew."
-                    )
+                    raise InputError(f"{self.checkpoint.directory} lacks a tensor for {name}; fetch the model anew.")
             elif (shape := self.checkpoint.spec(key).shape) != tuple(tensor.shape):
-                raise InputError(
-                    f"{self.checkpoint.directory}: {key} has shape {shape} where config.json calls for "
-                    f"{tuple(tensor.shape)}; fetch the model anew."
-                )
+                what = f"{key} has shape {shape} where config.json calls for {tuple(tensor.shape)}"
+                raise InputError(f"{self.checkpoint.directory}: {what}; fetch the model anew.")
 
     def left_dense(self) -> dict[str, tuple[int, ...]]:
         """Matrices inside the decoder layers that are not pruned (stacked experts, say): name -> shape."""
@@ -173,10 +152,8 @@ class Skeleton:
                 try:
                     made |= conversion.build(self.model, self.checkpoint.load)
                 except RuntimeError as problem:
-                    raise InputError(
-                        f"the tensors of {self.checkpoint.directory} do not make up {conversion.name} "
-                        f"({first_line(problem)}); fetch the model anew."
-                    ) from None
+                    what = f"the tensors of {self.checkpoint.directory} do not make up {conversion.name}"
+                    raise InputError(f"{what} ({first_line(problem)}); fetch the model anew.") from None
         for name, parameter in list(module.named_parameters(recurse=recurse, remove_duplicate=False)):
             full = dotted + name
             if parameter.device.type != "meta":
@@ -186,10 +163,9 @@ class Skeleton:
                 raise InputError(f"{self.checkpoint.directory} lacks a tensor for {full}; fetch the model anew.")
             stored = made[full] if key is None else self.checkpoint.load(key)
             if stored.shape != parameter.shape:
-                raise InputError(
-                    f"the tensors of {self.checkpoint.directory} give {full} the shape {tuple(stored.shape)} where "
-                    f"config.json calls for {tuple(parameter.shape)}; fetch the model anew."
-                )
+                pair = f"{tuple(stored.shape)} where config.json calls for {tuple(parameter.shape)}"
+                what = f"the tensors of {self.checkpoint.directory} give {full} the shape {pair}"
+                raise InputError(f"{what}; fetch the model anew.")
             value = finite(stored, key or full, self.checkpoint)
             dtype = self.dtype if value.is_floating_point() else value.dtype
             set_parameter(module, name, value.to(self.device, dtype, copy=copy))
@@ -206,20 +182,16 @@ class Skeleton:
             for name, module in self.model.named_modules():
                 if id(module) in inside or module is but or not any(True for _ in module.parameters(recurse=False)):
                     continue
-
-                def fill(module: nn.Module, _: Any, *, name: str = name) -> None:
-                    self._fill(name, module, recurse=False)
-
                 undo.callback(empty, module, recurse=False)
-                undo.enter_context(module.register_forward_pre_hook(fill))
+                undo.enter_context(module.register_forward_pre_hook(partial(self._fill_called, name)))
             yield
+
+    def _fill_called(self, name: str, module: nn.Module, _: Any) -> None:
+        self._fill(name, module, recurse=False)
 
 
 def open_model(model: str, options: RunOptions, *, weights: bool | None = True) -> Skeleton:
-    """The skeleton of a directory or hub id under the run's options. Raises InputError, HubError, OptionError.
-
-    weights: whether they are needed; None to take them where they are there.
-    """
+    """The skeleton of a directory or hub id; weights: None for what is there. InputError, HubError, OptionError."""
     device = compute_device(options.device)
     checkpoint = Checkpoint.open(model, revision=options.revision, weights=weights)
     dtype = compute_dtype(options.dtype, checkpoint, device)

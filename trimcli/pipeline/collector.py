@@ -1,12 +1,9 @@
-"""What hooks gather from the inputs of a layer's linears.
-
-Linears that share an input form a group and share its statistics. What is kept per sample lies at the sample's own
-place, so a batch may be run again, and neither batch size nor order changes the result.
-"""
+"""What hooks gather from the inputs of a layer's linears; those that share an input share its statistics."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,22 +33,16 @@ class InputGroup:
 
 
 def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[str] | None = None) -> list[InputGroup]:
-    """The layer's input groups, seen in one pass `run` of a small batch.
-
-    wanted: names of the linears that matter, None for all. Raises TrimError for one that the pass never calls.
-    """
+    """The layer's input groups of the `wanted` linears, seen in one pass `run`. Raises TrimError for one not called."""
     mine = {linear.name: linear for linear in layer.linears if wanted is None or linear.name in wanted}
     seen: dict[int, tuple[Tensor, set[str]]] = {}  # with the tensors, which must live for their ids to stay theirs
 
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.setdefault(id(args[0]), (args[0], set()))[1].add(name)
-
-        return hook
+    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.setdefault(id(args[0]), (args[0], set()))[1].add(name)
 
     with ExitStack() as hooks:
         for name, linear in mine.items():
-            hooks.enter_context(linear.module.register_forward_pre_hook(watch(name)))
+            hooks.enter_context(linear.module.register_forward_pre_hook(partial(note, name)))
         run()
     if unused := sorted(mine.keys() - {name for _, names in seen.values() for name in names}):
         raise TrimError(f"{unused[0]} is never called by its layer, so it has no inputs; name it in --skip.")
@@ -60,10 +51,7 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
 
 @dataclass
 class Collector:
-    """Gathers statistics of `groups` while batches of a layer run.
-
-    needs: names of the statistics. nsamples, seqlen: N and L. options_of: a statistic's options, None for its defaults.
-    """
+    """Gathers the statistics `needs` of `groups` while batches of a layer run. nsamples, seqlen: N and L."""
 
     groups: list[InputGroup]
     needs: frozenset[str]
@@ -78,9 +66,8 @@ class Collector:
         """Forget everything: before the first batch, and when a pass starts over."""
         self._gathered = {group.name: {} for group in self.groups}
         for one in (STATISTICS[name] for name in sorted(self.needs)):
-            options = self.options_of(one)
             for group in self.groups:
-                start = one(group.d_in, self.nsamples, self.device, options=options)
+                start = one(group.d_in, self.nsamples, self.device, options=self.options_of(one))
                 self._gathered[group.name][one.name] = start
 
     @contextmanager
@@ -89,28 +76,24 @@ class Collector:
         with ExitStack() as hooks:
             for group in self.groups:
                 module = group.linears[0].module
-                hooks.enter_context(module.register_forward_pre_hook(self._hook(group.name)))
+                hooks.enter_context(module.register_forward_pre_hook(partial(self._take_in, group.name)))
             yield
 
     def batch(self, samples: slice) -> None:
         """The next forward pass holds these samples."""
         self._samples = samples
 
-    def _hook(self, name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            count = self._samples.stop - self._samples.start
-            inputs = args[0].detach()
-            if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
-                raise TrimError(
-                    f"{name} is not given every token (a routed expert, perhaps), so its inputs have no samples; "
-                    f"leave it dense with --skip '{name}'."
-                )
-            if inputs.shape[0] != count:  # some layers flatten samples and tokens into one dimension
-                inputs = inputs.reshape(count, -1, inputs.shape[-1])
-            for statistic, gathered in self._gathered[name].items():
-                STATISTICS[statistic].add(gathered, inputs, self._samples, self.nsamples)
-
-        return hook
+    def _take_in(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """The hook of the group `name`."""
+        count = self._samples.stop - self._samples.start
+        inputs = args[0].detach()
+        if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
+            what = f"{name} is not given every token (a routed expert, perhaps), so its inputs have no samples"
+            raise TrimError(f"{what}; leave it dense with --skip '{name}'.")
+        if inputs.shape[0] != count:  # some layers flatten samples and tokens into one dimension
+            inputs = inputs.reshape(count, -1, inputs.shape[-1])
+        for statistic, gathered in self._gathered[name].items():
+            STATISTICS[statistic].add(gathered, inputs, self._samples, self.nsamples)
 
     def by_linear(self) -> dict[str, LinearStats]:
         """Full module name -> its group's statistics. Raises InputError when activations are not finite."""
@@ -128,7 +111,5 @@ def refuse_unusable(stats: LinearStats, name: str) -> None:
     for tensor in stats.tensors.values():
         # The sum first: it is quick, and only where it is not finite need every entry be looked at.
         if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"the inputs of {name} hold NaN or infinite values (the model overflows or is damaged); "
-                "try --dtype float32, or another checkpoint."
-            )
+            what = f"the inputs of {name} hold NaN or infinite values (the model overflows or is damaged)"
+            raise InputError(f"{what}; try --dtype float32, or another checkpoint.")

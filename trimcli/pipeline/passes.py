@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -24,11 +25,7 @@ from trimcli.pipeline.walk import Walk
 
 @dataclass(frozen=True)
 class Passes:
-    """What the passes work with.
-
-    targets: full module name -> target, for the linears that are pruned. calibration: None where neither tokens nor
-    statistics are needed.
-    """
+    """What the passes work with; targets: by linear that is pruned. calibration: None where nothing is read of it."""
 
     skeleton: Skeleton
     recipe: Recipe
@@ -52,11 +49,7 @@ class Passes:
 
     def second(self, first: Parts, second: Parts) -> int:
         """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber). Returns the like of `first`."""
-
-        def rebuild(walk: Walk, layer: DecoderLayer) -> PartWriter:
-            return self._rebuild(walk, layer, first.read(layer.index))
-
-        return self._along_walk("rebuilding layers", second, rebuild)
+        return self._along_walk("rebuilding layers", second, partial(self._rebuild, first))
 
     def _along_walk(self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer], "PartWriter"]) -> int:
         """`work` on the layers that have no part file yet, each with the outputs of the sparse layers before it."""
@@ -104,8 +97,7 @@ class Passes:
         if not self.mine(layer):
             return writer
         if self.recipe.barber and layer.index == 0:
-            # What the second pass cannot work on is refused before the first one is done.
-            blocks_of(walk, layer)
+            blocks_of(walk, layer)  # what the second pass cannot work on is refused before the first one is done
         groups = walk.groups(layer)
         stats = self._collect(walk, layer, groups, self.recipe.needs)
         for number, group in enumerate(groups):
@@ -144,19 +136,18 @@ class Passes:
         """Make the loaded layer what its part file says: by linear the weight, where that changed, and the mask."""
         found = {}
         for linear in self.mine(layer):
-            key = f"{linear.name}.weight"
             keep = masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in)
-            found[linear.name] = part.load(key) if key in part.names else None, keep
+            found[linear.name] = part.weight(linear.name), keep
             linear.write(*found[linear.name])
         return found
 
-    def _rebuild(self, walk: Walk, layer: DecoderLayer, part: Part) -> "PartWriter":
+    def _rebuild(self, first: Parts, walk: Walk, layer: DecoderLayer) -> "PartWriter":
         writer = PartWriter(self)
         if not (mine := self.mine(layer)):
             return writer
         # As stored, not as computed with: what returns returns with all its bits.
         stored = {linear.name: self._stored(linear) for linear in layer.linears}
-        found = self._replay(layer, part)
+        found = self._replay(layer, first.read(layer.index))
         keep = {name: mask for name, (_, mask) in found.items()}
         changed = {name: weight for name, (weight, _) in found.items() if weight is not None}
         patterns = {linear.name: self.targets[linear.name].pattern for linear in mine}

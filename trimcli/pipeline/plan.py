@@ -1,5 +1,6 @@
 """What a prune will do, before any pass: matrices, targets, exact counts, memory, disk, forward passes."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,12 +10,20 @@ from trimcli.errors import OptionError
 from trimcli.files.tensors import dtype_name
 from trimcli.methods.choice import Target
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
+from trimcli.methods.stats import GRAM, STATISTICS
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 from trimcli.options import selected
+from trimcli.pipeline.walk import batch_tokens
 
 # What the interpreter and the libraries hold before any tensor is read.
-LIBRARIES = 400 << 20
+LIBRARIES = 320 << 20
+# Bytes a weight while a matrix is worked on: weight and scores in float32, what a selection sorts, masks.
+WORKED = 24
+# Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
+REBUILT = 16
+# Linears of one layer with equal inputs are at most so many groups: of attention, its output, the MLP.
+GROUPS = 3
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,7 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prune will do.
-
-    dense: matrices inside the decoder layers that stay dense, name -> shape. forward_passes: over the calibration
-    samples, in units of the whole model. host_bytes, device_bytes: estimated peaks. mask_bytes, model_bytes: on disk.
-    """
+    """What a prune will do. dense: matrices left dense, name -> shape. forward_passes: of the whole model."""
 
     model: str
     linears: tuple[PlannedLinear, ...]
@@ -91,10 +96,8 @@ def chosen_linears(
     found = [linear for name, linear in skeleton.linears.items() if selected(name, only, skip)]
     some = next(iter(skeleton.linears), "none")
     if not found:
-        raise OptionError(
-            f"nothing matches: of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip "
-            f"{list(skip)} leave none; the globs are matched against full module names."
-        )
+        left = f"of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip {list(skip)}"
+        raise OptionError(f"nothing matches: {left} leave none; globs are matched against full module names.")
     for flag, globs in (("--only", only), ("--skip", skip)):
         for glob in globs:
             if not any(selected(name, (glob,), ()) for name in skeleton.linears):
@@ -111,13 +114,14 @@ def make_plan(
     nsamples: int,
     seqlen: int,
     saves_model: bool = False,
+    calibrates: bool = False,
 ) -> Plan:
-    """The plan of a prune. Raises OptionError for a pattern that does not divide a linear's inputs."""
+    """The plan of a prune. calibrates: gathers statistics of the dense model first. Raises OptionError."""
     shapes = {linear.name: linear.shape for linear in linears}
     check_patterns(targets, shapes)
     checkpoint = skeleton.checkpoint
     dense = {name: linear.shape for name, linear in skeleton.linears.items() if name not in shapes}
-    device, host = estimate_memory(skeleton, linears, recipe, nsamples=nsamples, seqlen=seqlen)
+    device, host = estimate_memory(skeleton, linears, recipe, nsamples=nsamples, seqlen=seqlen, calibrates=calibrates)
     return Plan(
         model=checkpoint.id,
         linears=tuple(
@@ -151,25 +155,30 @@ def forward_passes(recipe: Recipe, layers: int) -> float:
 
 
 def estimate_memory(
-    skeleton: Skeleton, linears: list[Matrix], recipe: Recipe, *, nsamples: int, seqlen: int
+    skeleton: Skeleton, linears: list[Matrix], recipe: Recipe, *, nsamples: int, seqlen: int, calibrates: bool = False
 ) -> tuple[int, int]:
-    """Peak (device, host) memory in bytes, estimated from shapes; on a CPU everything is host memory."""
-    size = skeleton.dtype.itemsize
-    matrix = max(linear.numel for linear in linears)
-    working = 14 * matrix  # float32 weight and scores, a sort's indices, ranks and masks
-    needed = working
-    if walks(recipe) or recipe.barber:
-        layer = max(sum(p.numel() for p in layer.module.parameters()) for layer in skeleton.layers)
-        embedding = skeleton.model.get_input_embeddings().weight.numel()
-        states = nsamples * seqlen * skeleton.model.get_input_embeddings().embedding_dim * size
-        widest = max(max(linear.shape) for linear in linears)
-        activations = 4 * max(seqlen, 2048 if skeleton.device.type == "cpu" else 16384) * widest * size
-        grams = 0
-        if "gram" in recipe.needs:
-            widths = {linear.d_in for linear in skeleton.layers[0].linears}
-            grams = 4 * (sum(width**2 for width in widths) + 2 * max(widths) ** 2)
-        held = layer * (size + (8 if recipe.barber else 0)) + activations + grams + working
-        needed = max(held, embedding * size) + states
-    if skeleton.device.type == "cpu":
-        return 0, LIBRARIES + needed
-    return needed, 4 * LIBRARIES
+    """Peak (device, host) memory in bytes, estimated from shapes; on a CPU everything is host memory.
+
+    The largest of what follows one another: the embedding; a layer with a batch's activations and the statistics it
+    gathers; a layer with one matrix worked on; a layer whose masks are rebuilt. calibrates: whether statistics of the
+    dense model are gathered first.
+    """
+    size, cpu = skeleton.dtype.itemsize, skeleton.device.type == "cpu"
+    wide = 2 if recipe.options_of(GRAM).gram_dtype == "float64" else 1
+
+    def held(d_in: int, copies: bool = False) -> int:
+        statistics = [STATISTICS[name] for name in recipe.needs]
+        return wide * sum(one.nbytes(d_in, nsamples) * (1 + copies * one.copies) for one in statistics)
+
+    needed = worked = max(held(one.d_in, copies=True) + WORKED * one.numel for one in linears)
+    if walks(recipe) or recipe.barber or calibrates:
+        embedding = skeleton.model.get_input_embeddings()
+        layer = max(sum(p.numel() for p in one.module.parameters()) for one in skeleton.layers) * size
+        widest = max(max(one.shape) for one in linears)
+        activations = 4 * max(seqlen, batch_tokens(skeleton.device)) * widest * size
+        inputs = Counter(one.d_in for one in skeleton.layers[0].linears)
+        gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
+        rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
+        states = nsamples * seqlen * embedding.embedding_dim * size
+        needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
+    return (0, LIBRARIES + needed) if cpu else (needed, 4 * LIBRARIES)

@@ -23,9 +23,8 @@ def rebuild_layer(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """New masks and weights [D_out, D_in] of a layer's pruned linears, which the loaded layer then holds.
 
-    walk: at this layer, its hidden states those of the sparse model. layer: loaded with its sparse weights. dense:
-    every linear's dense weight [D_out, D_in]. sparse: the sparse model's, right where it is kept. keep: the masks to
-    rebuild, of the pruned linears. patterns: their N:M. Raises OptionError as `find_blocks` does.
+    walk: at this layer, loaded with its sparse weights. dense: every linear's weight. sparse: right where it is kept.
+    keep: the masks to rebuild. patterns: their N:M. Raises OptionError as `find_blocks` does.
     """
     assert recipe.barber is not None, "there is a second pass"
     linears = {linear.name: linear for linear in layer.linears}

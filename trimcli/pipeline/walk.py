@@ -1,8 +1,4 @@
-"""Hidden states through the decoder layers, one layer resident.
-
-The hidden states of all samples are one buffer, updated in place: on the compute device while it fits there,
-else in (pinned) CPU memory.
-"""
+"""Hidden states through the decoder layers, one layer resident; all samples' are one buffer, updated in place."""
 
 from collections.abc import Collection, Iterator
 from contextlib import nullcontext
@@ -18,8 +14,6 @@ from trimcli.model.forward import Embedder, Forward, Recording, first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, find_groups
 
-# Tokens in a batch when no batch size is given: enough to fill the device, few enough that activations stay small.
-CPU_TOKENS, ACCELERATOR_TOKENS = 2048, 16384
 # The share of free device memory that the hidden states may take.
 SHARE = 0.4
 
@@ -45,7 +39,7 @@ class Walk:
         self.forward = Forward(skeleton)
         self.progress = progress
         self.nsamples, self.seqlen = tokens.shape
-        chosen = (CPU_TOKENS if skeleton.device.type == "cpu" else ACCELERATOR_TOKENS) // self.seqlen
+        chosen = batch_tokens(skeleton.device) // self.seqlen
         self.batch_size = max(1, min(batch_size or chosen, self.nsamples))
         refuse_foreign_tokens(skeleton, tokens)
         self._tokens = tokens
@@ -155,35 +149,27 @@ class Walk:
                 step(rows.stop - rows.start)
         # What a collector gathers is checked by its reader, who can name the linear.
         if collector is None and not bool(sound):
-            raise InputError(
-                f"the outputs of {layer.name} hold NaN or infinite values (the model overflows or is damaged); "
-                "try --dtype float32, or another checkpoint."
-            )
+            what = f"the outputs of {layer.name} hold NaN or infinite values (the model overflows or is damaged)"
+            raise InputError(f"{what}; try --dtype float32, or another checkpoint.")
 
     def _fits(self, layer: DecoderLayer, rows: slice, sound: Tensor, *, advance: bool) -> bool:
-        """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way.
-
-        sound: bool scalar, False once outputs are not finite. What follows False runs outside the `except` clause, in
-        which the traceback keeps the activations of the failed batch in memory.
-        """
+        """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way."""
         try:
             outputs = self.run_rows(layer, rows)
             if advance:
                 sound &= torch.isfinite(outputs).all()
                 self.hidden[rows] = outputs.to(self.hidden.device)
         except RuntimeError as problem:
-            if _out_of_memory(problem):
-                return False
-            raise
+            if not _out_of_memory(problem):
+                raise
+            return False  # to go on out there: in here the traceback keeps the failed batch's activations in memory
         return True
 
     def _halve(self, layer: DecoderLayer, left: int) -> None:
         """Go on with half the batch size, for the `left` samples of this pass and for the passes to come."""
         if self.batch_size == 1 or self._own:
-            raise ResourceError(
-                f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device} at "
-                f"{layer.name}; give a smaller --seqlen or a device with more memory."
-            )
+            what = f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device}"
+            raise ResourceError(f"{what} at {layer.name}; give a smaller --seqlen or a device with more memory.")
         self.batch_size = max(1, self.batch_size // 2)
         if self.skeleton.device.type != "cpu":
             torch.get_device_module(self.skeleton.device).empty_cache()
@@ -199,16 +185,18 @@ def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
     vocabulary = skeleton.model.get_input_embeddings().num_embeddings
     low, high = (int(value) for value in torch.aminmax(tokens))
     if low < 0 or high >= vocabulary:
-        raise InputError(
-            f"token {low if low < 0 else high} is outside the vocabulary of {skeleton.checkpoint.id} (0 to "
-            f"{vocabulary - 1}); the tokens were made by another model's tokenizer."
-        )
+        known = f"the vocabulary of {skeleton.checkpoint.id} (0 to {vocabulary - 1})"
+        what = f"token {low if low < 0 else high} is outside {known}"
+        raise InputError(f"{what}; the tokens were made by another model's tokenizer.")
     positions = max_positions(skeleton.config)
     if positions is not None and tokens.shape[1] > positions:
-        raise InputError(
-            f"samples of {tokens.shape[1]} tokens are longer than the {positions} positions of "
-            f"{skeleton.checkpoint.id}; give --seqlen {positions} or less."
-        )
+        known = f"the {positions} positions of {skeleton.checkpoint.id}"
+        raise InputError(f"samples of {tokens.shape[1]} tokens are longer than {known}; give --seqlen {positions}.")
+
+
+def batch_tokens(device: torch.device) -> int:
+    """Tokens in a batch when no batch size is given: enough to fill the device, few enough for small activations."""
+    return 2048 if device.type == "cpu" else 16384
 
 
 def max_positions(config: Any) -> int | None:

@@ -20,11 +20,7 @@ MISSING = "\u2013"
 
 @dataclass(frozen=True)
 class Column:
-    """What was measured, and everything that makes it comparable.
-
-    group: data set or task. metric: `perplexity`, `acc`, ... setting: how it was measured, in words. main:
-    shown where room is short (a task's `acc`, or all its metrics where it has none).
-    """
+    """What was measured, of which group (data set or task), and in words how. main: shown where room is short."""
 
     kind: Literal["perplexity", "task", "mean"]
     group: str
@@ -65,10 +61,8 @@ class Table:
     def titles(self) -> dict[Column, str]:
         """A heading a column: data set or task, the metric if it is not the usual one, a number if needed."""
         usual = {"perplexity": "perplexity", "task": "acc", "mean": "acc"}
-        names = {
-            column: column.group if column.metric == usual[column.kind] else f"{column.group} {column.metric}"
-            for column in self.columns
-        }
+        titles = [f"{one.group} {one.metric}".removesuffix(f" {usual[one.kind]}") for one in self.columns]
+        names = dict(zip(self.columns, titles, strict=True))
         often, seen = Counter(names.values()), Counter[str]()
         for column, name in names.items():
             seen[name] += 1
@@ -86,21 +80,13 @@ class Table:
 
     def document(self) -> dict[str, Any]:
         """The JSON form."""
-        return {"rows": [self._row(row) for row in self.rows], "notes": list(self.notes)}
-
-    def _row(self, row: Row) -> dict[str, Any]:
-        measures = [
-            {
-                "of": column.group,
-                "metric": column.metric,
-                "setting": column.setting,
-                "value": row.measures[column].value,
-                "stderr": row.measures[column].stderr,
-            }
-            for column in self.columns
-            if column in row.measures
-        ]
-        return {**vars(row), "file": str(row.file), "measures": measures}
+        rows = []
+        for row in self.rows:
+            there = [column for column in self.columns if column in row.measures]
+            heads = [{"of": column.group, "metric": column.metric, "setting": column.setting} for column in there]
+            measures = [{**head, **vars(row.measures[column])} for head, column in zip(heads, there, strict=True)]
+            rows.append({**vars(row), "file": str(row.file), "measures": measures})
+        return {"rows": rows, "notes": list(self.notes)}
 
 
 def compare(files: Sequence[Path]) -> Table:
@@ -113,14 +99,20 @@ def table_of(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> Table:
     rows = []
     for path, document in results:
         try:
-            rows.append(_row(path, document))
+            label, sparsity = str(document.get("label") or path.stem), (document.get("sparsity") or {}).get("total")
+            dense = "dense" if sparsity is not None and sparsity < 0.01 else ""
+            method = method_of(document.get("pruning")) or dense
+            rows.append(Row(label, model_of(document), method, sparsity, path, _measures(document)))
         except (KeyError, TypeError, AttributeError, ValueError) as problem:
             reason = f"{type(problem).__name__}: {problem}"
             raise InputError(f"{path} is not a whole results file ({reason}); measure anew.") from None
     labels = distinct([row.label for row in rows], [row.file for row in rows])
     rows = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
     rows.sort(key=lambda row: (row.sparsity is None, round(row.sparsity or 0, 4), row.label))
-    columns = sorted(dict.fromkeys(column for row in rows for column in row.measures), key=_rank)
+    # Perplexities, the tasks' main metrics, their mean, and then what else was measured.
+    kinds = ("perplexity", "task", "mean")
+    found = dict.fromkeys(column for row in rows for column in row.measures)
+    columns = sorted(found, key=lambda column: kinds.index(column.kind) if column.main else len(kinds))
     return Table(tuple(columns), tuple(rows), tuple(_notes(columns, [document for _, document in results])))
 
 
@@ -128,9 +120,8 @@ def distinct(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     """`labels`, each that is not the only one of its kind with its file's name, or path, behind it."""
     for name in (lambda path: path.stem, str):
         often = Counter(labels)
-        labels = [
-            f"{label} ({name(path)})" if often[label] > 1 else label for label, path in zip(labels, paths, strict=True)
-        ]
+        pairs = zip(labels, paths, strict=True)
+        labels = [f"{label} ({name(path)})" if often[label] > 1 else label for label, path in pairs]
     return list(labels)
 
 
@@ -171,60 +162,25 @@ def model_of(document: Mapping[str, Any]) -> str:
     return Path(name).name
 
 
-def _row(path: Path, document: Mapping[str, Any]) -> Row:
-    sparsity = (document.get("sparsity") or {}).get("total")
-    method = method_of(document.get("pruning"))
-    if not method and sparsity is not None and sparsity < 0.01:
-        method = "dense"
-    return Row(
-        label=str(document.get("label") or path.stem),
-        model=model_of(document),
-        method=method,
-        sparsity=sparsity,
-        file=path,
-        measures={**_perplexities(document), **_tasks(document), **_mean(document)},
-    )
-
-
-def _rank(column: Column) -> int:
-    """Perplexities, the tasks' main metrics, their mean, and then what else was measured."""
-    return ("perplexity", "task", "mean").index(column.kind) if column.main else 3
-
-
-def _perplexities(document: Mapping[str, Any]) -> dict[Column, Measure]:
+def _measures(document: Mapping[str, Any]) -> dict[Column, Measure]:
     found = {}
     for entry in document.get("perplexity") or []:
         windows = f"{entry['windows']:,} \u00d7 {entry['seqlen']:,}"
         setting = f"{windows} of {entry['tokens']:,} tokens, {entry['dtype']}"
         column = Column("perplexity", Path(entry["dataset"]).name, "perplexity", setting)
         found[column] = Measure(entry["value"])
-    return found
-
-
-def _tasks(document: Mapping[str, Any]) -> dict[Column, Measure]:
-    found = {}
     for name, entry in (document.get("tasks") or {}).items():
         metrics = sorted((key for key in entry if f"{key}_stderr" in entry), key=lambda key: key != "acc")
         shots = "shots differ" if entry["n_shot"] is None else f"{entry['n_shot']}-shot"
-        part = f"{entry['samples']:,} of " if _is_partial(entry) else ""
+        part = f"{entry['samples']:,} of " if entry["samples"] != entry["documents"] else ""
         setting = f"{shots}, {part}{entry['documents']:,} docs, v{entry['version']}"
         for metric in metrics:
             main = metric == "acc" or "acc" not in metrics
             found[Column("task", name, metric, setting, main)] = Measure(entry[metric], entry[f"{metric}_stderr"])
+    if (mean := document.get("mean_acc_seven")) is not None:
+        limited = any(entry["limit"] is not None for entry in document["tasks"].values())
+        found[Column("mean", "mean", "acc", "seven tasks, limited" if limited else "seven tasks")] = Measure(mean)
     return found
-
-
-def _mean(document: Mapping[str, Any]) -> dict[Column, Measure]:
-    mean = document.get("mean_acc_seven")
-    if mean is None:
-        return {}
-    limited = any(entry["limit"] is not None for entry in document["tasks"].values())
-    return {Column("mean", "mean", "acc", "seven tasks, limited" if limited else "seven tasks"): Measure(mean)}
-
-
-def _is_partial(task: Mapping[str, Any]) -> bool:
-    """Whether not all documents were measured."""
-    return bool(task["samples"] != task["documents"])
 
 
 def _notes(columns: Sequence[Column], documents: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -234,6 +190,6 @@ def _notes(columns: Sequence[Column], documents: Sequence[Mapping[str, Any]]) ->
     if len({(document.get("model") or {}).get("structure") for document in documents}) > 1:
         notes.append("The runs are of different models.")
     tasks = [entry for document in documents for entry in (document.get("tasks") or {}).items()]
-    if parts := sorted({name for name, entry in tasks if _is_partial(entry)}):
+    if parts := sorted({name for name, entry in tasks if entry["samples"] != entry["documents"]}):
         notes.append(f"Measured on a part of their documents: {', '.join(parts)}.")
     return notes

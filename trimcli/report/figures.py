@@ -8,9 +8,9 @@ import plotly.graph_objects as go
 
 from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
 from trimcli.files.names import layer_index
-from trimcli.report.compare import Row, Table
+from trimcli.report.compare import Table
 from trimcli.report.gather import Gathered, Source
-from trimcli.report.panels import Figure, Panel, colour, grid, integers, log_if_wide, series
+from trimcli.report.panels import MUTED, Figure, Panel, colour, grid, integers, series
 from trimcli.report.rows import row_figures
 
 LABELLED_LAYERS = 12
@@ -34,41 +34,35 @@ def _perplexity(table: Table) -> Figure | None:
     panels = []
     for column in [column for column in table.columns if column.kind == "perplexity"]:
         points = [(row, value) for row, value in table.measured(column) if row.sparsity is not None]
-        of_methods = [[point for point in points if point[0].method == method] for method in methods]
-        traces = [_perplexity_line(line, index) for index, line in enumerate(of_methods) if line]
+        traces = []
+        for index, method in enumerate(methods):
+            line = [(row, value) for row, value in points if row.method == method]
+            if line:
+                trace = go.Scatter(
+                    **series(escape(method) or "other", index),
+                    x=[row.sparsity for row, _ in line],
+                    y=[value for _, value in line],
+                    customdata=[escape(row.label) for row, _ in line],
+                    hovertemplate="%{customdata}<br>sparsity %{x:.2%}<br>perplexity %{y:,.2f}<extra></extra>",
+                )
+                traces.append(trace)
         if traces:
             sparsities = [sparsity for trace in traces for sparsity in trace.x]
             # The dense perplexity is a line below those of the pruned models.
-            traces += [
-                go.Scatter(
-                    mode="lines",
-                    name="dense",
-                    x=[min(sparsities) - 0.02, max(sparsities) + 0.02],
-                    y=[value, value],
-                    line={"color": "var(--muted)", "width": 1.5, "dash": "dot"},
-                    hovertemplate=f"{escape(row.label)}, dense<br>perplexity %{{y:,.2f}}<extra></extra>",
-                )
-                for row, value in points
-                if row.method == "dense"
-            ]
-            scale = log_if_wide([value for trace in traces for value in trace.y])
-            panels.append(Panel(escape(table.titles[column]), traces, y=scale))
+            across = [min(sparsities) - 0.02, max(sparsities) + 0.02]
+            look = {"mode": "lines", "name": "dense", "line": MUTED}
+            for row, value in (point for point in points if point[0].method == "dense"):
+                hover = f"{escape(row.label)}, dense<br>perplexity %{{y:,.2f}}<extra></extra>"
+                traces.append(go.Scatter(look, x=across, y=[value, value], hovertemplate=hover))
+            values = [value for trace in traces for value in trace.y]
+            wide = {"type": "log", "dtick": "D2"} if max(values) > 4 * min(values) else {}
+            panels.append(Panel(escape(table.titles[column]), traces, y={"tickformat": ",~r", **wide}))
     if not panels:
         return None
     plot = grid(panels, per_row=3, height=330)
     plot.update_xaxes(title_text="sparsity", tickformat=".0%")
     plot.update_yaxes(title_text="perplexity")
     return Figure("Results", "Perplexity against sparsity", "Lower is better.", plot)
-
-
-def _perplexity_line(points: Sequence[tuple[Row, float]], index: int) -> go.Scatter:
-    return go.Scatter(
-        **series(escape(points[0][0].method) or "other", index),
-        x=[row.sparsity for row, _ in points],
-        y=[value for _, value in points],
-        customdata=[escape(row.label) for row, _ in points],
-        hovertemplate="%{customdata}<br>sparsity %{x:.2%}<br>perplexity %{y:,.2f}<extra></extra>",
-    )
 
 
 def _layers(gathered: Gathered) -> Figure | None:
@@ -78,7 +72,20 @@ def _layers(gathered: Gathered) -> Figure | None:
     for source in gathered.of(MASKS, PRUNED, PACKED, RESULTS):
         values = {name: round(value, 3) for name, value in source.sparsities().items() if value >= 0.001}
         if values and values not in drawn:
-            traces += _layer_line(source, gathered.layers(source), len(drawn))
+            linears, means = source.sparsities(), gathered.layers(source)
+            style = series(escape(source.label), len(drawn))
+            dots = go.Scatter(
+                name=style["name"],
+                mode="markers",
+                showlegend=False,
+                x=[layer_index(name) for name in linears],
+                y=list(linears.values()),
+                customdata=[escape(name) for name in linears],
+                marker={"color": colour(len(drawn)), "size": 5, "opacity": 0.35},
+                hovertemplate="%{customdata}<br>%{y:.2%}<extra></extra>",
+            )
+            hover = f"{style['name']}<br>layer %{{x}}: %{{y:.2%}}<extra></extra>"
+            traces += [dots, go.Scatter(**style, x=list(means), y=list(means.values()), hovertemplate=hover)]
             drawn.append(values)
     if not traces:
         return None
@@ -89,37 +96,13 @@ def _layers(gathered: Gathered) -> Figure | None:
     return Figure("Sparsity", "Sparsity by layer", "Lines: whole layers. Dots: their matrices.", plot)
 
 
-def _layer_line(source: Source, means: dict[int, float], index: int) -> list[go.Scatter]:
-    sparsity, style = source.sparsities(), series(escape(source.label), index)
-    line = go.Scatter(
-        **style,
-        x=list(means),
-        y=list(means.values()),
-        hovertemplate=f"{style['name']}<br>layer %{{x}}: %{{y:.2%}}<extra></extra>",
-    )
-    dots = go.Scatter(
-        name=style["name"],
-        mode="markers",
-        showlegend=False,
-        x=[layer_index(name) for name in sparsity],
-        y=list(sparsity.values()),
-        customdata=[escape(name) for name in sparsity],
-        marker={"color": colour(index), "size": 5, "opacity": 0.35},
-        hovertemplate="%{customdata}<br>%{y:.2%}<extra></extra>",
-    )
-    return [dots, line]
-
-
 def _allocation(gathered: Gathered) -> Figure | None:
     """Layer allocation against the metric behind it: a panel a metric, a series a ratios file."""
     series_of: dict[str, list[go.Scatter]] = {}
     for index, source in enumerate(gathered.of(LAYER_SPARSITY)):
         metric = source.document.get("metric") or {}
-        points = [
-            (metric[name], value, layer_index(name), name)
-            for name, value in source.sparsities().items()
-            if metric.get(name) is not None
-        ]
+        known = {name: value for name, value in source.sparsities().items() if metric.get(name) is not None}
+        points = [(metric[name], value, layer_index(name), name) for name, value in known.items()]
         if points:
             series_of.setdefault(_metric_name(source), []).append(_allocation_points(source, index, points))
     if not series_of:

@@ -14,7 +14,7 @@ from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS, is_intact
 from trimcli.files.names import grouped, layer_index
-from trimcli.report.compare import Table, distinct, model_of, table_of
+from trimcli.report.compare import Table, distinct, table_of
 
 # What a report is made of, and what that is called.
 KINDS = {
@@ -37,8 +37,6 @@ NEEDED_OF_ROWS = {"quality_uniform", "quality_best", "step"}
 # A matrix has thousands of rows; its sparsities are drawn at so many quantiles.
 QUANTILES = 64
 
-Array = np.ndarray[Any, Any]
-
 
 @dataclass(frozen=True)
 class Source:
@@ -52,11 +50,6 @@ class Source:
     def schema(self) -> str:
         """Its schema, name and version."""
         return str(self.document["schema"])
-
-    @property
-    def what(self) -> str:
-        """What kind of file it is, in words."""
-        return KINDS[self.schema]
 
     @property
     def structure(self) -> str:
@@ -80,12 +73,12 @@ class Source:
         linears = self.document["linears"].items()
         return {name: entry["zeros"] / max(math.prod(entry["shape"]), 1) for name, entry in linears}
 
-    def row_sparsities(self) -> dict[str, Array]:
+    def row_sparsities(self) -> dict[str, np.ndarray[Any, Any]]:
         """Linear -> quantiles of its rows' sparsities, float [QUANTILES], ascending; empty without rows."""
         from trimcli.files.masks import MaskFile
         from trimcli.files.tensors import open_tensors
 
-        rows: dict[str, Array] = {}
+        rows: dict[str, np.ndarray[Any, Any]] = {}
         vectors = self.path.with_suffix(".safetensors")
         if self.schema == MASKS:
             masks = MaskFile.open(self.path)
@@ -120,11 +113,6 @@ class Gathered:
         return table_of([(source.path, source.document) for source in self.of(RESULTS)])
 
     @cached_property
-    def models(self) -> list[str]:
-        """Names of the dense models behind the files, each once."""
-        return list(dict.fromkeys(model_of(source.document) for source in self.sources if source.document.get("model")))
-
-    @cached_property
     def _weights(self) -> dict[tuple[str, str], int]:
         """(model structure, linear) -> number of weights, as far as a given file tells."""
         return {
@@ -134,10 +122,7 @@ class Gathered:
         }
 
     def layers(self, source: Source) -> dict[int, float]:
-        """Layer -> its sparsity, or its target in a layer ratios file; empty for files that know none.
-
-        Linears count by their size as far as a given file tells it, alike where none does.
-        """
+        """Layer -> sparsity or target; linears count by their size, alike where no given file tells it."""
         values, found = source.sparsities(), {}
         for layer, names in sorted(grouped(values, layer_index).items()):
             weights = [self._weights.get((source.structure, name), 1) for name in names]
@@ -151,7 +136,9 @@ def gather(files: Sequence[Path]) -> Gathered:
     for path in [path for path, document in documents.items() if document["schema"] == ROWS]:
         if path.suffix == ".json":  # the row vectors beside it are read with it
             documents.pop(path.with_suffix(".safetensors"), None)
-    names = distinct([_name(path, document) for path, document in documents.items()], list(documents))
+    names = [path.resolve().name if path.is_dir() else path.stem for path in documents]
+    labels = [str(found.get("label") or name) for found, name in zip(documents.values(), names, strict=True)]
+    names = distinct(labels, list(documents))
     return Gathered(tuple(Source(*pair, name) for pair, name in zip(documents.items(), names, strict=True)))
 
 
@@ -175,9 +162,3 @@ def _document(path: Path) -> Mapping[str, Any]:
     if missing:
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}, so it is not whole; make it anew.")
     return document
-
-
-def _name(path: Path, document: Mapping[str, Any]) -> str:
-    if document["schema"] == RESULTS and document.get("label"):
-        return str(document["label"])
-    return path.resolve().name if path.is_dir() else path.stem

@@ -8,9 +8,9 @@ from jinja2 import Environment
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from trimcli.report.compare import Column, Row, Table
+from trimcli.report.compare import Column, Row, Table, model_of
 from trimcli.report.figures import figures
-from trimcli.report.gather import Gathered
+from trimcli.report.gather import KINDS, Gathered
 from trimcli.report.provenance import facts_of
 from trimcli.report.sheets import figure, results
 
@@ -18,9 +18,10 @@ from trimcli.report.sheets import figure, results
 def page(gathered: Gathered) -> str:
     """The whole page. What comes from the files is escaped; plotly.js is within where there is a figure."""
     drawn = figures(gathered)
+    models = dict.fromkeys(model_of(source.document) for source in gathered.sources if source.document.get("model"))
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_text("page.html.jinja"))
     return template.render(
-        title=", ".join(gathered.models) or "Report",
+        title=", ".join(models) or "Report",
         version=version("trimcli"),
         css=Markup(_text("page.css")),
         script=Markup(_text("page.js")),
@@ -32,7 +33,7 @@ def page(gathered: Gathered) -> str:
         notes=gathered.table.notes,
         figures=list(enumerate(drawn)),
         choices=list(dict.fromkeys(drawing.choice for drawing in drawn if drawing.choice is not None)),
-        origins=[(source.label, source.what, facts_of(source)) for source in gathered.sources],
+        origins=[(source.label, KINDS[source.schema], facts_of(source)) for source in gathered.sources],
     )
 
 
@@ -66,18 +67,11 @@ def _tables(table: Table) -> list[dict[str, Any]]:
         columns = [column for column in table.columns if column.kind in kinds]
         rows = [row for row in table.rows if not row.measures.keys().isdisjoint(columns)]
         sheet = results(table, columns, rows)
-        lines = [
-            {
-                "dense": row.method == "dense",
-                "words": cells[: sheet.words],
-                "sparsity": cells[sheet.words],
-                "numbers": [
-                    _number(table, row, column, cell)
-                    for column, cell in zip(columns, cells[sheet.words + 1 :], strict=True)
-                ],
-            }
-            for row, cells in zip(rows, sheet.rows, strict=True)
-        ]
+        lines = []
+        for row, cells in zip(rows, sheet.rows, strict=True):
+            words, (sparsity, *measured) = cells[: sheet.words], cells[sheet.words :]
+            numbers = [_number(table, row, *pair) for pair in zip(columns, measured, strict=True)]
+            lines.append({"dense": row.method == "dense", "words": words, "sparsity": sparsity, "numbers": numbers})
         if lines:
             found.append({"title": title, "sheet": sheet, "lines": lines})
     return found

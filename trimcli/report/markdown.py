@@ -15,7 +15,7 @@ SPECIAL = str.maketrans(
 def page(gathered: Gathered) -> str:
     """The whole text. What the files' authors wrote is escaped."""
     sources, table = gathered.of(MASKS, PRUNED, PACKED, LAYER_SPARSITY), gathered.table
-    versions = ", ".join(versions_of(gathered))
+    versions = ", ".join(dict.fromkeys(text for source in gathered.sources for text in versions_of(source.document)))
     parts = [
         _section("Results", results(table, table.columns), table.notes),
         _section("Sparsity", sparsities(gathered, sources)),
@@ -43,7 +43,7 @@ def _section(title: str, sheet: Sheet, notes: Sequence[str] = ()) -> str:
 
 
 def _commands(gathered: Gathered) -> str:
-    commands = commands_of(gathered)
+    commands = list(dict.fromkeys(line for source in gathered.sources for line in commands_of(source.document)))
     fence = "```"
     while any(fence in command for command in commands):
         fence += "`"

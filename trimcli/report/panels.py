@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 COLOURS = 6
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "triangle-down")
 DASHES = ("solid", "dash", "dot", "dashdot")
+MUTED = {"color": "var(--muted)", "width": 1.5, "dash": "dot"}
 # Pixels between rows of panels, and below the last one: for ticks and titles.
 GAP = 68
 BELOW = 40
@@ -98,9 +99,3 @@ def integers(values: Collection[int]) -> dict[str, Any]:
     """An axis with ticks at whole numbers, at most about ten of them."""
     least = math.ceil((max(values) - min(values) + 1) / 10)
     return {"tick0": 0, "dtick": next((step for step in (1, 2, 5, 10, 20, 50) if step >= least), 100)}
-
-
-def log_if_wide(values: Collection[float]) -> dict[str, Any]:
-    """An axis of perplexities, logarithmic where they span more than a factor of four."""
-    wide = max(values) > 4 * min(values)
-    return {"tickformat": ",~r", **({"type": "log", "dtick": "D2"} if wide else {})}

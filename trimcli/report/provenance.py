@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from trimcli.report.gather import Gathered, Source
+from trimcli.report.gather import Source
 
 # Enough of a SHA-256 to tell files apart by eye.
 DIGITS = 16
@@ -13,7 +13,9 @@ DIGITS = 16
 def facts_of(source: Source) -> dict[str, list[str]]:
     """What a file says of itself, name -> lines; nothing that it does not say."""
     document = source.document
-    commands, model = _commands(document), document.get("model") or {}
+    commands, model, device = commands_of(document), document.get("model") or {}, document.get("device")
+    peaks = (document.get("peak_memory") or {}).items()
+    memory = "".join(f", peak {place} memory {count / 2**30:.2f} GiB" for place, count in peaks)
     facts = {
         "file": [str(source.path)],
         "command" if len(commands) == 1 else "commands": commands,
@@ -23,43 +25,25 @@ def facts_of(source: Source) -> dict[str, list[str]]:
             for role, origin in (document.get("sources") or {}).items()
         ],
         "options": [", ".join(_set(document.get("options") or {}))],
-        "versions": [", ".join(_versions(document))],
-        "computed": [],
-        "took": [],
+        "versions": [", ".join(versions_of(document))],
+        "computed": [f"on {device} in {document.get('compute_dtype', 'its dtype')}"] if device else [],
+        "took": [f"{document['seconds']:,.1f} s{memory}"] if document.get("seconds") is not None else [],
         "remarks": [str(remark) for remark in document.get("remarks") or []],
     }
     facts["model"] += [f"{part} {model[part][:DIGITS]}" for part in ("structure", "content") if model.get(part)]
-    if document.get("device"):
-        facts["computed"] = [f"on {document['device']} in {document.get('compute_dtype', 'its dtype')}"]
-    if document.get("seconds") is not None:
-        peaks = (document.get("peak_memory") or {}).items()
-        memory = "".join(f", peak {place} memory {count / 2**30:.2f} GiB" for place, count in peaks)
-        facts["took"] = [f"{document['seconds']:,.1f} s{memory}"]
     return {name: lines for name, lines in facts.items() if any(lines)}
 
 
-def commands_of(gathered: Gathered) -> list[str]:
-    """Every command behind the given files, each once."""
-    return list(dict.fromkeys(line for source in gathered.sources for line in _commands(source.document)))
-
-
-def versions_of(gathered: Gathered) -> list[str]:
-    """Every version behind the given files, such as "torch 2.13.0", each once."""
-    return list(dict.fromkeys(text for source in gathered.sources for text in _versions(source.document)))
-
-
-def _commands(document: Mapping[str, Any]) -> list[str]:
+def commands_of(document: Mapping[str, Any]) -> list[str]:
+    """Every command behind a file, each once."""
     behind = document.get("pruning") or {}
-    lines = [
-        *(document.get("commands") or []),
-        *(behind.get("commands") or []),
-        behind.get("command_line"),
-        document.get("command_line"),
-    ]
+    lines = [*(document.get("commands") or []), *(behind.get("commands") or [])]
+    lines += [behind.get("command_line"), document.get("command_line")]
     return [str(line) for line in dict.fromkeys(lines) if line]
 
 
-def _versions(document: Mapping[str, Any]) -> list[str]:
+def versions_of(document: Mapping[str, Any]) -> list[str]:
+    """Every version behind a file, such as "torch 2.13.0"."""
     lm_eval = (document.get("lm_eval") or {}).get("version")
     found = {"trim": document.get("trim"), **(document.get("versions") or {}), "lm-eval": lm_eval}
     return [f"{name} {version}" for name, version in found.items() if version]

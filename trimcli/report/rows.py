@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from trimcli.files.manifest import ROWS
 from trimcli.files.names import grouped, kind_of, layer_index
 from trimcli.report.gather import QUANTILES, Source
-from trimcli.report.panels import Figure, Panel, colours, grid, integers
+from trimcli.report.panels import MUTED, Figure, Panel, colours, grid, integers
 
 PER_ROW = 4
 LAYERS_APART = 20
@@ -24,10 +24,7 @@ def row_figures(source: Source) -> list[Figure | None]:
 
 
 def by_kind(values: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
-    """Kind of matrix -> layer -> its matrix's value; several, where there are experts, make their mean.
-
-    values: linear -> number or array.
-    """
+    """Kind of matrix -> layer -> its matrix's value, a number or an array; several (experts) make their mean."""
     return {
         kind: {
             layer: np.mean([values[name] for name in members], axis=0).tolist()
@@ -82,7 +79,7 @@ def _quality(source: Source) -> Figure | None:
         mode = "lines+markers" if len(layers) <= LAYERS_APART else "lines"
         even, trim = zip(*layers.values(), strict=True)
         looks = [
-            ("even rows", even, {"color": "var(--muted)", "width": 1.5, "dash": "dot"}, "circle-open"),
+            ("even rows", even, MUTED, "circle-open"),
             ("TRIM", trim, {"color": "var(--colour-1)", "width": 2}, "circle"),
         ]
         traces = [

@@ -1,12 +1,12 @@
 """Tables of a report as text, for Markdown, a terminal or a page: headings and cells, and what to read with them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trimcli.files.manifest import LAYER_SPARSITY, ROWS
 from trimcli.files.names import grouped
 from trimcli.report.compare import MISSING, Column, Measure, Row, Table
-from trimcli.report.gather import Gathered, Source
+from trimcli.report.gather import KINDS, Gathered, Source
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ def results(table: Table, columns: Sequence[Column], rows: Sequence[Row] | None 
     if len({row.model for row in table.rows}) < 2:
         del words["model"]
     named = {column: table.titles[column] for column in columns}
+    alike = grouped(named, lambda column: f"{column.metric}, {column.setting}")
+    notes = [f"{', '.join(named[column] for column in those)}: {setting}" for setting, those in alike.items()]
     cells = [
         [
             *(getattr(row, field) or MISSING for field in words.values()),
@@ -33,7 +35,7 @@ def results(table: Table, columns: Sequence[Column], rows: Sequence[Row] | None 
         ]
         for row in (table.rows if rows is None else rows)
     ]
-    return Sheet([*words, "sparsity", *named.values()], len(words), cells, _settings(named))
+    return Sheet([*words, "sparsity", *named.values()], len(words), cells, notes)
 
 
 def sparsities(gathered: Gathered, sources: Sequence[Source]) -> Sheet:
@@ -44,7 +46,7 @@ def sparsities(gathered: Gathered, sources: Sequence[Source]) -> Sheet:
         span = f"{percent(min(layers))} to {percent(max(layers))}" if layers else ""
         count = str(len(source.sparsities())) if layers else ""
         method = f", {source.document['method']}" if source.schema == LAYER_SPARSITY else ""
-        cells.append([source.label + method, source.what, count, percent(source.total), span])
+        cells.append([source.label + method, KINDS[source.schema], count, percent(source.total), span])
     return Sheet(["file", "kind", "matrices", "sparsity", "layers, least to most"], 2, cells)
 
 
@@ -57,12 +59,6 @@ def qualities(gathered: Gathered) -> Sheet:
             better = sum(best > even for even, best in pairs)
             cells.append([source.label, f"{better} of {len(pairs)}", f"{before:.6f}", f"{after:.6f}"])
     return Sheet(["file", "matrices improved", "mean quality, even rows", "mean quality, TRIM"], 1, cells)
-
-
-def _settings(named: Mapping[Column, str]) -> list[str]:
-    """How each titled column was measured, a line for all that were measured alike."""
-    alike = grouped(named, lambda column: f"{column.metric}, {column.setting}")
-    return [f"{', '.join(named[column] for column in columns)}: {setting}" for setting, columns in alike.items()]
 
 
 def percent(fraction: float | None) -> str:

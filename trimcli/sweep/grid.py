@@ -61,16 +61,18 @@ class SweepOptions(RunOptions):
         for axis in ("method", "alloc", "trim"):
             if not getattr(self, axis):
                 raise OptionError(f"--{axis} names nothing to try; give at least one value.")
+        known = [(kind, one) for kind in axes() for one in declared(kind)]
         for name in self.settings:
-            one_of("the setting", name, (one.field for kind in axes() for one in declared(kind)))
-        recipes = [Recipe(method=method, rows=_rows(trim)) for method in self.method for trim in self.trim]
+            one_of("the setting", name, (one.field for _, one in known))
+        recipes = [Recipe(method=one, rows="trim" if trim else "even") for one in self.method for trim in self.trim]
         chosen = [*(ALLOCATIONS[name] for name in self.alloc), *(entry for one in recipes for entry in one.entries)]
         brought = {one.field for kind in option_types(*chosen) for one in declared(kind)}
-        for kind in axes():
-            for one in declared(kind):
-                if one.field in self.settings and one.field not in brought:
-                    what = f"{one.spelled} does nothing without {_bringing(kind)}"
-                    raise OptionError(f"{what}; add it or leave {one.spelled} out.")
+        for kind, one in known:
+            if one.field in self.settings and one.field not in brought:
+                other = "--trim on" if ROWS["trim"].options is kind else "a --method that takes it, such as sparsegpt"
+                brings = [f"--alloc {name}" for name, entry in ALLOCATIONS.items() if entry.options is kind]
+                what = f"{one.spelled} does nothing without {next(iter(brings), other)}"
+                raise OptionError(f"{what}; add it or leave {one.spelled} out.")
         if self.input_recalc and True not in self.trim:
             raise OptionError("--input-recalc does nothing without --trim on; add it or leave it out.")
         self.calibrate().check()
@@ -85,13 +87,8 @@ class SweepOptions(RunOptions):
     def prune_options(self, setting: Setting, calibration: Path | None, model: Path) -> PruneOptions:
         """The prune of one setting. model: the directory for a method that changes the kept weights."""
         shared = {name: getattr(self, name) for name in ("sparsity", "only", "skip", "batch_size", "resume")}
-        return PruneOptions(
-            **{**self.run(), **shared},
-            recipe=setting.recipe,
-            allocate=setting.allocate,
-            calibration=calibration,
-            save_model=model if setting.recipe.changes_weights else None,
-        )
+        shared |= self.run() | {"save_model": model if setting.recipe.changes_weights else None}
+        return PruneOptions(**shared, recipe=setting.recipe, allocate=setting.allocate, calibration=calibration)
 
 
 @dataclass(frozen=True)
@@ -112,40 +109,23 @@ def settings_of(options: SweepOptions) -> list[Setting]:
     """The points of the grid in order, each once; a choice's settings multiply only where it is made."""
     found: dict[tuple[Any, ...], Setting] = {}
     for method, alloc, trim in product(options.method, options.alloc, options.trim):
-        recipe = Recipe(
-            method=method,
-            rows=_rows(trim),
-            numerics=options.numerics,
-            propagate=options.propagate,
-            input_recalc=options.input_recalc and trim,
-        )
+        recipe = Recipe(method=method, rows="trim" if trim else "even", input_recalc=options.input_recalc and trim)
+        recipe = replace(recipe, numerics=options.numerics, propagate=options.propagate)
         allocation = ALLOCATIONS[alloc]
         for chosen in _combinations(options, [allocation, *recipe.entries]):
             own = tuple(one for one in chosen if type(one) is allocation.options)
             allocate = None
             if alloc != "uniform":
-                allocate = AllocateOptions(
-                    **options.run(),
-                    method=alloc,
-                    sparsity=options.sparsity,
-                    metrics_cache=options.metrics_cache if allocation.remembers else None,
-                    numerics=options.numerics,
-                    options=own,
-                )
+                shared = {**options.run(), "sparsity": options.sparsity, "numerics": options.numerics}
+                cache = options.metrics_cache if allocation.remembers else None
+                allocate = AllocateOptions(**shared, method=alloc, metrics_cache=cache, options=own)
             values = {"method": method, "alloc": alloc, "trim": trim}
-            for name, value in (
-                (one.field, getattr(kind, one.field)) for kind in chosen for one in declared(type(kind))
-            ):
-                if value not in (None, False):
-                    values[name.rstrip("_")] = value
-            given = tuple(one for one in chosen if one not in own)
-            setting = Setting(values, replace(recipe, options=given), allocate)
-            found.setdefault(tuple(values.items()), setting)
+            for kind in chosen:
+                given = {one.field: getattr(kind, one.field) for one in declared(type(kind))}
+                values |= {name.rstrip("_"): value for name, value in given.items() if value not in (None, False)}
+            pruning = replace(recipe, options=tuple(one for one in chosen if one not in own))
+            found.setdefault(tuple(values.items()), Setting(values, pruning, allocate))
     return list(found.values())
-
-
-def _rows(trim: bool) -> str:
-    return "trim" if trim else "even"
 
 
 def _combinations(options: SweepOptions, entries: Iterable[Entry]) -> list[tuple[Any, ...]]:
@@ -156,10 +136,3 @@ def _combinations(options: SweepOptions, entries: Iterable[Entry]) -> list[tuple
         grid = product(*(options.settings[name] for name in names))
         made.append([kind(**dict(zip(names, chosen, strict=True))) for chosen in grid])
     return list(product(*made))
-
-
-def _bringing(kind: type[Any]) -> str:
-    """The choice that brings an options class with it."""
-    if name := next((name for name, entry in ALLOCATIONS.items() if entry.options is kind), None):
-        return f"--alloc {name}"
-    return "--trim on" if ROWS["trim"].options is kind else "a --method that takes it, such as sparsegpt"

@@ -1,7 +1,6 @@
-"""`trim sweep`: a grid of allocations and TRIM settings from one calibration, measured on held-out samples.
+"""`trim sweep`: a grid from one calibration, measured on further samples that share no run of 16 tokens with it.
 
-The first draws of the data set calibrate, as for `trim prune`; further ones that share no run of 16 tokens with them
-measure. No test set is read, so choosing by these figures leaves every test figure honest.
+No test set is read, so choosing by these figures leaves every test figure honest.
 """
 
 import math
@@ -40,8 +39,8 @@ from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
 SWEEP = "trim.sweep/1"
 # Samples with this many consecutive tokens in common have seen the same text.
 RUN_LENGTH = 16
-# How many times --holdout further samples are drawn at most, to find as many that share nothing.
-MOST_DRAWS = 64
+# Further samples drawn, in turn, in multiples of --holdout, until as many share nothing with the others.
+DRAWS = (2, 8, 32, 128)
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,6 @@ class SweepResult:
     document: Mapping[str, Any]
 
 
-Announce = Callable[[SweepPlan], None]
-
-
 def sweep(
     model: str,
     options: SweepOptions,
@@ -88,7 +84,7 @@ def sweep(
     *,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
-    announce: Announce | None = None,
+    announce: Callable[[SweepPlan], None] | None = None,
 ) -> SweepResult:
     """Prune by every setting of a grid and measure each on held-out calibration samples.
 
@@ -104,7 +100,7 @@ def sweep(
     plan = _plan(skeleton, options, settings)
     if announce:
         announce(plan)
-    calibrate = _calibrate_options(skeleton, options)
+    calibrate = _calibrate_options(options)
     path = cached_calibration(skeleton, replace(calibrate, stats=_stats(settings)), progress)
     heldout = held_out(skeleton, options, CalibrationFile(path).tokens)
     measurer = _Measurer(skeleton, options, path, heldout, progress)
@@ -118,16 +114,10 @@ def sweep(
             runs.append(replace(measurer.measure(setting), command=command))
             step()
     runs.sort(key=lambda run: (math.isnan(run.perplexity), run.perplexity))
-    document = manifest(
-        SWEEP,
-        "sweep",
-        options.document(),
-        skeleton.fingerprint,
-        dense=asdict(dense),
-        runs=[asdict(run) for run in runs],
-        heldout={"samples": len(heldout), "seqlen": heldout.shape[1], "sha256": digest(heldout.tolist())},
-        compute_dtype=dtype_name(skeleton.dtype),
-    )
+    found: dict[str, Any] = {"dense": asdict(dense), "runs": [asdict(run) for run in runs]}
+    found["heldout"] = {"samples": len(heldout), "seqlen": heldout.shape[1], "sha256": digest(heldout.tolist())}
+    found["compute_dtype"] = dtype_name(skeleton.dtype)
+    document = manifest(SWEEP, "sweep", options.document(), skeleton.fingerprint, **found)
     if output is not None:
         write_json(output, document, force=force)
     return SweepResult(dense, tuple(runs), len(heldout), heldout.shape[1], measurer.taken_over, document)
@@ -154,18 +144,17 @@ def _stats(settings: list[Setting]) -> tuple[str, ...]:
     return tuple(option for option, one in stored_statistics().items() if one.name in needed)
 
 
-def _calibrate_options(skeleton: Skeleton, options: SweepOptions) -> CalibrateOptions:
+def _calibrate_options(options: SweepOptions) -> CalibrateOptions:
     """The calibration: as drawn, or all but the last samples of --tokens, which then lie in the stage cache."""
-    calibrate = options.calibrate()
     if options.tokens is None:
-        return calibrate
+        return options.calibrate()
     samples = read_tokens(options.tokens)[: -options.holdout].contiguous()
     path = Cache(options.cache_dir).file("tokens", samples.tolist(), ".safetensors")
     if not path.is_file():
         with atomic_file(path) as temporary:
             spec = {"tokens": TensorSpec(samples.dtype, tuple(samples.shape))}
             write_tensors(temporary, spec, lambda _: samples, {"format": "pt"})
-    return replace(calibrate, tokens=path)
+    return replace(options.calibrate(), tokens=path)
 
 
 def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
@@ -175,15 +164,13 @@ def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
     else:
         directory = skeleton.checkpoint.directory
         tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
-        further = 2 * options.holdout
-        while True:
-            drawn = calibration_tokens(
-                options.dataset, tokenizer, nsamples=options.nsamples + further, seqlen=seen.shape[1], seed=options.seed
-            )
+        shared = {"seqlen": seen.shape[1], "seed": options.seed}
+        for times in DRAWS:
+            nsamples = options.nsamples + times * options.holdout
+            drawn = calibration_tokens(options.dataset, tokenizer, nsamples=nsamples, **shared)
             fresh = _unseen(drawn[options.nsamples :], seen)
-            if len(fresh) >= options.holdout or further >= MOST_DRAWS * options.holdout:
+            if len(fresh) >= options.holdout:
                 break
-            further *= 4
     if len(fresh) < options.holdout:
         source = options.tokens or options.dataset
         few = f"{source} gives {len(fresh)} samples that share no text with the {len(seen)} calibration samples"

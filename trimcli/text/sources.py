@@ -1,16 +1,8 @@
 """Where text comes from: c4, wikitext2, ptb, local files, hub data sets.
 
-A data set is named by one string:
-
-    c4, wikitext2, ptb        the standard texts, from the hub or its local cache
-    FILE.txt                  one text, unchanged (line ends of any system are read as newlines)
-    FILE.jsonl[.gz], FILE.json[.gz]
-                              one JSON object with a `text` a line, the form of C4's files
-    FILE.parquet              one document a row, in the column `text` (or `sentence`)
-    hf:NAME[:CONFIG[:SPLIT]]  any hub data set with such a column; SPLIT is `train` to calibrate and `test` to
-                              measure unless given (`hf:NAME::validation` has no CONFIG)
-
-Local files are read directly, so that nothing is fetched and no cache is written.
+A data set is one of these three names, FILE.txt, one text; FILE.jsonl[.gz] or FILE.json[.gz], an object with a `text` a
+line, as in C4; FILE.parquet, a row a document, in a column `text` (or `sentence`); or hf:NAME[:CONFIG[:SPLIT]], with
+such a column, SPLIT `train` to calibrate and `test` to measure unless given. Local files are read directly.
 """
 
 import contextlib
@@ -220,8 +212,7 @@ def _from_hub(source: _HubSource, split: str) -> Any:
         if isinstance(problem, unusable) and not isinstance(problem, LocalEntryNotFoundError):
             what = f"the data set {source.name} has no usable split {split!r} ({first_line(problem)})"
             raise InputError(f"{what}; check the name, or give a local file.") from None
-        raise HubError(
-            f"the data set {source.name} could not be fetched ({first_line(problem)}); give a local file: "
-            f"{source.local_form}any .txt, .jsonl(.gz) or .parquet; or, to calibrate, samples with --tokens."
-        ) from None
+        what = f"the data set {source.name} could not be fetched ({first_line(problem)})"
+        form = f"a local file: {source.local_form}any .txt, .jsonl(.gz) or .parquet"
+        raise HubError(f"{what}; give {form}; or, to calibrate, samples with --tokens.") from None
     return found[_text_column(found.column_names, f"the data set {source.name}")]

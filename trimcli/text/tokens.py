@@ -52,11 +52,11 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> "PreTrai
 def calibration_tokens(
     dataset: str, tokenizer: "PreTrainedTokenizerBase", *, nsamples: int, seqlen: int, seed: int
 ) -> Tensor:
-    """Calibration samples, int32 [nsamples, seqlen], the same for the same seed.
+    """Calibration samples, int32 [nsamples, seqlen], by Python's `random` in the order of the published code.
 
-    Python's `random` is asked in the order of the published code (Frantar & Alistarh 2023; Sun et al. 2023). Documents
-    are drawn uniformly until one has more than seqlen tokens; a window starts uniformly in 0..length-seqlen-1.
-    Raises what `calibration_source` raises, and InputError for a text that is too short.
+    Documents are drawn uniformly until one has more than seqlen tokens; a window starts uniformly in 0..length-seqlen-1
+    (Frantar & Alistarh 2023; Sun et al. 2023). Raises as `calibration_source`, and InputError for a text that is too
+    short.
     """
     if nsamples < 1 or seqlen < 1:
         raise OptionError(f"--nsamples {nsamples} and --seqlen {seqlen} must be at least 1; raise them.")
@@ -135,10 +135,9 @@ def _draw_from_documents(
     windows: list[Tensor] = []
     while len(windows) < nsamples:
         if len(too_short) == len(documents):
-            raise InputError(
-                f"no document of {dataset} has more than --seqlen {seqlen} tokens, the longest has "
-                f"{max(too_short.values(), default=0)}; give longer documents, one text as .txt or a smaller --seqlen."
-            )
+            longest = f"tokens, the longest has {max(too_short.values(), default=0)}"
+            what = f"no document of {dataset} has more than --seqlen {seqlen} {longest}"
+            raise InputError(f"{what}; give longer documents, one text as .txt or a smaller --seqlen.")
         index = rng.randint(0, len(documents) - 1)
         if index not in too_short and index not in long_enough:
             tokens = _tokenize(tokenizer, documents[index])

@@ -1,7 +1,4 @@
-"""Rebuild the masks of one block: pruned weights that matter return, kept ones that do not go.
-
-LLM-Barber (Su et al. 2024, section 3). The gradients come from `trimcli.methods.blocks.structure`.
-"""
+"""LLM-Barber: pruned weights of a block that matter return, kept ones that do not go (Su et al. 2024, section 3)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,11 +16,7 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A block's new masks and weights, by linear.
-
-    keep: bool [D_out, D_in]. weight: [D_out, D_in] in the dense weight's dtype, zero where not kept.
-    swapped: number of weights that returned (in exact numerics as many left the unit).
-    """
+    """A block's new masks, weights (zero where not kept) and how many returned, by linear."""
 
     keep: dict[str, Tensor]
     weight: dict[str, Tensor]
@@ -39,18 +32,14 @@ def rebuild(
     options: BarberOptions,
     numerics: Numerics = "exact",
 ) -> Rebuilt:
-    """Pair pruned with kept weights of one block and swap the most rewarding pairs.
+    """Pair pruned with kept weights of one block and swap the most rewarding pairs (Su et al. 2024, section 3.3).
 
     By linear, [D_out, D_in]: dense, sparse: weights, the sparse zero where pruned. keep: bool, the masks to rebuild.
-    gradients: float32 mean squared gradients; None is enough for metric `W`. patterns: (kept, group) of the linears
-    whose mask is N:M, whose groups keep their counts. numerics: `exact` swaps pairs, so counts stay; `reference`
-    compares with two threshold values, as published.
-
-    In every unit, pruned weights by descending metric meet kept ones by ascending metric; of the pairs in
-    which the pruned weight is worth more, the first int(count * threshold) swap. Equal metrics go in index
-    order. Su et al. 2024, section 3.3.
-
-    Raises OptionError if the metric needs gradients and none are given, or D_in is not made of whole groups.
+    gradients: float32 mean squared gradients; None is enough for metric `W`. patterns: (kept, group) where the mask is
+    N:M, whose groups keep their counts. In every unit, pruned weights by descending metric meet kept ones by ascending
+    metric, equal ones in index order; of the pairs in which the pruned weight is worth more, the first int(count *
+    threshold) swap. `reference` numerics compare with two threshold values instead, as published, so counts may change.
+    Raises OptionError if gradients are needed and not given, or D_in is not made of whole groups.
     """
     if gradients is None and options.needs_gradients:
         raise OptionError(f"--prune-metric {options.metric} needs gradients; only W does without.")
@@ -67,20 +56,15 @@ def rebuild(
         return root if options.metric == "D" else root.mul_(base_of(name).float().abs())
 
     new: dict[str, Tensor] = {}
-    free = [name for name in keep if patterns.get(name) is None]
     for name in keep:
-        if (pattern := patterns.get(name)) is not None:
+        if (pattern := patterns.get(name)) is not None or options.granularity == "output1":
             new[name] = _swap_in_rows(metric_of(name), keep[name], options.threshold, numerics, pattern)
-    if options.granularity in ("block", "layer"):
-        for unit in [free] if options.granularity == "block" and free else [[name] for name in free]:
-            metrics = {name: metric_of(name) for name in unit}
-            new |= _swap_together(metrics, keep, options.threshold, numerics)
-    elif options.granularity == "output1":
-        new |= {name: _swap_in_rows(metric_of(name), keep[name], options.threshold, numerics) for name in free}
-    else:
-        for name in free:
+        elif options.granularity == "input1":
             columns = _swap_in_rows(metric_of(name).T, keep[name].T, options.threshold, numerics)
             new[name] = columns.T.contiguous()
+    rest = [name for name in keep if name not in new]
+    for unit in [rest] if options.granularity == "block" and rest else [[name] for name in rest]:
+        new |= _swap_together({name: metric_of(name) for name in unit}, keep, options.threshold, numerics)
     return Rebuilt(
         keep=new,
         weight={name: base_of(name).masked_fill(~new[name], 0) for name in new},
@@ -98,10 +82,8 @@ def _swap_in_rows(
     metric: Tensor, keep: Tensor, threshold: float, numerics: Numerics, pattern: tuple[int, int] | None = None
 ) -> Tensor:
     """Every row a unit; with a pattern, what returns makes room in its own group."""
-    if pattern and metric.shape[1] % pattern[1]:
-        kept, group = pattern
-        inputs = metric.shape[1]
-        raise OptionError(f"{kept}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}.")
+    if pattern and (inputs := metric.shape[1]) % (group := pattern[1]):
+        raise OptionError(f"{pattern[0]}:{group} needs whole groups, and {inputs} inputs are no multiple of {group}.")
     parts = []
     rows = max(1, _CHUNK // max(1, metric.shape[1]))
     for worth, old in zip(metric.split(rows), keep.split(rows), strict=True):
@@ -149,13 +131,11 @@ def _swap_together(
     new = {}
     for name, metric in metrics.items():
         old = keep[name]
-        level = _leading(~old & (metric == grow_from), grow_ties)
-        grow_ties -= int(level.sum())
-        returns = (~old & (metric > grow_from)) | level
-        level = _leading(old & (metric == prune_to), prune_ties)
-        prune_ties -= int(level.sum())
-        goes = (old & (metric < prune_to)) | level
-        new[name] = (old & ~goes) | returns
+        back = _leading(~old & (metric == grow_from), grow_ties)
+        gone = _leading(old & (metric == prune_to), prune_ties)
+        grow_ties -= int(back.sum())
+        prune_ties -= int(gone.sum())
+        new[name] = (old & ~(metric < prune_to) & ~gone) | (~old & (metric > grow_from)) | back
     return new
 
 

@@ -16,10 +16,9 @@ def _share(option: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class BarberOptions:
-    """How masks are rebuilt. Raises OptionError for a value that cannot be used.
+    """How masks are rebuilt; N:M patterns pair per row whatever granularity says. Raises OptionError.
 
-    granularity: N:M patterns pair per row whatever it says. metric: |base| * sqrt(g), |base| or sqrt(g), base the
-    dense weights or, under retain_reconstruction, the sparse model's where they are kept.
+    metric: |base| * sqrt(g), |base| or sqrt(g), base the dense or, under retain_reconstruction, the sparse weights.
     """
 
     granularity: Literal["block", "layer", "output1", "input1"] = option(

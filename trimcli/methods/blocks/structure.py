@@ -1,8 +1,4 @@
-"""The two blocks of a decoder layer, attention and MLP, found by structure; gradients over one of them.
-
-LLM-Barber (Su et al. 2024, section 3) looks at one block at a time. No architecture is known by name:
-blocks are the modules that hold the layer's linears, told apart by the order in which a pass runs them.
-"""
+"""The two blocks of a decoder layer, attention and MLP, found by structure; LLM-Barber's gradients over one of them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from trimcli.errors import OptionError
 
@@ -34,10 +31,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Block:
-    """The attention or the MLP of one decoder layer.
+    """The attention or the MLP of one decoder layer. linears: names. paths: name -> path inside `module`.
 
-    linears: names of its prunable linears. paths: name -> path inside `module`, which runs the block on its own.
-    entry, exit: where the layer gives its inputs and takes its value: `module`, or the first and last of a chain.
+    module: runs the block on its own. entry, exit: where the layer gives its inputs and takes its value.
     """
 
     linears: tuple[str, ...]
@@ -52,14 +48,11 @@ class Block:
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outputs: list[Tensor] = []
 
-        def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arguments.append((_mapped(args, torch.clone), _mapped(kwargs, torch.clone)))
-
-        def after(_module: nn.Module, _args: Any, output: Any) -> None:
-            outputs.append(_value(output).clone())
-
-        first = self.entry.register_forward_pre_hook(before, with_kwargs=True)
-        with first, self.exit.register_forward_hook(after), torch.no_grad():
+        first = self.entry.register_forward_pre_hook(
+            lambda _, *called: arguments.append(tree_map_only(Tensor, torch.clone, called)), with_kwargs=True
+        )
+        last = self.exit.register_forward_hook(lambda _, args, output: outputs.append(_value(output).clone()))
+        with first, last, torch.no_grad():
             run(hidden)
         return Call(*arguments[-1], outputs[-1])
 
@@ -71,11 +64,10 @@ class Block:
 def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, probe: Tensor, name: str) -> list[Block]:
     """The attention block and the MLP block of a decoder layer, in order of execution.
 
-    layer: loaded, in evaluation mode. linears: all its prunable linears, by any name. run: calls it without a cache of
-    past tokens. probe: hidden states [1, L, D], on which it runs a few times. name: the layer's, for messages.
-
-    Raises OptionError unless the layer runs two modules with linears (or one, and a chain of its own linears
-    with modules between them), one after the other, the second fed by what the first returns.
+    layer: loaded. linears: all its prunable ones, by any name. run: calls it without a cache of past tokens. probe:
+    hidden states [1, L, D], on which it runs a few times. name: the layer's, for messages. Raises OptionError unless it
+    runs two modules with linears (or one, and a chain of its own linears with modules between them), one fed by the
+    other.
     """
 
     def unfit(reason: str) -> OptionError:
@@ -88,10 +80,8 @@ def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, pr
         child = next(child for child in owner.children() if linear in set(child.modules()))
         groups.setdefault(owner if child is linear else child, []).append(linear_name)
     if len(groups) != 2:
-        places = ", ".join(_short(group) for group in groups.values()) or "none"
-        raise unfit(
-            f"it needs linears in two blocks, attention and MLP, and this layer has them in {len(groups)} ({places})"
-        )
+        places = f"{len(groups)} ({', '.join(map(_short, groups.values())) or 'none'})"
+        raise unfit(f"it needs linears in two blocks, attention and MLP, and this layer has them in {places}")
     order: list[nn.Module] = []  # the layer's modules in the order in which one pass calls them, as often as it does
     with torch.no_grad(), ExitStack() as hooks:
         for module in layer.modules():
@@ -120,12 +110,11 @@ def block_gradients(
 ) -> dict[str, Tensor]:
     """Mean squared gradients of a block's reconstruction loss, at the dense weights (Su et al. 2024, section 3).
 
-    dense: weight by linear, as stored, any float dtype. calls: the sparse block's, one sample each, taken one at a
-    time. samples: N, over which the mean is taken; results of shares of the samples add up to the mean.
+    dense: weight by linear, as stored, any float dtype; what it does not name (biases, norms) is the module's own.
+    calls: the sparse block's, one sample each, taken one at a time. samples: N; shares of them add up to the mean.
 
-    Returns per linear g = (1/N) * sum_j (d loss_j / d W)^2, elementwise, float32, as stored, with loss_j the
-    mean square of the dense block's value minus the sparse one's, on the sparse model's input. Autograd sees
-    the block alone, in float32; what `dense` does not name (biases, norms) is the module's own.
+    Returns per linear g = (1/N) * sum_j (d loss_j / d W)^2, elementwise, float32, as stored, with loss_j the mean
+    square of the dense block's value minus the sparse one's, on the sparse model's input.
     """
     with torch.inference_mode(False), torch.enable_grad():
         named = chain(block.module.named_parameters(), block.module.named_buffers())
@@ -136,7 +125,7 @@ def block_gradients(
             state[path] = weights[name] = _plain(dense[name]).to(state[path].device).requires_grad_()
         sums = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
         for call in calls:
-            args, kwargs = _mapped(call.args, _plain), _mapped(call.kwargs, _plain)
+            args, kwargs = tree_map_only(Tensor, _plain, (call.args, call.kwargs))
             value = _value(functional_call(block.module, state, args, kwargs))
             loss = (value - _plain(call.output).reshape(value.shape)).square().mean()
             found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
@@ -152,17 +141,6 @@ def _value(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise OptionError(f"--prune-barber needs blocks that return tensors, and one returned {type(found).__name__}.")
     return found
-
-
-def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same arguments with every tensor changed, inside tuples, lists and dictionaries too."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) is dict:
-        return {key: _mapped(entry, change) for key, entry in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_mapped(entry, change) for entry in value)
-    return value
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -192,10 +170,7 @@ def _holder(layer: nn.Module, wanted: Iterable[nn.Module], fits: Callable[[nn.Mo
 def _block(
     layer: nn.Module, owner: nn.Module | None, linears: Mapping[str, nn.Module], order: Sequence[nn.Module]
 ) -> Block | None:
-    """The smallest module called once that holds the linears or, where they are its `owner`'s own, a chain of these.
-
-    What the owner computes between them without a module is not in the chain: the caller compares values.
-    """
+    """The smallest module called once that holds the linears or, where they are its `owner`'s own, a chain of these."""
     own = list(linears.values())
     if owner is None:
         # A list of experts is never called itself; the module that routes to them is.
@@ -223,9 +198,7 @@ def _feeds(first: Block, second: Block, run: Run, probe: Tensor) -> bool:
         # A ramp as large as the hidden states: neither a layer norm nor the residual stream hides it.
         ramp = torch.linspace(-1, 1, value.shape[-1], dtype=value.dtype, device=value.device)
         changed = ramp.expand_as(value) * (1 + probe.abs().max())
-        if isinstance(output, Tensor):
-            return changed
-        return [changed, *output[1:]] if isinstance(output, list) else (changed, *output[1:])
+        return changed if isinstance(output, Tensor) else type(output)((changed, *output[1:]))
 
     quiet, again = second.capture(run, probe), second.capture(run, probe)
     with first.exit.register_forward_hook(disturb):
@@ -235,16 +208,7 @@ def _feeds(first: Block, second: Block, run: Run, probe: Tensor) -> bool:
 
 
 def _distance(one: Call, other: Call) -> float:
-    pairs = zip(_tensors(one), _tensors(other), strict=True)
-    return max((float((a.float() - b.float()).abs().max()) for a, b in pairs), default=0.0)
-
-
-def _tensors(call: Call) -> list[Tensor]:
-    found: list[Tensor] = []
-
-    def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _mapped((call.args, call.kwargs), note)
-    return found
+    """The largest difference between any two tensors of what the calls were given."""
+    pairs = zip(*(tree_leaves((call.args, call.kwargs)) for call in (one, other)), strict=True)
+    gaps = (float((a.float() - b.float()).abs().max()) for a, b in pairs if isinstance(a, Tensor))
+    return max(gaps, default=0.0)

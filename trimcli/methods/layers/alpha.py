@@ -69,11 +69,10 @@ def alpha(survey: Survey, target: float, options: AlphaOptions) -> Allocation:
 def sparsities(
     metrics: Tensor, layers: Tensor, weights: Tensor, target: float, epsilon: float, *, by_block: bool
 ) -> Tensor:
-    """From a metric per linear to a sparsity per linear (Lu et al. 2024, equation 3).
+    """From a metric per linear to a sparsity per linear, float64 [n] (Lu et al. 2024, equation 3). Raises OptionError.
 
-    metrics: float64 [n]. layers: int [n], each linear's decoder layer. weights: [n], weight counts. epsilon:
-    the largest and the smallest sparsity are as 1 + epsilon to 1 - epsilon. by_block: a decoder layer's linears share
-    their mean metric. Float64 [n] of weighted mean `target`. Raises OptionError where epsilon leaves nothing to scale.
+    layers: int [n], each linear's. weights: [n], counts. epsilon: the largest and the smallest sparsity are as 1 +
+    epsilon to 1 - epsilon. by_block: a decoder layer's linears share their mean metric.
     """
     import torch
 

@@ -17,11 +17,7 @@ T = TypeVar("T")
 
 
 class Survey(Protocol):
-    """What an allocation may look at, one matrix at a time.
-
-    names: the linears in model order. shapes: name -> (D_out, D_in). layers: the names of each decoder layer that has
-    linears. counts: float64 [n], weights of every linear. seed: of what draws. imported: `--import`, float64 or None.
-    """
+    """What an allocation may look at, one matrix at a time. counts: float64 [n], weights. imported: `--import`."""
 
     names: Sequence[str]
     shapes: Mapping[str, tuple[int, int]]
@@ -37,10 +33,7 @@ class Survey(Protocol):
         """Its statistics on dense inputs, on the compute device: what the allocation needs."""
 
     def remembered(self, metric: str, find: Callable[[str], Mapping[str, float]]) -> list[float]:
-        """Every linear's `metric`: from an earlier run, or among what `find(name)` gives, all of which is kept.
-
-        Raises InputError for a linear that has none.
-        """
+        """Every linear's `metric`, of an earlier run or by `find(name)`, all of which is kept. Raises InputError."""
 
     def each(self, title: str, items: Sequence[T]) -> Iterable[T]:
         """The items, with progress."""
@@ -48,11 +41,7 @@ class Survey(Protocol):
 
 @dataclass(frozen=True)
 class Allocation:
-    """What an allocation proposes, before it is brought onto the target exactly.
-
-    sparsity: float64 [n], one per linear. metric: what each was derived from. parameters: for the ratios file.
-    pattern: for mixed N:M, (kept, group) per linear; it is final.
-    """
+    """What an allocation proposes: sparsity, float64 [n], metric, what each comes from, and final N:M patterns."""
 
     target: float
     sparsity: Tensor
@@ -63,10 +52,10 @@ class Allocation:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAllocation(Entry):
-    """A layer allocation: function(survey, target[, options]) gives an Allocation.
+    """A layer allocation: function(survey, target[, options]) gives an Allocation. needs: of dense inputs.
 
-    needs: of dense inputs. imports: what of the published tools' `.npy` it takes, ratios per decoder layer or metrics
-    per linear. remembers: whether it measures what a metrics file can keep. config_only: needs no weights.
+    imports: which `.npy` it takes, ratios per decoder layer or metrics per linear. remembers: whether it measures what
+    a metrics file can keep. config_only: needs no weights.
     """
 
     imports: Literal["ratios", "metrics"] | None = None
@@ -76,7 +65,6 @@ class LayerAllocation(Entry):
 
 ALLOCATIONS = Registry("layer allocation", "--method", LayerAllocation)
 layer_allocation = ALLOCATIONS.register
-"""Register the decorated function as a layer allocation."""
 
 
 def spread(survey: Survey, values: Tensor) -> Tensor:

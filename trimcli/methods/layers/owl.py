@@ -75,10 +75,10 @@ def owl(survey: Survey, target: float, options: OwlOptions) -> Allocation:
 
 
 def outlier_share(scores: Callable[[], Iterable[Tensor]], hyper_m: float) -> float:
-    """The layerwise outlier distribution D of one decoder layer (Yin et al. 2024, equation 2).
+    """The layerwise outlier distribution D, in percent, of one decoder layer (Yin et al. 2024, equation 2).
 
-    scores: yields the score matrices of the layer's linears, one at a time; called for the mean and for the count.
-    Returns D in percent: 100 * the share of the layer's scores that exceed M = hyper_m times their mean.
+    The share of scores above hyper_m times their mean. scores: yields the score matrices of the layer's linears, one at
+    a time; called for the mean and for the count.
     """
     # map, unlike a loop, lets go of a matrix before the next is made.
     sums = list(map(_sum_and_count, scores()))
@@ -98,20 +98,16 @@ def _count_above(threshold: float, matrix: Tensor) -> int:
 
 
 def keep_ratios(outliers: Tensor, target: float, lambda_: float) -> Tensor:
-    """What each decoder layer keeps, float64 [layers] with mean 1 - target; everywhere so where all outliers are equal.
-
-    outliers: float64 [layers], D in percent. lambda_: half the spread of the result.
-    """
+    """What each decoder layer keeps, float64 [layers] with mean 1 - target; lambda_: half the spread."""
     shares = _rescaled(outliers) * (2 * lambda_)
     return shares - shares.mean() + (1 - target)
 
 
 def kept_of_group(outliers: Tensor, target: float, group: int, lambda_: float, *, special: bool = False) -> list[int]:
-    """Mixed N:M: how many of each `group` consecutive inputs each decoder layer keeps.
+    """Mixed N:M: how many of each `group` consecutive inputs each decoder layer keeps, 1..group. Raises OptionError.
 
-    outliers: float64 [layers]. target: mean sparsity; on average round(target * group) of a group go. lambda_: how many
-    kept weights lie between the extreme layers, a half rounded to even. special: an offset of +1 counts as +2, as in
-    the published code. One count per layer, 1..group; raises OptionError naming the layer that would keep another.
+    outliers: float64 [layers]. On average round(target * group) of a group go. lambda_: how many kept weights lie
+    between the extreme layers, a half rounded to even. special: an offset of +1 counts as +2, as in the published code.
     """
     pruned = round(target * group)
     shares = _rescaled(outliers) * lambda_
@@ -121,10 +117,9 @@ def kept_of_group(outliers: Tensor, target: float, group: int, lambda_: float, *
     kept = (group - pruned + extra).tolist()
     for layer, count in enumerate(kept):
         if not 1 <= count <= group:
-            raise OptionError(
-                f"with --group {group}, --sparsity {target:g} and --lambda {lambda_:g} decoder layer {layer} "
-                f"would keep {count} of {group} weights; lower --lambda or change --sparsity."
-            )
+            how = f"with --group {group}, --sparsity {target:g} and --lambda {lambda_:g}"
+            what = f"decoder layer {layer} would keep {count} of {group} weights"
+            raise OptionError(f"{how} {what}; lower --lambda or change --sparsity.")
     return kept
 
 

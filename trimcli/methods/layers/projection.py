@@ -13,11 +13,10 @@ FLOOR = 0.01
 
 
 def settle(sparsity: Tensor, weights: Tensor, target: float, numerics: Numerics) -> Tensor:
-    """The sparsities to write, float64 [n], one per linear.
+    """The sparsities to write, float64 [n], from those proposed and the linears' weight counts [n].
 
-    sparsity: float64 [n], as a method proposes them. weights: [n], their weight counts. `exact`: projected onto
-    {0 <= s <= max(0.99, target), weighted mean = target}, one shift for all. `reference`: neither clipped nor shifted,
-    so some may exceed 1; what is not positive becomes 0.01.
+    `exact`: projected onto {0 <= s <= max(0.99, target), weighted mean = target}, one shift for all. `reference`: as
+    they are, though above 1; what is not positive becomes 0.01.
     """
     if numerics == "exact":
         return project(sparsity, weights, target, max(CAP, target))

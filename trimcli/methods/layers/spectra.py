@@ -15,10 +15,7 @@ ELEMENTS = 1 << 22
 
 
 def squared_singular_values(weight: Tensor) -> Tensor:
-    """The squared singular values of a matrix [D_out, D_in], ascending, float64 [min(D_out, D_in)].
-
-    As eigenvalues of a Gram matrix: more exact than singular values in float32, within rounding of zero on either side.
-    """
+    """The squared singular values of [D_out, D_in], ascending, float64, within rounding of zero on either side."""
     wide = weight if weight.shape[0] <= weight.shape[1] else weight.T
     gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=weight.device)
     for block in wide.split(BLOCK, dim=1):
@@ -28,11 +25,7 @@ def squared_singular_values(weight: Tensor) -> Tensor:
 
 
 def alpha_mid(eigenvalues: Tensor) -> float:
-    """Hill's estimate of the power-law exponent over the upper half of a spectrum.
-
-    eigenvalues: float64 [n], ascending. Zeros are left out where their logarithm would be needed. Returns the
-    exponent; infinity or NaN where it has none (all values equal, a single value).
-    """
+    """Hill's exponent over the upper half of a spectrum, float64 [n], ascending; infinity or NaN where it has none."""
     if (zeros := _zeros(eigenvalues)) > len(eigenvalues) // 2:
         eigenvalues = eigenvalues[zeros:]
     tail = eigenvalues[len(eigenvalues) // 2 :]
@@ -40,11 +33,10 @@ def alpha_mid(eigenvalues: Tensor) -> float:
 
 
 def alpha_peak(eigenvalues: Tensor) -> float:
-    """Hill's estimate from the start that fits best, of those around the peak of the spectrum.
+    """Hill's estimate from the start that fits best around the peak of a spectrum, float64 [n], ascending; or NaN.
 
-    eigenvalues: float64 [n], ascending; zeros are left out. Starts are the values between log10(0.95 p) (a logarithm in
-    the published code, kept) and 1.5 p, p the left edge of the fullest of 100 bins of the logarithms; the best has the
-    smallest Kolmogorov-Smirnov distance. NaN or infinity where there is none.
+    Starts are values between log10(0.95 p) (a logarithm in the published code, kept) and 1.5 p, p the left edge of the
+    fullest of 100 bins of the logarithms; the best has the smallest Kolmogorov-Smirnov distance.
     """
     values = eigenvalues[_zeros(eigenvalues) :]
     count = len(values)
@@ -90,11 +82,7 @@ SPECTRAL = {"alpha_peak": alpha_peak, "alpha_mid": alpha_mid}
 
 
 def measure(metric: str, name: str, weight: Tensor, seed: int) -> dict[str, float]:
-    """`metric` of one matrix and every other metric that falls off on the way, by name: those that are finite.
-
-    name: full module name, for a permutation behind `random_distance` that is the matrix's own. weight: [D_out, D_in],
-    any float dtype, on the device to compute on.
-    """
+    """`metric` of the matrix `name` [D_out, D_in] and every other that falls off on the way: those that are finite."""
     if metric in SPECTRAL:
         values = squared_singular_values(weight)
         found = {other: shape(values) for other, shape in SPECTRAL.items()}

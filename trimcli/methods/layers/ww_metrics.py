@@ -1,7 +1,4 @@
-"""Ten shape metrics from weightwatcher's `analyze(mp_fit=True, randomize=True)`, one matrix at a time.
-
-weightwatcher installs a root logger, filters warnings, prints, and draws from numpy's generator: all undone here.
-"""
+"""Ten shape metrics from weightwatcher, which logs, warns, prints and draws from numpy's generator: all undone here."""
 
 from __future__ import annotations
 
@@ -35,11 +32,7 @@ RANDOMIZED = {"random_distance"}
 
 
 def weightwatcher_metrics(weight: Tensor, seed: int) -> dict[str, float]:
-    """All ten metrics of one matrix of any size, by metric name; NaN where an analysis or a fit failed.
-
-    weight: [D_out, D_in], any float dtype, any device; analysed as weightwatcher does, on the CPU or, where
-    CUDA is there, in its half precision. seed: of the permutation behind `random_distance`.
-    """
+    """All ten metrics of a matrix [D_out, D_in], any float dtype and device, by name; NaN where an analysis failed."""
     import numpy as np
     from torch import nn
 

@@ -13,13 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What a search found for one matrix.
+    """What a search found for one matrix: the mask, on the scores' device, the rest on the CPU.
 
-    keep: bool [D_out, D_in] on the scores' device; the rest is on the CPU. counts: int64 [D_out], weights that go from
-    each row. row_sparsity: float32 [D_out], what they were rounded from, its mean the target. quality_*: the matrix's,
-    at uniform sparsity and at the winning iterate. step, iteration: where it won, counted from 1; 0 for uniform
-    sparsity. At uniform sparsity and with `counts`: variance_*: sample variance over rows of the row cosine (0 for a
-    single row); row_quality_*: float64 [D_out], the row metric.
+    counts: int64 [D_out], weights that go from each row. row_sparsity: float32 [D_out], what they were rounded from.
+    quality_*: the matrix's at uniform sparsity and at the best. step, iteration: of the best, from 1; 0 for uniform
+    sparsity. variance_*: of the row cosines. row_quality_*: float64 [D_out].
     """
 
     keep: Tensor
@@ -37,10 +35,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a row allocation chose.
-
-    keep: bool [D_out, D_in]; None leaves it to the score's comparison group. found: a search's, for `--stats-out`.
-    """
+    """The mask that a row allocation chose, None: the score's comparison group decides. found: for `--stats-out`."""
 
     keep: Tensor | None = None
     found: RowResult | None = None
@@ -48,14 +43,10 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class RowAllocation(Entry):
-    """A row allocation: function(weight float32 [D_out, D_in], choice: Choice[, options]) gives Rows.
-
-    only: the one score that it goes with; None for all.
-    """
+    """A row allocation: function(weight float32 [D_out, D_in], choice[, options]) gives Rows. only: the one score."""
 
     only: str | None = None
 
 
 ROWS = Registry("row allocation", "--rows", RowAllocation)
 row_allocation = ROWS.register
-"""Register the decorated function as a row allocation."""

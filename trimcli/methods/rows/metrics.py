@@ -1,7 +1,4 @@
-"""Metrics of a pruned matrix's outputs B against the dense A: of the whole matrix, and of its rows (Beck et al. 2025).
-
-Larger is better; everything in float64. What they start from is in `trimcli.methods.rows.quality`.
-"""
+"""Metrics of a pruned matrix's outputs B against the dense A (Beck et al. 2025): larger is better, all in float64."""
 
 from __future__ import annotations
 

@@ -13,10 +13,7 @@ class TrimOptions:
     """How rows are searched. Raises OptionError for an unknown metric and for no iterations."""
 
     qmetric: str = option(
-        "cosim_flat",
-        "Quality of a whole matrix's outputs that the search maximises.",
-        panel=PANEL,
-        choices=lambda: QUALITIES,
+        "cosim_flat", "Quality of a matrix's outputs that the search maximises.", panel=PANEL, choices=lambda: QUALITIES
     )
     qmetric_dimwise: str = option(
         "cosim", "Quality of each row that steers the search.", panel=PANEL, choices=lambda: ROW_QUALITIES

@@ -25,11 +25,10 @@ class State(NamedTuple):
 
 
 class Product:
-    """B = P V for one matrix at any row counts, P the weight without the counts[k] lowest scores of row k.
+    """B = P V, float32, for one matrix at any row counts, P the weight without the counts[k] lowest scores of row k.
 
-    weight, scores: float [D_out, D_in]; inputs: float [D_in, N], all on one device. Outputs are float32.
-    On a CPU the columns between the old and the new count are added or taken away; on an accelerator
-    multiplying the masked matrix anew takes no longer. Raises ValueError for NaN scores.
+    weight, scores: float [D_out, D_in]; inputs: float [D_in, N]. On a CPU the columns between the old and the new count
+    are added or taken away. Raises ValueError for NaN scores.
     """
 
     def __init__(self, weight: Tensor, scores: Tensor, inputs: Tensor) -> None:

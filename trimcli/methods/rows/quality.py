@@ -1,8 +1,4 @@
-"""Quality of a pruned matrix: how close its outputs B stay to the dense outputs A (Beck et al. 2025).
-
-A = W V and B = P V are float32 [D_out, N]. Cosines follow from two numbers per row, <A_k, B_k> and ||B_k||^2, besides
-what belongs to A alone; errors from one, ||A_k - B_k||^2. Each is taken once for all metrics, in float64.
-"""
+"""Quality of a pruned matrix: how close its outputs B = P V stay to the dense outputs A = W V, float32 [D_out, N]."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -47,10 +43,7 @@ class Outputs:
 
     @cached_property
     def row_error(self) -> Tensor:
-        """Sum of each row's squared errors, float64 [D_out] on the CPU.
-
-        From the outputs: ||A_k||^2 - 2 <A_k, B_k> + ||B_k||^2 cancels where B is close to A.
-        """
+        """Sum of each row's squared errors, float64 [D_out]: from the outputs, since what the two sums give cancels."""
         error = torch.empty(len(self.dot), dtype=torch.float64, device=self.pruned.device)
         for rows in row_blocks(self.pruned, parts=2):
             wide = self.pruned[rows].double().sub_(self.dense.values[rows])

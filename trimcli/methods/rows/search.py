@@ -1,8 +1,4 @@
-"""TRIM: a sparsity for every row of a matrix by iterative search (Beck et al. 2025, section 3).
-
-Rows whose outputs suffer little lose more weights, rows that suffer much lose fewer, step by step; the
-iterate whose outputs are best as a whole wins. The mean sparsity stays on the target.
-"""
+"""TRIM: a sparsity for every row of a matrix by iterative search (Beck et al. 2025, section 3)."""
 
 from typing import NamedTuple
 
@@ -31,19 +27,16 @@ def search_rows(
     options: TrimOptions | None = None,
     numerics: Numerics = "exact",
 ) -> RowResult:
-    """Search the row sparsities of one matrix whose mean is `target`.
+    """Search the row sparsities of one matrix whose mean is `target`: rows whose outputs suffer little lose more.
 
-    weight, scores: float [D_out, D_in]. inputs: float [D_in, N], the last token's of each sample. All on one device.
-    exact numerics: the counts sum to round(target * D_out * D_in) and, where whole counts allow it, no row
-    loses more than the larger of 95% and the target. reference: the published code's arithmetic.
-    Raises ValueError for shapes that do not fit, NaN scores and a target outside [0, 1].
+    weight, scores: float [D_out, D_in]. inputs: float [D_in, N], the last token's of each sample. In exact numerics the
+    counts sum to round(target * D_out * D_in) and, where whole counts allow it, no row loses more than the larger of
+    95% and the target. Raises ValueError for shapes that do not fit, NaN and a target outside [0, 1].
     """
     options = options or TrimOptions()
     if scores.shape != weight.shape or inputs.ndim != 2 or inputs.shape[0] != weight.shape[1]:
-        raise ValueError(
-            f"weight {list(weight.shape)}, scores {list(scores.shape)} and inputs {list(inputs.shape)} do "
-            "not fit; they are [D_out, D_in], [D_out, D_in] and [D_in, N]."
-        )
+        shapes = ", ".join(str(list(one.shape)) for one in (weight, scores, inputs))
+        raise ValueError(f"weight, scores and inputs {shapes} do not fit [D_out, D_in], the same, and [D_in, N].")
     if not 0 <= target <= 1:
         raise ValueError(f"the target sparsity {target} is not between 0 and 1.")
     return _Search(Product(weight, scores, inputs), target, options, numerics).run()
@@ -140,7 +133,7 @@ class _Search:
         return clipped - clipped.mean() + self.target
 
     def _project(self, sparsity: Tensor, cap: float) -> Tensor:
-        return masks.project(sparsity.double(), torch.ones_like(sparsity), self.target, cap).float()
+        return masks.project(sparsity, torch.ones_like(sparsity), self.target, cap).float()
 
     def _counts(self, sparsity: Tensor) -> Tensor:
         """Row counts of an iterate: floors, or in exact numerics the nearest ones, nearer to what is then pruned."""

@@ -20,16 +20,12 @@ def variant(weight: Tensor, choice: Choice) -> Rows:
 
 
 def variant_keep(scores: Tensor, sparsity: float, numerics: Numerics) -> Tensor:
-    """Keep mask of the Wanda variant (Sun et al. 2023, appendix), bool [D_out, D_in].
+    """Keep mask of the Wanda variant, bool [D_out, D_in], from scores likewise (Sun et al. 2023, appendix).
 
-    A weight goes when the running sum of its row's ascending scores up to it is at most alpha times the row's
-    sum, one alpha for the matrix, chosen to reach `sparsity`. scores: float32 [D_out, D_in], not negative.
-
-    exact: round(sparsity * D_out * D_in) weights go, those of lowest running sum relative to their row's sum, in index
-    order where equal: what any alpha lets go is such a set. reference: alpha by bisection to within 0.001, and scores
-    equal to the last that goes in their row go with it.
-
-    Raises ValueError for scores that are NaN, or so large that a row has no finite sum.
+    A weight goes when the running sum of its row's ascending scores up to it is at most alpha times the row's sum, one
+    alpha for the matrix, chosen to reach `sparsity`. exact: round(sparsity * D_out * D_in) weights go, those of lowest
+    running sum relative to their row's sum. reference: alpha by bisection to within 0.001, and scores equal to the last
+    that goes in their row go with it. Raises ValueError for a row without a finite sum.
     """
     from trimcli.methods.masks import lowest_counts, matrix_budget, row_thresholds, sort_rows, split_rows
 

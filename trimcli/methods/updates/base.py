@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Updated:
-    """What an update made of a matrix.
-
-    keep: bool [D_out, D_in]. weight: float32 [D_out, D_in], zero wherever keep is False; None where the kept weights
-    stay as they were. remarks: sentences on what was out of the ordinary.
-    """
+    """What an update made of a matrix: keep, bool [D_out, D_in], and weight, float32, zero outside; None: as it was."""
 
     keep: Tensor
     weight: Tensor | None = None
@@ -26,14 +22,10 @@ class Updated:
 
 @dataclass(frozen=True, kw_only=True)
 class Update(Entry):
-    """An update: function(weight float32 [D_out, D_in], choice: Choice[, options]) gives Updated.
-
-    changes: whether kept weights end with other values, so that masks alone do not carry the result.
-    """
+    """An update: function(weight float32 [D_out, D_in], choice[, options]) gives Updated. changes: the kept weights."""
 
     changes: bool = True
 
 
 UPDATES = Registry("update", "--update", Update)
 update = UPDATES.register
-"""Register the decorated function as an update."""

@@ -1,8 +1,7 @@
 """OBS: the weights that stay make up for those that go (Frantar & Alistarh 2023). With its score it is SparseGPT.
 
-The loss of a pruned row w' against its dense w is (w - w') H (w - w')^T with H the Gram of the inputs. Going
-through the columns from left to right, a weight that goes is set to zero and the weights to its right are
-moved to the optimum. The score that picks the mask, when it is picked, and the budget are independent choices.
+The loss of a pruned row w' against its dense w is (w - w') H (w - w')^T with H the Gram of the inputs. From left to
+right, a weight that goes is set to zero and the weights to its right are moved to the optimum.
 """
 
 from __future__ import annotations
@@ -63,10 +62,7 @@ def factor_of(stats: LinearStats, damping: float) -> Factor:
     "obs", needs={GRAM}, compare="matrix", title="OBS", source="Frantar & Alistarh 2023, section 3", options=ObsOptions
 )
 def obs_scores(weight: Tensor, stats: LinearStats, options: ObsOptions) -> Tensor:
-    """What the loss grows by when the weight goes and the others make up for it, w^2 / U_cc^2.
-
-    weight: [D_out, n], the columns `stats.place`. Returns float32 like it; zero in columns that never fire.
-    """
+    """What the loss grows by when the weight goes and the others make up for it, w^2 / U_cc^2."""
     factor = factor_of(stats, options.damping)
     scores: Tensor = (weight.float() / factor.upper.diagonal()[stats.place]).square_()
     return scores.masked_fill_(factor.dead[stats.place], 0.0)
@@ -76,9 +72,8 @@ def obs_scores(weight: Tensor, stats: LinearStats, options: ObsOptions) -> Tenso
 def obs(weight: Tensor, choice: Choice, options: ObsOptions) -> Updated:
     """Column by column, what stays to the right makes up for what goes.
 
-    weight: float32 [D_out, D_in], left as it is. Columns that never fire become zero, also those weights in them that
-    a small budget leaves marked as kept, so that counts hold. Raises OptionError for options that do not go together,
-    ValueError for NaN and for a Gram or a mask of another shape, and what `factorise` raises.
+    weight: float32 [D_out, D_in], left as it is. Columns that never fire become zero, also weights in them that a small
+    budget leaves marked as kept. Raises OptionError, ValueError for NaN and other shapes, and what `factorise` raises.
     """
     import torch
 
@@ -107,19 +102,15 @@ def _fixed_beforehand(choice: Choice, options: ObsOptions) -> bool:
     """Whether the mask is chosen once, before any update. Raises OptionError for a choice that cannot be."""
     if choice.keep is not None:
         if options.mask_update == "block":
-            raise OptionError(
-                "--mask-update block does not go with row sparsities, which do not say how much each block of a row "
-                "loses; use --mask-update once."
-            )
+            why = "--mask-update block does not go with row sparsities, which say nothing of a block of columns"
+            raise OptionError(f"{why}; use --mask-update once.")
         return True
     if (options.mask_update or ("block" if choice.score.name == "obs" else "once")) == "once":
         return True
     if choice.pattern and options.block_size % choice.pattern[1]:
-        kept, group = choice.pattern
-        raise OptionError(
-            f"--block-size {options.block_size} cuts through the groups of --sparsity-type {kept}:{group}; "
-            f"give a multiple of {group}, such as {group * max(1, options.block_size // group)}."
-        )
+        (kept, group), size = choice.pattern, options.block_size
+        what = f"--block-size {size} cuts through the groups of --sparsity-type {kept}:{group}"
+        raise OptionError(f"{what}; give a multiple of {group}, such as {group * max(1, size // group)}.")
     return False
 
 

@@ -1,8 +1,4 @@
-"""The arithmetic of OBS, column by column, and the factor of the Gram that it starts from.
-
-With U the upper Cholesky factor of H^-1, row c of U holds all that step c needs: U_cc^2 is the (c, c) entry of the
-inverse of the Hessian that remains at c.
-"""
+"""The arithmetic of OBS, column by column, and U, the upper Cholesky factor of H^-1, of which row c is for step c."""
 
 from dataclasses import dataclass
 
@@ -17,11 +13,7 @@ _LAST_DAMPING = 1e3
 
 @dataclass(frozen=True)
 class DampingReport:
-    """What it took to factorise one Gram.
-
-    requested, damping: lambda / mean(diag H) as asked for and as used. added: lambda. attempts: factorisations tried.
-    dtype: of the last, which held, "float32" or "float64". dead_columns: how many input channels never fire.
-    """
+    """What it took to factorise one Gram: lambda over mean(diag H), asked for and used, lambda, and the last dtype."""
 
     requested: float
     damping: float
@@ -57,10 +49,9 @@ class Factor:
 def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
     """Upper Cholesky factor of the inverse of the damped Gram, with retries (section 3 of the paper).
 
-    gram: H, float32 or float64 [D_in, D_in], left as it is. damping: lambda / mean(diag H), H_cc = 1 where a column
-    never fires. The first attempt runs in the Gram's dtype, others in float64, each with ten times the damping.
-    Raises ValueError for a Gram that is not square, not finite or negative on its diagonal, TrimError when even 1000
-    times the mean, or near it, does not help.
+    gram: H, float32 or float64 [D_in, D_in]. damping: lambda / mean(diag H), H_cc = 1 where a column never fires. The
+    first attempt runs in the Gram's dtype, others in float64, each with ten times the damping. Raises ValueError for
+    what is no Gram, TrimError when even 1000 times the mean, or near it, does not help.
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1]:
         raise ValueError(f"the Gram has shape {tuple(gram.shape)} where a square matrix is needed.")
@@ -75,10 +66,8 @@ def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
     used, dtype, attempts = damping, gram.dtype, 1
     while (upper := _upper(gram, dead, used * mean, dtype)) is None:
         if used * 10 > _LAST_DAMPING:
-            raise TrimError(
-                f"the Gram could not be factorised, not even in float64 with damping {used:g}; "
-                "calibrate with other or more samples, or prune with --method wanda, which needs no Gram."
-            )
+            what = f"the Gram could not be factorised, not even in float64 with damping {used:g}"
+            raise TrimError(f"{what}; calibrate with other or more samples, or prune with --method wanda.")
         used, dtype, attempts = used * 10, torch.float64, attempts + 1
     name = str(dtype).removeprefix("torch.")
     return Factor(upper, dead, DampingReport(damping, used, used * mean, attempts, name, int(dead_columns)))
@@ -87,10 +76,7 @@ def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
 def prune_block(
     updated: Tensor, keep: Tensor, upper: Tensor, start: int, end: int, choice: Choice | None, stride: int
 ) -> None:
-    """Prune columns start..end-1 of `updated` in place and move what stays in them and to their right.
-
-    updated: float32 [D_out, D_in]. keep: bool, likewise, chosen by `choice`, where given, `stride` columns at a time.
-    """
+    """Prune columns start..end-1 in place, `stride` of `keep` chosen at a time by a `choice`, and update the rest."""
     rows = updated[:, start:end].T.contiguous()  # the inner loop wants a column's weights side by side
     stays = keep[:, start:end].T.contiguous()
     corner = upper[start:end, start:end]
@@ -107,11 +93,8 @@ def prune_block(
 
 
 def _upper(gram: Tensor, dead: Tensor, added: float, dtype: torch.dtype) -> Tensor | None:
-    """U with U^T U = (gram + added I)^-1 in float32, computed in `dtype`; None where that fails.
-
-    With J the reversal of the channels and J H J = L L^T, U is J L^-1 J: what factorising the inverse of H would
-    give, without that second factorisation, which fails sooner than the first.
-    """
+    """U with U^T U = (gram + added I)^-1 in float32, computed in `dtype`; None where that fails."""
+    # With J the reversal of the channels and J H J = L L^T, U is J L^-1 J. To factorise H^-1 as well would fail sooner.
     flipped = gram.to(dtype).flip(0, 1)
     flipped.diagonal().masked_fill_(dead.flip(0), 1.0).add_(added)
     lower, info = torch.linalg.cholesky_ex(flipped)
