@@ -43,6 +43,14 @@ def nano_qwen2() -> Path:
     return MODEL
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _accelerator() -> None:
+    """Autograd counts the devices that there are when it first runs: this one is there before any test."""
+    from tests.simulated_device import simulated_device
+
+    simulated_device()
+
+
 @pytest.fixture
 def sim() -> "Iterator[SimulatedDevice]":
     """An accelerator that is simulated on the CPU, `--device sim:0`: copies and waits are counted, memory is short."""
