@@ -116,13 +116,28 @@ def test_ratios_and_allocations_are_foreseen(base: Path, tmp_path: Path) -> None
         assert {linear.target.sparsity for linear in plan.linears} == {0.4}
 
 
-def test_more_samples_need_more_memory(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "states", "statistics"),
+    [
+        (Recipe(method="magnitude"), 0, 0),
+        (Recipe(), 1, 1),
+        (Recipe(rows="trim"), 1, 2),
+        (Recipe(method="obs"), 1, 0),  # a Gram is no larger for more samples
+        (Recipe(method="magnitude", barber=BarberOptions()), 1, 0),
+    ],
+)
+def test_more_samples_need_more_memory(
+    recipe: Recipe, states: int, statistics: int, base: Path, tmp_path: Path
+) -> None:
+    """The hidden states of every sample, and what every input group of a layer gathers of it."""
     peaks = []
-    for nsamples in (4, 4000):
+    for nsamples in (40_000, 80_000):
         tokens = save_tokens(tmp_path / "tokens.safetensors", vocabulary=64, nsamples=nsamples)
-        options = PruneOptions(sparsity=0.5, calibrate=CalibrateOptions(tokens=tokens, device="cpu", dtype="float32"))
-        peaks.append(foresee(str(base / "model"), replace(options, device="cpu", dtype="float32")).host_bytes)
-    assert peaks[1] - peaks[0] == 3996 * 16 * 32 * 4
+        drawn = CalibrateOptions(tokens=tokens, device="cpu", dtype="float32")
+        options = PruneOptions(sparsity=0.5, recipe=recipe, calibrate=drawn, device="cpu", dtype="float32")
+        peaks.append(foresee(str(base / "model"), options).host_bytes)
+    groups = 3 * 32 + 40
+    assert peaks[1] - peaks[0] == 40_000 * 4 * (states * 16 * 32 + statistics * groups)
 
 
 def test_nothing_that_matches_is_an_error(base: Path, tmp_path: Path) -> None:
