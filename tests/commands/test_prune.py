@@ -349,6 +349,11 @@ def test_a_linear_that_its_layer_never_calls_can_be_skipped(
     assert done.err.splitlines()[-1].startswith(f"trim: {tmp_path / 'calib'} holds no statistics of {first}")
     trim_json(*dense, "--skip", "*.spare")
     assert MaskFile.open(tmp_path / "dense").names == names
+    # In one go the calibration that is made on the way skips it, too.
+    at_once: Args = ("prune", model, "-o", tmp_path / "at-once", "--no-propagate", "--sparsity", 0.5, *run_there)
+    trim_json(*at_once, "--skip", "*.spare")
+    one, other = MaskFile.open(tmp_path / "dense"), MaskFile.open(tmp_path / "at-once")
+    assert all(torch.equal(one.keep(name), other.keep(name)) for name in names)
 
 
 # --- what is written -------------------------------------------------------------------------------------

@@ -149,8 +149,10 @@ class _Run:
         if allocate is not None and not allocate.import_file:
             needs |= allocate.allocating.needs
         stats = tuple(option for option, one in stored_statistics().items() if one.name in needs)
-        options = self.options.calibrate or CalibrateOptions(**self.options.run())
-        return cached_calibration(self.skeleton, replace(options, stats=stats), self.progress)
+        options = replace(self.options.calibrate or CalibrateOptions(**self.options.run()), stats=stats)
+        if allocate is None:  # an allocation looks at every linear
+            options = replace(options, only=self.options.only, skip=self.options.skip)
+        return cached_calibration(self.skeleton, options, self.progress)
 
     def plan(self) -> Plan:
         """The plan, which also refuses patterns that do not fit."""
