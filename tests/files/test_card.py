@@ -48,6 +48,25 @@ def test_options_are_told_in_words() -> None:
     assert "- method: `sparsegpt`\n- update: damping `0.01`\n\n" in model_card_section(document(options=options))
 
 
+def test_the_papers_behind_the_choices_are_named_once_each() -> None:
+    recipe: dict[str, Any] = {
+        "method": "sparsegpt",
+        "score": "obs",
+        "rows": "trim",
+        "update": "obs",
+        "barber": {"threshold": 0.01},
+    }
+    options = {"recipe": recipe, "sparsity": 0.7}
+    told = model_card_section(document(options=options, allocation={"method": "owl"}))
+    [line] = [line for line in told.splitlines() if line.startswith("- sources: ")]
+    sources = line.removeprefix("- sources: ").split("; ")
+    assert len(sources) == len(set(sources))
+    for name in ("Frantar & Alistarh 2023", "Beck et al. 2025", "Yin et al. 2024", "Su et al. 2024"):
+        assert name in line
+    recipe = {"method": "theirs", "score": "theirs", "rows": "even", "update": "none", "barber": None}
+    assert "- sources: Sun et al. 2023, section 3\n" in model_card_section(document(options={"recipe": recipe}))
+
+
 def test_the_masks_manifest_says_how_where_masks_were_applied() -> None:
     pruning = {"model": {"id": "first/model"}, "options": {"method": "magnitude"}}
     section = model_card_section(document(pruning=pruning, schema="trim.packed/1", commands=[]))

@@ -6,6 +6,10 @@ from typing import Any
 
 from trimcli.files.manifest import PACKED
 from trimcli.files.names import grouped, kind_of
+from trimcli.methods.layers.base import ALLOCATIONS
+from trimcli.methods.rows.base import ROWS
+from trimcli.methods.scores import SCORES
+from trimcli.methods.updates.base import UPDATES
 
 BEGIN, END = "<!-- trim:begin -->", "<!-- trim:end -->"
 HOW_IT_RAN = {"device", "dtype", "batch_size", "resume", "save_model", "stats_out", "trust_remote_code"}
@@ -51,7 +55,14 @@ def _settings(pruning: Mapping[str, Any]) -> list[str]:
     if isinstance(options.get("update"), Mapping) and options.get("method") != "sparsegpt":
         del options["update"]  # early manifests give the update's options whether or not there was one
     shown = {key: value for key, value in options.items() if key not in HOW_IT_RAN and _is_set(value)}
-    return [f"- {key.replace('_', ' ')}: {_spelled(value)}" for key, value in shown.items()]
+    found = [f"- {key.replace('_', ' ')}: {_spelled(value)}" for key, value in shown.items()]
+    if "score" in options:  # what early manifests do not name
+        chosen: list[tuple[Mapping[str, Any], Any]]
+        chosen = [(SCORES, options["score"]), (ROWS, options["rows"]), (UPDATES, options["update"])]
+        chosen.append((ALLOCATIONS, (pruning.get("allocation") or {}).get("method")))
+        sources = dict.fromkeys(registry[name].source for registry, name in chosen if name in registry)
+        found.append(f"- sources: {'; '.join(sources)}" + ("; Su et al. 2024" if options.get("barber") else ""))
+    return found
 
 
 def _is_set(value: Any) -> bool:
