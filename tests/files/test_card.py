@@ -48,6 +48,15 @@ def test_options_are_told_in_words() -> None:
     assert "- method: `sparsegpt`\n- update: damping `0.01`\n\n" in model_card_section(document(options=options))
 
 
+def test_samples_that_were_given_were_not_drawn() -> None:
+    ran = {"device": "auto", "dtype": "auto", "batch_size": 4, "stats": ["norms"]}
+    drawn = {**ran, "dataset": "c4", "nsamples": 256, "seqlen": None, "seed": 0, "tokens": None}
+    shown = model_card_section(document(options={"calibrate": drawn}))
+    assert "\n- calibrate: stats `norms`, dataset `c4`, nsamples `256`, seed `0`\n" in shown
+    shown = model_card_section(document(options={"calibrate": {**drawn, "tokens": "t.safetensors"}}))
+    assert "\n- calibrate: stats `norms`, tokens `t.safetensors`\n" in shown
+
+
 def test_the_papers_behind_the_choices_are_named_once_each() -> None:
     recipe: dict[str, Any] = {
         "method": "sparsegpt",

@@ -54,7 +54,10 @@ def _settings(pruning: Mapping[str, Any]) -> list[str]:
     options = {**(options.pop("recipe", None) or {}), **options}
     if isinstance(options.get("update"), Mapping) and options.get("method") != "sparsegpt":
         del options["update"]  # early manifests give the update's options whether or not there was one
-    shown = {key: value for key, value in options.items() if key not in HOW_IT_RAN and _is_set(value)}
+    if (options.get("calibrate") or {}).get("tokens"):  # then nothing was drawn, and these are defaults unused
+        drawn = ("dataset", "nsamples", "seqlen", "seed")
+        options["calibrate"] = {key: value for key, value in options["calibrate"].items() if key not in drawn}
+    shown = {key: value for key, value in options.items() if _shapes(key, value)}
     found = [f"- {key.replace('_', ' ')}: {_spelled(value)}" for key, value in shown.items()]
     if "score" in options:  # what early manifests do not name
         chosen: list[tuple[Mapping[str, Any], Any]]
@@ -65,13 +68,13 @@ def _settings(pruning: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _is_set(value: Any) -> bool:
-    return value is not None and value is not False and value not in ("", [], {})
+def _shapes(key: str, value: Any) -> bool:
+    return key not in HOW_IT_RAN and value is not None and value is not False and value not in ("", [], {})
 
 
 def _spelled(value: Any) -> str:
     if isinstance(value, Mapping):
-        parts = {key.replace("_", " "): part for key, part in value.items() if _is_set(part)}
+        parts = {key.replace("_", " "): part for key, part in value.items() if _shapes(key, part)}
         return ", ".join(f"{key} {_spelled(part)}" for key, part in parts.items())
     if isinstance(value, list):
         return ", ".join(_spelled(part) for part in value)
