@@ -95,8 +95,7 @@ def test_every_alternative_is_listed_with_its_help_and_source(
 def test_help_reads_as_it_was_written(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No type behind a switch, no emoji where it says N:M, no markup left over, no bracket lost."""
     help_text = shown(command, monkeypatch)
-    bools = re.findall(r"(\S+) <bool>", help_text)
-    assert set(bools) <= {"--help"}
+    assert "<bool>" not in help_text
     odd = {sign for sign in help_text if ord(sign) > 0x2000 and not 0x2500 <= ord(sign) <= 0x257F}  # but for boxes
     assert not odd
     assert not re.search(r"\[/?b\]|\\\[", help_text)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from trimcli.cli.alloc_layers import alloc_layers
 from trimcli.cli.apply_masks import apply_masks, unpack
@@ -46,6 +46,17 @@ COMMANDS: dict[str, tuple[str, Callable[..., None], str | None]] = {
 }
 
 
+class Command(TyperCommand):
+    """A command whose --help, which takes no value, shows none."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """As typer makes it, but for the type behind it."""
+        found = super().get_help_option(ctx)
+        if found is not None:
+            found.metavar = ""
+        return found
+
+
 class Program(TyperGroup):
     """Commands made on demand, help by topic in plain text (quicker than drawing it), errors in one sentence."""
 
@@ -58,7 +69,7 @@ class Program(TyperGroup):
         if cmd_name in COMMANDS and cmd_name not in self.commands:
             _, function, takes = COMMANDS[cmd_name]
             alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-            alone.command(cmd_name)(expanded(function, takes))
+            alone.command(cmd_name, cls=Command)(expanded(function, takes))
             self.commands[cmd_name] = typer.main.get_command(alone)
         return self.commands.get(cmd_name)
 
