@@ -48,7 +48,7 @@ def walked(skeleton: Skeleton, tokens: Tensor, **options: Any) -> Tensor:
     walk = Walk(skeleton, tokens, **options)
     for layer in walk.layers():
         walk.advance(layer)
-    return walk.hidden
+    return walk.states(slice(0, len(tokens)))
 
 
 def refuse_batches_over(skeleton: Skeleton, limit: int) -> list[int]:
@@ -92,10 +92,10 @@ def test_calls_that_depend_on_the_tokens_are_kept_apart(tmp_path: Path) -> None:
 def test_collecting_leaves_the_hidden_states_as_they_are(llama: Path) -> None:
     skeleton = skeleton_of(llama)
     walk = Walk(skeleton, samples(3))
-    before = walk.hidden.clone()
+    before = walk.states(slice(0, 3)).clone()
     for layer in walk.layers():
         walk.collect(layer, Collector(walk.groups(layer), ALL, 3, walk.seqlen, skeleton.device))
-        assert torch.equal(walk.hidden, before)
+        assert torch.equal(walk.states(slice(0, 3)), before)
 
 
 def test_one_layer_is_resident(llama: Path) -> None:

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from trimcli.commands.options import PruneOptions
     from trimcli.pipeline.plan import Plan
 
-SHOWN = 8
-
 
 def plan(
     model: Model,
@@ -34,7 +32,7 @@ def plan(
 
 
 def _print(found: "Plan") -> None:
-    from trimcli.files.names import inside_layer
+    from trimcli.files.names import grouped, inside_layer, kind_of
 
     groups: dict[tuple[str, tuple[int, int]], list[int]] = {}
     for place, linear in enumerate(found.linears):
@@ -48,10 +46,10 @@ def _print(found: "Plan") -> None:
         zeros = f"{sum(one.zeros for one in members):,}"
         rows.append((name, str(len(members)), f"{shape[0]} x {shape[1]}", target, zeros))
     show(rows_table(("linear", "matrices", "shape", "target", "zeros"), rows), head(found))
-    for left, dense in list(found.dense.items())[:SHOWN]:
-        show(f"left dense: {left} {list(dense)}")
-    if len(found.dense) > SHOWN:
-        show(f"left dense: {len(found.dense) - SHOWN} more")
+    kinds = grouped(found.dense.items(), lambda item: (kind_of(item[0]), *item[1]))
+    for (name, sizes, why), left in kinds.items():
+        times = f" in {len(left)} layers" if len(left) > 1 else ""
+        show(f"left dense: {name} {' x '.join(map(str, sizes))}{times}: {why}")
 
 
 def head(plan: "Plan") -> str:

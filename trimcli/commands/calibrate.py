@@ -19,6 +19,7 @@ from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.plan import chosen_linears
+from trimcli.pipeline.proof import prove
 from trimcli.pipeline.walk import Walk, default_seqlen
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
 
@@ -80,6 +81,7 @@ def _gather(
     specs = {"tokens": TensorSpec(torch.int32, tuple(tokens.shape))}
     with Cache(options.cache_dir).parts(key) as parts:
         if needs:
+            prove(skeleton, options.cache_dir, progress)
             done = parts.finished()
             walk = Walk(skeleton, tokens, batch_size=options.batch_size, wanted=set(wanted), progress=progress)
             with progress.task("calibrating layers", len(skeleton.layers)) as step:

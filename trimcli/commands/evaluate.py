@@ -15,7 +15,8 @@ from trimcli.files.manifest import RESULTS, check_model, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
-from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.model.skeleton import Skeleton
+from trimcli.pipeline.proof import open_proven
 from trimcli.pipeline.walk import default_seqlen, max_positions
 from trimcli.text.tokens import evaluation_windows, load_tokenizer
 
@@ -34,7 +35,7 @@ def evaluate(
         refuse_existing(output, force=force)
     started = time.monotonic()
     with PeakMemory() as memory:
-        skeleton = open_model(model, options)
+        skeleton = open_proven(model, options, progress)
         mask = open_masks(options.masks, skeleton) if options.masks else None
         tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
         measured = _perplexities(skeleton, tokenizer, mask, options, progress)

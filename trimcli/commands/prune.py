@@ -31,6 +31,7 @@ from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.passes import Passes
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
+from trimcli.pipeline.proof import prove
 from trimcli.pipeline.walk import default_seqlen
 
 Announce = Callable[[Plan], None]
@@ -132,6 +133,8 @@ class _Run:
         self.targets = targets_of(skeleton, self.linears, options, self.allocation)
         if self.calibration is None and (self.recipe.needs or self.recipe.barber):
             self.calibration = CalibrationFile(self._calibrated())
+        if walks(self.recipe) or self.recipe.barber:
+            prove(skeleton, options.cache_dir, progress)
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
         self.passes = Passes(skeleton, self.recipe, self.targets, self.calibration, progress, options.batch_size)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.masks import MaskFile
-from trimcli.model.forward import Head
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.walk import Walk
 
@@ -52,7 +51,7 @@ def _round(
                 apply_masks_to_layer(layer, mask)
             walk.advance(layer)
             step()
-    with walk.forward.head() as head, progress.task("measuring windows", len(windows)) as step:
+    with walk.head() as head, progress.task("measuring windows", len(windows)) as step:
         vocabulary = skeleton.model.get_output_embeddings().weight.shape[0]
         length = windows.shape[1] - 1
         tokens = max(TOKENS, LOGITS // vocabulary)
@@ -63,14 +62,14 @@ def _round(
             rows = slice(start, min(start + together, len(windows)))
             for first in range(0, length, piece):
                 part = slice(first, min(first + piece, length))
-                total[rows] += _losses(head, walk.hidden[rows, part].to(skeleton.device), targets[rows, part])
+                total[rows] += _losses(head(rows, part), targets[rows, part])
             step(rows.stop - rows.start)
     return total / length
 
 
-def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy per window: hidden [b, l, H], targets int64 [b, l] -> float64 [b]."""
-    logits = head(hidden).float()
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy per window: logits [b, l, vocabulary], targets int64 [b, l] -> float64 [b]."""
+    logits = logits.float()
     found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return found.view(targets.shape).double().sum(dim=1)
 

@@ -27,18 +27,28 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
 
 def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The decoder's ModuleList: `num_hidden_layers` entries; of several, the one with the most parameters."""
+    """The decoder's ModuleList: the one with the most parameters, of those with `num_hidden_layers` entries if any.
+
+    Raises InputError where there is none, or where a layer is spread over several lists.
+    """
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    count = getattr(config, "num_hidden_layers", None)
-    found = [
-        (sum(parameter.numel() for parameter in module.parameters()), name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = {name: one for name, one in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
+    sizes = {name: sum(parameter.numel() for parameter in one.parameters()) for name, one in outer.items()}
+    asked = [name for name, one in outer.items() if len(one) == getattr(config, "num_hidden_layers", None)]
+    name = max(asked or outer, key=lambda name: sizes[name], default="")
+    if not sizes.get(name):
+        raise InputError(f"{type(model).__name__} has no list of decoder layers; its form is not supported.")
+    parent = name.rpartition(".")[0]
+    beside = [
+        other
+        for other, one in outer.items()
+        if other.rpartition(".")[0] == parent and len(one) == len(outer[name]) and sizes[other] > sizes[name] / 5
     ]
-    if not found:
-        raise InputError(f"{type(model).__name__} has no list of {count} decoder layers; its form is not supported.")
-    _, name, module = max(found, key=lambda entry: entry[0])
-    return name, module
+    if len(beside) > 1:
+        spread = f"spreads a layer over the lists {', '.join(beside)}"
+        raise InputError(f"{type(model).__name__} {spread}, so none can be pruned on its own; it is not supported.")
+    return name, outer[name]
 
 
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:

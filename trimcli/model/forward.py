@@ -1,15 +1,14 @@
 """The parts of a forward pass around the decoder layers: embedding and recording before them, the head after them."""
 
+import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trimcli.errors import TrimError
-from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.model.skeleton import DecoderLayer, Returns, Skeleton
 
 Recording = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """What the layers are called with for batches of one shape: per layer (args, kwargs) after the hidden states."""
@@ -42,41 +41,46 @@ class Forward:
             for layer in self.skeleton.layers:
                 del layer.module.forward
 
-    @cached_property
-    def returns_tuple(self) -> bool:
-        """Whether the model expects its layers to return a tuple: seen by what arrives after the first one."""
-        shapes: list[Any] = []
+    def returns(self) -> Returns:
+        """What the layers give back; where nobody knows it yet, the first one is run for it."""
+        if self.skeleton.returns is None:
+            found: list[Any] = []
 
-        def passing(_: DecoderLayer) -> Any:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = split_call(args, kwargs)[0]
-                shapes.append(hidden.shape)
-                if len(shapes) == 2:
+            def running(layer: DecoderLayer) -> Any:
+                own = layer.module.forward
+
+                def forward(*args: Any, **kwargs: Any) -> Any:
+                    self.skeleton.load_layer(layer)
+                    try:
+                        found.append(own(*args, **kwargs))
+                    finally:
+                        self.skeleton.drop_layer(layer)
                     raise _AllRecorded
-                return hidden
 
-            return forward
+                return forward
 
-        probe = torch.zeros(1, 2, dtype=torch.long)
-        with self.skeleton.filled_on_use():
-            try:
-                shapes.append(self.around(probe, passing).logits.shape)
-            except _AllRecorded:
-                pass
-            except (RuntimeError, IndexError, AttributeError, TypeError):
-                if not shapes:
-                    raise
-                shapes.append(())  # with a single layer the norm behind it met half a tuple
-        return len(shapes[1]) != 3
+            with self.skeleton.filled_on_use(), contextlib.suppress(_AllRecorded):
+                self.around(torch.zeros(1, 2, dtype=torch.long), running)
+            self.skeleton.returns = form_of(found[0])
+        return self.skeleton.returns
 
-    @contextmanager
+    def reply(self, hidden: Tensor) -> Any:
+        """`hidden` in the form in which the model expects what a layer gives back."""
+        kind, length = self.returns()
+        if kind == "tensor":
+            return hidden
+        found = [hidden, *[None] * (length - 1)]
+        return tuple(found) if kind == "tuple" else found
+
+    @contextlib.contextmanager
     def embedding(self) -> Iterator[Embedder]:
         """The part before the first layer, loaded on use and dropped after."""
+        self.returns()  # now: it may take a forward pass of its own
         with self.skeleton.filled_on_use():
             yield self._embed
 
     def _embed(self, tokens: Tensor) -> tuple[Tensor, Recording]:
-        skeleton, wrap = self.skeleton, self.returns_tuple
+        skeleton = self.skeleton
         recording: Recording = []
         first: list[Tensor] = []
 
@@ -88,7 +92,7 @@ class Forward:
                 recording.append((rest, named))
                 if len(recording) == len(skeleton.layers):
                     raise _AllRecorded
-                return (first[0],) if wrap else first[0]
+                return self.reply(first[0])
 
             return forward
 
@@ -99,19 +103,19 @@ class Forward:
         called = f"called {len(recording)} of its {len(skeleton.layers)} decoder layers once"
         raise TrimError(f"the forward pass of {skeleton.checkpoint.id} {called}; its form is not supported.")
 
-    @contextmanager
+    @contextlib.contextmanager
     def head(self) -> Iterator[Head]:
         """The part after the last layer (final norm, head), loaded on use and dropped after."""
         skeleton = self.skeleton
         lookup = skeleton.model.get_input_embeddings()
-        wrap = self.returns_tuple
+        self.returns()
 
         def nothing(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
             return torch.zeros(*tokens.shape, lookup.embedding_dim, dtype=skeleton.dtype, device=skeleton.device)
 
         def logits(hidden: Tensor) -> Tensor:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
-            value = (hidden,) if wrap else hidden
+            value = self.reply(hidden)
             found: Tensor = self.around(tokens, lambda layer: lambda *args, **kwargs: value).logits
             return found
 
@@ -133,5 +137,13 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tupl
 
 
 def first_output(result: Any) -> Tensor:
-    """A layer's hidden states: layers return a tensor or a tuple, depending on the transformers version."""
-    return result[0] if isinstance(result, tuple) else result
+    """A layer's hidden states: layers return a tensor, or a tuple or list that begins with it."""
+    found: Tensor = result[0] if isinstance(result, tuple | list) else result
+    return found
+
+
+def form_of(result: Any) -> Returns:
+    """The form of what a layer gave back."""
+    if isinstance(result, tuple | list):
+        return "tuple" if isinstance(result, tuple) else "list", len(result)
+    return "tensor", 1

@@ -4,7 +4,7 @@ Everything that prunes sees a matrix as [D_out, D_in]: rows are output features.
 tensor is told by `within` alone, a view, so that what is written through it arrives.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,9 +85,9 @@ class Matrix:
 
 
 def matrices_in(
-    layer: nn.Module, prefix: str, key_of: Callable[[str], str | None], *, stored: bool
+    layer: nn.Module, prefix: str, key_of: Callable[[str], str | None], *, stored: bool, dense: Collection[str] = ()
 ) -> Iterator[Matrix]:
-    """The matrices of a decoder layer, by full name `prefix`, in module order.
+    """The matrices of a decoder layer, by full name `prefix`, in module order, but for the `dense` parameters.
 
     key_of: parameter name -> checkpoint key, None for what is assembled from several tensors, which is no matrix where
     there is a checkpoint: `stored`.
@@ -98,10 +98,29 @@ def matrices_in(
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         key = key_of(f"{prefix}.{name}.weight")
-        if key is not None or not stored:
+        if (key is not None or not stored) and f"{prefix}.{name}.weight" not in dense:
             transposed = isinstance(module, Conv1D)
             d_out, d_in = reversed(module.weight.shape) if transposed else module.weight.shape
             yield Matrix(f"{prefix}.{name}", module, d_out, d_in, key, transposed)
+
+
+def routers_in(layer: nn.Module, prefix: str) -> Iterator[str]:
+    """Full names, by the layer's, of the weights that route and gate: one output, or one an expert beside them.
+
+    They hold next to no weights, and all that the experts compute hangs on them.
+    """
+    found = {module for module in layer.modules() if isinstance(module, nn.Linear) and len(module.weight) == 1}
+    for module in layer.modules():
+        counts = {count for child in module.children() if (count := _experts(child)) > 1}
+        found |= {one for one in module.children() if isinstance(one, nn.Linear) and len(one.weight) in counts}
+    yield from (f"{prefix}.{name}.weight" for name, module in layer.named_modules() if module in found)
+
+
+def _experts(module: nn.Module) -> int:
+    """How many experts a module holds, as a list or as stacks [E, ., .]; 0 for any other."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    return max((len(one) for one in module.parameters(recurse=False) if one.ndim == 3), default=0)
 
 
 def finite(tensor: Tensor, key: str, checkpoint: Checkpoint) -> Tensor:

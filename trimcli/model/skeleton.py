@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from trimcli.files.names import grouped
 from trimcli.files.tensors import natural
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import build_empty, empty, find_decoder_layers, set_parameter
-from trimcli.model.matrix import Matrix, finite, matrices_in
+from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
 from trimcli.model.names import NameMap, map_names
 from trimcli.options import RunOptions
 
@@ -27,6 +27,12 @@ from trimcli.options import RunOptions
 TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 VOLATILE = TOKEN_IDS | {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
 SAMPLES = 64
+
+Form = Literal["recorded", "suspended"]
+"""How hidden states pass the layers: called as was recorded, or inside of the model's own, suspended forward pass."""
+
+Returns = tuple[Literal["tensor", "tuple", "list"], int]
+"""What a layer gives back: hidden states alone, or a sequence of so many things that begins with them."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,21 @@ class DecoderLayer:
     linears: list[Matrix]
 
 
+class LeftDense(NamedTuple):
+    """A matrix that stays dense: its shape, and why."""
+
+    shape: tuple[int, ...]
+    why: str
+
+
 class Skeleton:
-    """A transformers model without weights, and the means to fill it in parts. dtype: of the computation."""
+    """A transformers model without weights, and the means to fill it in parts. dtype: of the computation.
+
+    form, returns: what `trimcli.pipeline.proof` found to hold for the model; returns is None while nobody looked.
+    """
+
+    form: Form = "recorded"
+    returns: Returns | None = None
 
     def __init__(
         self,
@@ -64,10 +83,13 @@ class Skeleton:
             self._refuse_other_shapes(made)
         keys = {name: key for name, key in self._names.plain.items() if name not in made}
         container, modules = find_decoder_layers(self.model)
+        self._kept = dict.fromkeys(self._used_twice(f"{container}."), "more than one layer uses it")
+        self._kept |= {conversion.name: "the checkpoint holds it in pieces" for conversion in self._names.conversions}
         self.layers: list[DecoderLayer] = []
         for index, module in enumerate(modules):
             name = f"{container}.{index}"
-            linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights))
+            self._kept.update(dict.fromkeys(routers_in(module, name), "it routes or gates"))
+            linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights, dense=self._kept))
             self.layers.append(DecoderLayer(index, name, module, linears))
         self.linears = {linear.name: linear for layer in self.layers for linear in layer.linears}
         for module in self.model.modules():
@@ -103,14 +125,20 @@ class Skeleton:
                 what = f"{key} has shape {shape} where config.json calls for {tuple(tensor.shape)}"
                 raise InputError(f"{self.checkpoint.directory}: {what}; fetch the model anew.")
 
-    def left_dense(self) -> dict[str, tuple[int, ...]]:
-        """Matrices inside the decoder layers that are not pruned (stacked experts, say): name -> shape."""
+    def _used_twice(self, inside: str) -> Iterator[str]:
+        """The parameters of the decoder layers, named `inside`..., that are one with another of theirs."""
+        for same in grouped(self._tied, self._tied.__getitem__).items():
+            names = [name for name in (same[0], *same[1]) if name.startswith(inside)]
+            yield from names if len(names) > 1 else ()
+
+    def left_dense(self) -> dict[str, LeftDense]:
+        """Matrices inside the decoder layers that are not pruned, by full parameter name, and why."""
         pruned = {f"{name}.weight" for name in self.linears}
         return {
-            f"{layer.name}.{name}": tuple(parameter.shape)
+            full: LeftDense(tuple(parameter.shape), self._kept.get(full) or _other_form(parameter))
             for layer in self.layers
-            for name, parameter in layer.module.named_parameters()
-            if parameter.ndim > 1 and f"{layer.name}.{name}" not in pruned
+            for name, parameter in layer.module.named_parameters(remove_duplicate=False)
+            if parameter.ndim > 1 and (full := f"{layer.name}.{name}") not in pruned
         }
 
     @cached_property
@@ -188,6 +216,10 @@ class Skeleton:
 
     def _fill_called(self, name: str, module: nn.Module, _: Any) -> None:
         self._fill(name, module, recurse=False)
+
+
+def _other_form(parameter: Tensor) -> str:
+    return "it is a stack of matrices" if parameter.ndim > 2 else "it is no linear's"
 
 
 def open_model(model: str, options: RunOptions, *, weights: bool | None = True) -> Skeleton:

@@ -12,7 +12,7 @@ from trimcli.methods.choice import Target
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
 from trimcli.methods.stats import GRAM, STATISTICS
 from trimcli.model.matrix import Matrix
-from trimcli.model.skeleton import Skeleton
+from trimcli.model.skeleton import LeftDense, Skeleton
 from trimcli.options import selected
 from trimcli.pipeline.walk import batch_tokens
 
@@ -38,11 +38,11 @@ class PlannedLinear:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a prune will do. dense: matrices left dense, name -> shape. forward_passes: of the whole model."""
+    """What a prune will do. dense: matrices left dense. forward_passes: of the whole model."""
 
     model: str
     linears: tuple[PlannedLinear, ...]
-    dense: Mapping[str, tuple[int, ...]]
+    dense: Mapping[str, LeftDense]
     compute_dtype: str
     device: str
     forward_passes: float
@@ -75,7 +75,8 @@ class Plan:
                 }
                 for linear in self.linears
             ],
-            "left_dense": {name: list(shape) for name, shape in self.dense.items()},
+            "left_dense": {name: list(left.shape) for name, left in self.dense.items()},
+            "why_dense": {name: left.why for name, left in self.dense.items()},
             "weights": self.weights,
             "zeros": self.zeros,
             "sparsity": self.zeros / self.weights,
@@ -120,7 +121,8 @@ def make_plan(
     shapes = {linear.name: linear.shape for linear in linears}
     check_patterns(targets, shapes)
     checkpoint = skeleton.checkpoint
-    dense = {name: linear.shape for name, linear in skeleton.linears.items() if name not in shapes}
+    why = "it was not asked for"
+    dense = {name: LeftDense(one.shape, why) for name, one in skeleton.linears.items() if name not in shapes}
     device, host = estimate_memory(skeleton, linears, recipe, nsamples=nsamples, seqlen=seqlen, calibrates=calibrates)
     return Plan(
         model=checkpoint.id,

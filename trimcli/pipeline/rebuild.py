@@ -57,7 +57,7 @@ def _run(walk: Walk, layer: DecoderLayer, sample: int, hidden: Tensor) -> Tensor
 
 
 def _states(walk: Walk, sample: int) -> Tensor:
-    return walk.hidden[sample : sample + 1].to(walk.skeleton.device)
+    return walk.states(slice(sample, sample + 1))
 
 
 def _gradients(walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:

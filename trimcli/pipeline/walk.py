@@ -1,7 +1,7 @@
-"""Hidden states through the decoder layers, one layer resident; all samples' are one buffer, updated in place."""
+"""Hidden states through the decoder layers, one layer resident, batch by batch."""
 
 from collections.abc import Collection, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, ResourceError
-from trimcli.methods.masks import slices
-from trimcli.model.forward import Embedder, Forward, Recording, first_output
-from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.model.forward import first_output
+from trimcli.model.skeleton import DecoderLayer, Form, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, find_groups
-
-# The share of free device memory that the hidden states may take.
-SHARE = 0.4
+from trimcli.pipeline.recorded import Recorded
+from trimcli.pipeline.stream import Logits, Stream
+from trimcli.pipeline.suspended import Suspended
 
 
 class Walk:
     """Samples on their way through a skeleton.
 
-    tokens: integer [N, L]. batch_size: None chooses. wanted: the linears whose inputs matter, None for all. Raises
-    InputError for tokens outside the vocabulary, ResourceError when not even one sample fits in memory.
+    tokens: integer [N, L]. batch_size: None chooses. wanted: the linears whose inputs matter, None for all. form: None
+    for the one that the skeleton was proven to have. Raises InputError for tokens outside the vocabulary, ResourceError
+    when not even one sample fits in memory.
     """
 
     def __init__(
@@ -33,62 +33,26 @@ class Walk:
         batch_size: int | None = None,
         wanted: Collection[str] | None = None,
         progress: Progress = NO_PROGRESS,
+        form: Form | None = None,
     ) -> None:
         self.skeleton = skeleton
         self.wanted = wanted
-        self.forward = Forward(skeleton)
         self.progress = progress
         self.nsamples, self.seqlen = tokens.shape
-        chosen = batch_tokens(skeleton.device) // self.seqlen
-        self.batch_size = max(1, min(batch_size or chosen, self.nsamples))
         refuse_foreign_tokens(skeleton, tokens)
-        self._tokens = tokens
-        self._recordings: dict[int, Recording] = {}
-        self._own: dict[int, Recording] = {}
+        chosen = batch_tokens(skeleton.device) // self.seqlen
+        size = max(1, min(batch_size or chosen, self.nsamples))
+        self.stream: Stream
+        if (form or skeleton.form) == "suspended":
+            self.stream = Suspended(skeleton, tokens, progress)
+        else:
+            self.stream = Recorded(skeleton, tokens, size, progress)
         self._groups: dict[int, list[InputGroup]] = {}
-        self.hidden = self._embed()
-        if self._own and self.batch_size > 1:
-            # Calls that depend on the tokens are good for the very samples they were recorded with.
-            self.batch_size = 1
-            self._recordings.clear()
-            self._own.clear()
-            self.hidden = self._embed()
 
-    def _embed(self) -> Tensor:
-        hidden: Tensor | None = None
-        with self.forward.embedding() as embed, self.progress.task("embedding", self.nsamples) as advance:
-            self._record_size(1, embed)
-            # With a single batch there is nothing else to see by whether the calls depend on the tokens.
-            self._keep_recording(slice(self.nsamples - 1, self.nsamples), embed(self._tokens[-1:])[1])
-            for rows in slices(self.nsamples, self.batch_size):
-                states, recording = embed(self._tokens[rows])
-                self._keep_recording(rows, recording)
-                if hidden is None:
-                    hidden = self._buffer(states)
-                hidden[rows] = states.to(hidden.device)
-                advance(rows.stop - rows.start)
-        if hidden is None:
-            raise InputError("there are no calibration samples; give at least one.")
-        return hidden
-
-    def _buffer(self, states: Tensor) -> Tensor:
-        shape = (self.nsamples, *states.shape[1:])
-        size = states[0].numel() * self.nsamples * states.element_size()
-        if states.device.type != "cpu":
-            free, _ = torch.get_device_module(states.device).mem_get_info(states.device)
-            if size > SHARE * free:
-                return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
-        return torch.empty(shape, dtype=states.dtype, device=states.device)
-
-    def _keep_recording(self, rows: slice, recording: Recording) -> None:
-        """Batches of one size are called alike; where the calls depend on the tokens, each batch keeps its own."""
-        shared = self._recordings.setdefault(rows.stop - rows.start, recording)
-        if shared is not recording and not _alike(shared, recording, self.skeleton.device):
-            self._own[rows.start] = recording
-
-    def _record_size(self, size: int, embed: Embedder) -> None:
-        if size not in self._recordings:
-            self._recordings[size] = embed(self._tokens[:size])[1]
+    @property
+    def batch_size(self) -> int:
+        """Samples in a batch."""
+        return self.stream.batch_size
 
     def layers(self) -> Iterator[DecoderLayer]:
         """Decoder layers in order, each loaded for its turn and dropped after it."""
@@ -102,19 +66,20 @@ class Walk:
     def groups(self, layer: DecoderLayer) -> list[InputGroup]:
         """The layer's input groups in order of execution, found with one sample the first time."""
         if layer.index not in self._groups:
-            self._groups[layer.index] = find_groups(layer, lambda: self.run_rows(layer, slice(0, 1)), self.wanted)
+            self._groups[layer.index] = find_groups(layer, lambda: self.call(layer, slice(0, 1)), self.wanted)
         return self._groups[layer.index]
 
-    def run_rows(self, layer: DecoderLayer, rows: slice) -> Tensor:
-        """The layer's output [b, L, H] for samples `rows`, on the compute device; the buffer stays as it is."""
-        return self.call(layer, rows, self.hidden[rows].to(self.skeleton.device, non_blocking=True))
+    def states(self, rows: slice) -> Tensor:
+        """The hidden states [b, L, H] of samples `rows`, on the compute device."""
+        return self.stream.states(rows)
 
-    def call(self, layer: DecoderLayer, rows: slice, hidden: Tensor) -> Tensor:
-        """The layer's output for given hidden states [b, L, H] in the place of samples `rows`."""
-        recording = self._own.get(rows.start) or self._recordings[rows.stop - rows.start]
-        args, kwargs = recording[layer.index]
-        with torch.no_grad():
-            return first_output(layer.module(hidden, *args, **kwargs))
+    def call(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Tensor:
+        """The layer's output [b, L, H] for samples `rows`, which stay as they are, or for other hidden states."""
+        return first_output(self.stream.run(layer, rows, hidden))
+
+    def head(self) -> AbstractContextManager[Logits]:
+        """The part of the model after the last layer, for samples that have passed it."""
+        return self.stream.head()
 
     def collect(self, layer: DecoderLayer, collector: Collector) -> None:
         """Gather statistics of the layer's inputs; the hidden states stay as they are."""
@@ -132,7 +97,8 @@ class Walk:
         if collector is not None:
             collector.reset()
         sound = torch.ones((), dtype=torch.bool, device=self.skeleton.device)
-        with self.progress.task(title, self.nsamples) as step:
+        around = self.stream.advancing() if advance else nullcontext()
+        with around, self.progress.task(title, self.nsamples) as step:
             position = 0
             while position < self.nsamples:
                 rows = slice(position, min(position + self.batch_size, self.nsamples))
@@ -155,10 +121,10 @@ class Walk:
     def _fits(self, layer: DecoderLayer, rows: slice, sound: Tensor, *, advance: bool) -> bool:
         """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way."""
         try:
-            outputs = self.run_rows(layer, rows)
+            result = self.stream.run(layer, rows)
             if advance:
-                sound &= torch.isfinite(outputs).all()
-                self.hidden[rows] = outputs.to(self.hidden.device)
+                sound &= torch.isfinite(first_output(result)).all()
+                self.stream.put(layer, rows, result)
         except RuntimeError as problem:
             if not _out_of_memory(problem):
                 raise
@@ -167,17 +133,14 @@ class Walk:
 
     def _halve(self, layer: DecoderLayer, left: int) -> None:
         """Go on with half the batch size, for the `left` samples of this pass and for the passes to come."""
-        if self.batch_size == 1 or self._own:
+        if not self.stream.divides:
             what = f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device}"
             raise ResourceError(f"{what} at {layer.name}; give a smaller --seqlen or a device with more memory.")
-        self.batch_size = max(1, self.batch_size // 2)
+        size = max(1, self.batch_size // 2)
         if self.skeleton.device.type != "cpu":
             torch.get_device_module(self.skeleton.device).empty_cache()
-        self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {self.batch_size}.")
-        sizes = {self.batch_size, left % self.batch_size, self.nsamples % self.batch_size} - {0}
-        with self.forward.embedding() as embed:
-            for size in sizes:
-                self._record_size(size, embed)
+        self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {size}.")
+        self.stream.shrink(size, {size, left % size, self.nsamples % size} - {0})
 
 
 def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
@@ -213,27 +176,3 @@ def default_seqlen(config: Any) -> int:
 
 def _out_of_memory(problem: RuntimeError) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
-
-
-def _alike(one: Any, other: Any, device: torch.device) -> bool:
-    """Whether two recordings' calls are the same: each pair of tensors compared once, and `device` waited for once."""
-    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    if not _same_form(one, other, pairs):
-        return False
-    same = [(mine == theirs).all().to(device) for mine, theirs in pairs.values()]
-    return not same or bool(torch.stack(same).all())
-
-
-def _same_form(one: Any, other: Any, pairs: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> bool:
-    """Whether two recordings' calls differ in no more than the values of the tensors that go to `pairs`."""
-    if isinstance(one, Tensor):
-        if one is not other:
-            pairs[id(one), id(other)] = (one, other)
-        return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
-    if isinstance(one, dict):
-        same = isinstance(other, dict) and one.keys() == other.keys()
-        return same and all(_same_form(one[key], other[key], pairs) for key in one)
-    if isinstance(one, list | tuple):
-        same = isinstance(other, list | tuple) and len(one) == len(other)
-        return same and all(_same_form(mine, theirs, pairs) for mine, theirs in zip(one, other, strict=True))
-    return type(one) is type(other)

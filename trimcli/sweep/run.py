@@ -32,6 +32,7 @@ from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
 from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.plan import chosen_linears, forward_passes, walks
+from trimcli.pipeline.proof import open_proven
 from trimcli.pipeline.walk import default_seqlen
 from trimcli.sweep.grid import Setting, SweepOptions, settings_of
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
@@ -248,6 +249,6 @@ class _Measurer:
             return self._perplexity(str(model)) if saved else self._perplexity(self._model, masks), summary.sparsity
 
     def _perplexity(self, model: str, masks: Path | None = None) -> float:
-        skeleton, size = open_model(model, self._options), self._options.batch_size
+        skeleton, size = open_proven(model, self._options, self._progress), self._options.batch_size
         mask = open_masks(masks, skeleton) if masks else None
         return perplexity(skeleton, self._heldout, mask=mask, batch_size=size, progress=self._progress)

@@ -1,0 +1,220 @@
+"""The walk proves itself: before a model is first used, layer by layer against its own forward pass.
+
+Four short samples, the last one the third with another last token, pass through the model as transformers runs it, its
+layers filled when they are called and emptied after. Then they walk, one at a time and in pairs, and whatever a layer
+gives has to be what the model's next layer was given. What holds is the model's form; it is kept in the
+stage cache, for all models of the same structure.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import InputError, TrimError, first_line
+from trimcli.files.cache import Cache
+from trimcli.files.documents import read_json, write_json
+from trimcli.files.manifest import LIBRARIES
+from trimcli.methods.masks import slices
+from trimcli.model.forward import Forward, first_output, form_of, split_call
+from trimcli.model.skeleton import DecoderLayer, Form, Skeleton, open_model
+from trimcli.options import RunOptions
+from trimcli.pipeline.walk import Walk, max_positions
+
+PROOF = "trim.proof/1"
+SAMPLES, LENGTH = 4, 24
+# How far a token's values may be from the model's own, relative to their norm: what the dtype's rounding may do within
+# a layer. In 16 bits a token in ten may be further off: a router's near tie falls either way.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
+WIDE, SHARE = 4e-2, 0.9
+
+
+@dataclass
+class _Own:
+    """What the model's own forward pass gave. arrived: hidden states by layer, and after the last; order: of calls."""
+
+    arrived: list[Tensor] = field(default_factory=list)
+    order: list[int] = field(default_factory=list)
+    logits: Tensor | None = None
+
+
+def open_proven(model: str, options: RunOptions, progress: Progress = NO_PROGRESS) -> Skeleton:
+    """`open_model` for what will be walked. Raises what it and `prove` raise."""
+    skeleton = open_model(model, options)
+    prove(skeleton, options.cache_dir, progress)
+    return skeleton
+
+
+def prove(skeleton: Skeleton, cache_dir: Path | None = None, progress: Progress = NO_PROGRESS) -> None:
+    """Set the skeleton's `form` and `returns`: how the walk gives what the model's own forward pass gives.
+
+    Raises InputError for a model that is not causal, whose own forward pass fails, or with which no form agrees.
+    """
+    # Whatever its weights, a model of this structure is called alike; but of code that it brings nothing is known.
+    path = None
+    if "auto_map" not in skeleton.checkpoint.config_document:
+        versions = [version(name) for name in LIBRARIES]
+        key = [skeleton.fingerprint.structure, str(skeleton.dtype), skeleton.device.type, versions]
+        path = Cache(cache_dir).file("proofs", key, ".json")
+    if path is not None and path.is_file():
+        found = read_json(path, PROOF)
+        skeleton.form, skeleton.returns = found["form"], tuple(found["returns"])
+        return
+    skeleton.form = _form(skeleton, progress)
+    if path is not None:
+        found = {"model": skeleton.checkpoint.id, "form": skeleton.form, "returns": skeleton.returns}
+        write_json(path, {"schema": PROOF, **found}, force=True)  # two runs may find the same at once
+
+
+def _form(skeleton: Skeleton, progress: Progress) -> Form:
+    tokens = probe_tokens(skeleton)
+    id = skeleton.checkpoint.id
+    with progress.task("comparing with the model's own forward pass", 3) as advance:
+        try:
+            own = _own(skeleton, tokens)
+            _refuse_unusual(skeleton, own)
+        except TrimError:
+            raise
+        except Exception as problem:  # any model's code may raise anything
+            what = f"the forward pass of {id} fails on {SAMPLES} samples of {tokens.shape[1]} tokens"
+            raise InputError(f"{what} ({type(problem).__name__}: {first_line(problem)}); it cannot be used.") from None
+        advance()
+        found = ""
+        form: Form
+        for form in ("recorded", "suspended"):
+            try:
+                found = _difference(skeleton, tokens, own, form)
+            except Exception as problem:  # called in a way that is not its own, a layer may raise anything
+                found = f"fails ({type(problem).__name__}: {first_line(problem)})"
+            if not found:
+                return form
+            advance()
+    kind = type(skeleton.model).__name__
+    raise InputError(f"layer by layer, {kind} in {id} {found}; its form is not supported, so nothing is measured.")
+
+
+def probe_tokens(skeleton: Skeleton) -> Tensor:
+    """The samples, int64 [4, L]: tokens without a meaning of their own, the fourth the third with another last one."""
+    vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+    special = {value for config in _configs(skeleton.config) for value in _token_ids(config)}
+    plain = [token for token in range(min(vocabulary, 4096)) if token not in special]
+    length = min(LENGTH, max_positions(skeleton.config) or LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(plain), (SAMPLES, length), generator=generator)
+    chosen[-1] = chosen[-2]
+    chosen[-1, -1] = (chosen[-2, -1] + 1) % len(plain)
+    return torch.tensor(plain)[chosen]
+
+
+def _configs(config: Any) -> Iterator[dict[Any, Any]]:
+    document = config.to_dict()
+    yield document
+    yield from (value for value in document.values() if isinstance(value, dict))
+
+
+def _token_ids(config: dict[Any, Any]) -> Iterator[int]:
+    for name, value in config.items():
+        if str(name).endswith(("token_id", "token_index")):
+            yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
+
+
+def _own(skeleton: Skeleton, tokens: Tensor) -> _Own:
+    """The model's own forward pass, one layer resident."""
+    own = _Own()
+
+    def filled(layer: DecoderLayer) -> Any:
+        forward = layer.module.forward
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            own.order.append(layer.index)
+            own.arrived.append(split_call(args, kwargs)[0].clone())
+            skeleton.load_layer(layer)
+            try:
+                result = forward(*args, **kwargs)
+            finally:
+                skeleton.drop_layer(layer)
+            skeleton.returns = skeleton.returns or form_of(result)
+            if layer is skeleton.layers[-1]:
+                own.arrived.append(first_output(result).clone())
+            return result
+
+        return called
+
+    with skeleton.filled_on_use():
+        own.logits = Forward(skeleton).around(tokens, filled).logits
+    return own
+
+
+def _refuse_unusual(skeleton: Skeleton, own: _Own) -> None:
+    id = f"{type(skeleton.model).__name__} in {skeleton.checkpoint.id}"
+    if own.order != list(range(len(skeleton.layers))):
+        what = f"{id} calls its {len(skeleton.layers)} decoder layers in the order {own.order[:99]}"
+        raise InputError(f"{what}, not each once; its form is not supported.")
+    logits = own.logits
+    if logits is None or logits.device.type == "meta" or logits.ndim != 3:
+        raise InputError(f"{id} uses weights that lie outside of the modules it calls; its form is not supported.")
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(f"the predictions of {id} hold NaN or infinite values; try --dtype float32.")
+    if _apart(logits[-1:, :-1], logits[-2:-1, :-1]):
+        what = f"{id} is no causal language model: another last token changes what it predicts before it"
+        raise InputError(f"{what}; give a decoder.")
+
+
+def _difference(skeleton: Skeleton, tokens: Tensor, own: _Own, form: Form) -> str:
+    """Where and by how much a walk of this form differs from the model's own forward pass; empty where it does not."""
+    sizes = (1, 2) if form == "recorded" else (1,)
+    walks = [Walk(skeleton, tokens, batch_size=size, form=form) for size in sizes]
+    assert own.logits is not None, "checked by _refuse_unusual"
+    with contextlib.ExitStack() as stack:
+        for walk in walks:
+            for rows in slices(SAMPLES, walk.batch_size):
+                if gap := _apart(walk.states(rows), _samples(own.arrived[0], rows)):
+                    return f"gives other embeddings than its own forward pass, by {gap:.1%}"
+        for layer in walks[0].layers():
+            for walk in walks:
+                stack.enter_context(walk.stream.advancing())
+                expected = own.arrived[layer.index + 1]
+                for rows in slices(SAMPLES, walk.batch_size):
+                    walk.call(layer, rows)  # as when statistics are gathered: it must leave no trace
+                    result = walk.stream.run(layer, rows)
+                    if gap := _apart(first_output(result), _samples(expected, rows)):
+                        return f"differs from its own forward pass at {layer.name} by {gap:.1%}"
+                    walk.stream.put(layer, rows, _with_states(result, _samples(expected, rows)))
+                stack.close()
+        for walk in walks:
+            with walk.head() as head:
+                for rows in slices(SAMPLES, walk.batch_size):
+                    found = head(rows, slice(0, tokens.shape[1]))
+                    if gap := _apart(found, own.logits[rows]):
+                        return f"differs from its own forward pass after the last layer by {gap:.1%}"
+    return ""
+
+
+def _samples(states: Tensor, rows: slice) -> Tensor:
+    """Those of samples `rows` among the states of all, which some models stack in other dimensions too."""
+    dimension = next((place for place, size in enumerate(states.shape) if size == SAMPLES), 0)
+    return states.narrow(dimension, rows.start, rows.stop - rows.start)
+
+
+def _with_states(result: Any, states: Tensor) -> Any:
+    """A layer's result with the model's own states in it, so that what the next one gives is that layer's doing."""
+    if isinstance(result, tuple | list):
+        return type(result)([states, *result[1:]])
+    return states
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """The difference relative to the norm of what is expected, token by token; 0 where it is rounding."""
+    if found.shape != expected.shape:
+        return float("inf")
+    one, other = found.float(), expected.float()
+    gaps = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-12)
+    exact = expected.dtype == torch.float32
+    gap = float(gaps.max() if exact else gaps.flatten().quantile(SHARE))
+    return gap if not gap <= TOLERANCE.get(expected.dtype, WIDE) else 0.0

@@ -1,0 +1,130 @@
+"""Layers called as the model was seen to call them: all samples' hidden states are one buffer, updated in place."""
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimcli.console import Progress
+from trimcli.errors import InputError
+from trimcli.methods.masks import slices
+from trimcli.model.forward import Embedder, Forward, Recording, first_output
+from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.pipeline.stream import Logits, Stream
+
+# The share of free device memory that the hidden states may take.
+SHARE = 0.4
+
+
+class Recorded(Stream):
+    """Samples whose layers are called with what was recorded once for batches of each size. tokens: integer [N, L]."""
+
+    def __init__(self, skeleton: Skeleton, tokens: Tensor, batch_size: int, progress: Progress) -> None:
+        self.skeleton, self.batch_size = skeleton, batch_size
+        self.forward = Forward(skeleton)
+        self._tokens, self._progress = tokens, progress
+        self._recordings: dict[int, Recording] = {}
+        self._own: dict[int, Recording] = {}
+        self.hidden = self._embed()
+        if self._own and self.batch_size > 1:
+            # Calls that depend on the tokens are good for the very samples they were recorded with.
+            self.batch_size = 1
+            self._recordings.clear()
+            self._own.clear()
+            self.hidden = self._embed()
+
+    def _embed(self) -> Tensor:
+        hidden: Tensor | None = None
+        count = len(self._tokens)
+        with self.forward.embedding() as embed, self._progress.task("embedding", count) as advance:
+            self._record_size(1, embed)
+            # With a single batch there is nothing else to see by whether the calls depend on the tokens.
+            self._keep_recording(slice(count - 1, count), embed(self._tokens[-1:])[1])
+            for rows in slices(count, self.batch_size):
+                states, recording = embed(self._tokens[rows])
+                self._keep_recording(rows, recording)
+                if hidden is None:
+                    hidden = self._buffer(states)
+                hidden[rows] = states.to(hidden.device)
+                advance(rows.stop - rows.start)
+        if hidden is None:
+            raise InputError("there are no calibration samples; give at least one.")
+        return hidden
+
+    def _buffer(self, states: Tensor) -> Tensor:
+        shape = (len(self._tokens), *states.shape[1:])
+        size = states[0].numel() * len(self._tokens) * states.element_size()
+        if states.device.type != "cpu":
+            free, _ = torch.get_device_module(states.device).mem_get_info(states.device)
+            if size > SHARE * free:
+                return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
+        return torch.empty(shape, dtype=states.dtype, device=states.device)
+
+    def _keep_recording(self, rows: slice, recording: Recording) -> None:
+        """Batches of one size are called alike; where the calls depend on the tokens, each batch keeps its own."""
+        shared = self._recordings.setdefault(rows.stop - rows.start, recording)
+        if shared is not recording and not _alike(shared, recording, self.skeleton.device):
+            self._own[rows.start] = recording
+
+    def _record_size(self, size: int, embed: Embedder) -> None:
+        if size not in self._recordings:
+            self._recordings[size] = embed(self._tokens[:size])[1]
+
+    def states(self, rows: slice) -> Tensor:
+        """The hidden states [b, L, H] of samples `rows`, on the compute device."""
+        return self.hidden[rows].to(self.skeleton.device, non_blocking=True)
+
+    def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
+        """All that the loaded layer returns for samples `rows`, or for other hidden states [b, L, H] in their place."""
+        recording = self._own.get(rows.start) or self._recordings[rows.stop - rows.start]
+        args, kwargs = recording[layer.index]
+        with torch.no_grad():
+            return layer.module(self.states(rows) if hidden is None else hidden, *args, **kwargs)
+
+    def put(self, layer: DecoderLayer, rows: slice, result: Any) -> None:
+        """Let samples `rows` go on to the next layer with `result`, what this one returned for them."""
+        self.hidden[rows] = first_output(result).to(self.hidden.device)
+
+    @property
+    def divides(self) -> bool:
+        """Whether `shrink` is possible."""
+        return self.batch_size > 1 and not self._own
+
+    def shrink(self, batch_size: int, sizes: Collection[int]) -> None:
+        """Take smaller batches from now on: `batch_size`, and others of `sizes`."""
+        self.batch_size = batch_size
+        with self.forward.embedding() as embed:
+            for size in sizes:
+                self._record_size(size, embed)
+
+    @contextmanager
+    def head(self) -> Iterator[Logits]:
+        """The part of the model after the last layer, loaded on use and dropped after."""
+        with self.forward.head() as head:
+            yield lambda rows, part: head(self.hidden[rows, part].to(self.skeleton.device))
+
+
+def _alike(one: Any, other: Any, device: torch.device) -> bool:
+    """Whether two recordings' calls are the same: each pair of tensors compared once, and `device` waited for once."""
+    pairs: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    if not _same_form(one, other, pairs):
+        return False
+    same = [(mine == theirs).all().to(device) for mine, theirs in pairs.values()]
+    return not same or bool(torch.stack(same).all())
+
+
+def _same_form(one: Any, other: Any, pairs: dict[tuple[int, int], tuple[Tensor, Tensor]]) -> bool:
+    """Whether two recordings' calls differ in no more than the values of the tensors that go to `pairs`."""
+    if isinstance(one, Tensor):
+        if one is not other:
+            pairs[id(one), id(other)] = (one, other)
+        return isinstance(other, Tensor) and one.shape == other.shape and one.dtype == other.dtype
+    if isinstance(one, dict):
+        same = isinstance(other, dict) and one.keys() == other.keys()
+        return same and all(_same_form(one[key], other[key], pairs) for key in one)
+    if isinstance(one, list | tuple):
+        same = isinstance(other, list | tuple) and len(one) == len(other)
+        return same and all(_same_form(mine, theirs, pairs) for mine, theirs in zip(one, other, strict=True))
+    return type(one) is type(other)

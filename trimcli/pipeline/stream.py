@@ -1,0 +1,59 @@
+"""What the walk stands on: where samples' hidden states are kept, and what a layer is called with for them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from trimcli.model.forward import first_output
+from trimcli.model.skeleton import DecoderLayer
+
+
+class Logits(Protocol):
+    """The model's predictions after the last layer."""
+
+    def __call__(self, rows: slice, part: slice, /) -> Tensor:
+        """Logits [b, l, vocabulary] for the positions `part` of the samples `rows`."""
+
+
+class Stream(ABC):
+    """Samples between two decoder layers. batch_size: of the batches that it takes, in steps from the first sample."""
+
+    batch_size: int
+
+    @abstractmethod
+    def states(self, rows: slice) -> Tensor:
+        """The hidden states [b, L, H] of samples `rows`, on the compute device."""
+
+    @abstractmethod
+    def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
+        """All that the loaded layer returns for samples `rows`, or for other hidden states [b, L, H] in their place."""
+
+    @abstractmethod
+    def put(self, layer: DecoderLayer, rows: slice, result: Any) -> None:
+        """Let samples `rows` go on to the next layer with `result`, what this one returned for them."""
+
+    @abstractmethod
+    def shrink(self, batch_size: int, sizes: Collection[int]) -> None:
+        """Take smaller batches from now on: `batch_size`, and others of `sizes`."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether `shrink` is possible."""
+        return self.batch_size > 1
+
+    @contextmanager
+    def advancing(self) -> Iterator[None]:
+        """Around the `put` of every sample after one layer."""
+        yield
+
+    @contextmanager
+    @abstractmethod
+    def head(self) -> Iterator[Logits]:
+        """The part of the model after the last layer, loaded on use and dropped after."""
+
+    def outputs(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Tensor:
+        """The hidden states [b, L, H] in what `run` returns."""
+        return first_output(self.run(layer, rows, hidden))
