@@ -27,7 +27,7 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
 
 def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
-    """The decoder's ModuleList: the one with the most parameters, of those with `num_hidden_layers` entries if any.
+    """The decoder's ModuleList: of those with `num_hidden_layers` entries if any, and of the outermost, the largest.
 
     Raises InputError where there is none, or where a layer is spread over several lists.
     """
@@ -35,9 +35,14 @@ def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     outer = {name: one for name, one in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     sizes = {name: sum(parameter.numel() for parameter in one.parameters()) for name, one in outer.items()}
-    asked = [name for name, one in outer.items() if len(one) == getattr(config, "num_hidden_layers", None)]
-    name = max(asked or outer, key=lambda name: sizes[name], default="")
-    if not sizes.get(name):
+    decoder = set(model.get_decoder().modules()) if hasattr(model, "get_decoder") else set()
+
+    def fitness(name: str) -> tuple[bool, bool, int, int]:
+        counted = len(outer[name]) == getattr(config, "num_hidden_layers", None)
+        return counted, outer[name] in decoder, -name.count("."), sizes[name]
+
+    name = max((name for name, size in sizes.items() if size), key=fitness, default=None)
+    if name is None:
         raise InputError(f"{type(model).__name__} has no list of decoder layers; its form is not supported.")
     parent = name.rpartition(".")[0]
     beside = [

@@ -136,6 +136,11 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tupl
     return named.pop("hidden_states"), (), named
 
 
+def called_with(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a layer call with other hidden states in the place of its own."""
+    return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
+
+
 def first_output(result: Any) -> Tensor:
     """A layer's hidden states: layers return a tensor, or a tuple or list that begins with it."""
     found: Tensor = result[0] if isinstance(result, tuple | list) else result

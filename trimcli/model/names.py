@@ -18,6 +18,12 @@ class Conversion:
     converter: Any
     pieces: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all parameters that it yields."""
+        first, *others = self.converter.target_patterns
+        return [self.name, *(self.name.replace(first, other) for other in others)]
+
     def build(self, model: Any, load: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The parameters this conversion yields, by full module name."""
         converter = copy.deepcopy(self.converter)

@@ -176,7 +176,7 @@ class Skeleton:
         dotted = f"{prefix}." if prefix else ""
         made: dict[str, Tensor] = {}
         for conversion in self._names.conversions:
-            if recurse and conversion.name.startswith(dotted):
+            if any(name.startswith(dotted) for name in conversion.names):
                 try:
                     made |= conversion.build(self.model, self.checkpoint.load)
                 except RuntimeError as problem:
@@ -212,9 +212,14 @@ class Skeleton:
                     continue
                 undo.callback(empty, module, recurse=False)
                 undo.enter_context(module.register_forward_pre_hook(partial(self._fill_called, name)))
+                if module is self.model.get_input_embeddings():
+                    self._fill(name, module, recurse=False)  # models move their tokens to where these are
             yield
 
-    def _fill_called(self, name: str, module: nn.Module, _: Any) -> None:
+    def _fill_called(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        # With indices on the meta device an embedding returns what happens to lie in memory.
+        if any(isinstance(one, Tensor) and one.device.type == "meta" for one in args):
+            raise RuntimeError(f"{name} is given a tensor on the meta device")
         self._fill(name, module, recurse=False)
 
 

@@ -82,6 +82,8 @@ def _form(skeleton: Skeleton, progress: Progress) -> Form:
         except TrimError:
             raise
         except Exception as problem:  # any model's code may raise anything
+            if "meta" in str(problem):  # the device of weights that are not filled
+                raise _outside(skeleton) from None
             what = f"the forward pass of {id} fails on {SAMPLES} samples of {tokens.shape[1]} tokens"
             raise InputError(f"{what} ({type(problem).__name__}: {first_line(problem)}); it cannot be used.") from None
         advance()
@@ -158,12 +160,17 @@ def _refuse_unusual(skeleton: Skeleton, own: _Own) -> None:
         raise InputError(f"{what}, not each once; its form is not supported.")
     logits = own.logits
     if logits is None or logits.device.type == "meta" or logits.ndim != 3:
-        raise InputError(f"{id} uses weights that lie outside of the modules it calls; its form is not supported.")
+        raise _outside(skeleton)
     if not bool(torch.isfinite(logits).all()):
         raise InputError(f"the predictions of {id} hold NaN or infinite values; try --dtype float32.")
     if _apart(logits[-1:, :-1], logits[-2:-1, :-1]):
         what = f"{id} is no causal language model: another last token changes what it predicts before it"
         raise InputError(f"{what}; give a decoder.")
+
+
+def _outside(skeleton: Skeleton) -> InputError:
+    id = f"{type(skeleton.model).__name__} in {skeleton.checkpoint.id}"
+    return InputError(f"{id} uses weights that lie outside of the modules it calls; its form is not supported.")
 
 
 def _difference(skeleton: Skeleton, tokens: Tensor, own: _Own, form: Form) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trimcli.console import Progress
 from trimcli.errors import TrimError
-from trimcli.model.forward import split_call
+from trimcli.model.forward import called_with, split_call
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.stream import Logits, Stream
 
@@ -77,10 +77,10 @@ class Suspended(Stream):
     def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
         """All that the loaded layer returns for the sample `rows`, or for other hidden states [1, L, H]."""
         _, args, kwargs = self._calls[rows.start]
-        own, rest, named = split_call(args, kwargs)
         # A copy: a layer that adds to what it is given may be run again.
+        args, kwargs = called_with(self.states(rows).clone() if hidden is None else hidden, args, kwargs)
         with torch.no_grad():
-            return layer.module(own.clone() if hidden is None else hidden, *rest, **named)
+            return layer.module(*args, **kwargs)
 
     def put(self, layer: DecoderLayer, rows: slice, result: Any) -> None:
         """Let the sample `rows` go on to the next layer with `result`, all that this one returned for it."""
