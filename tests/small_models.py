@@ -69,6 +69,16 @@ def skeleton_of(directory: Path) -> Skeleton:
     return Skeleton(Checkpoint.open(directory))
 
 
+def save_random(config: PretrainedConfig, directory: Path) -> Path:
+    """A model of this config as save_pretrained writes it: random in every parameter, float32, seed 0."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 0.1, 0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
 def masks_for(
     directory: Path,
     path: Path,

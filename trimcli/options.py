@@ -93,7 +93,8 @@ def words(options: Any, *but: str) -> list[str]:
         if one.field in but or value == one.default or value is None:
             continue
         if isinstance(value, bool):
-            found.append(one.spelled)
+            on, _, off = one.spelled.partition("/")
+            found.append(on if value or not off else off)
         elif isinstance(value, tuple):
             parts = value if one.flag.repeated else [",".join(map(str, value))]
             found += [word for part in parts for word in (one.spelled, str(part))]

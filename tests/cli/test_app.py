@@ -243,5 +243,5 @@ def test_one_go_leaves_the_stages_in_the_cache(base: Path, tmp_path: Path) -> No
     args = prune_args(base, tmp_path, "--alloc", "owl", "--use-trim", "--iterations", 2)
     assert trim(*args).status == 0
     kinds = {entry["kind"] for entry in trim_json("cache", "--cache-dir", tmp_path / "cache")["entries"]}
-    assert kinds == {"calibration", "ratios"}
+    assert kinds == {"calibration", "proofs", "ratios"}
     assert trim_json(*args, "--force")["sparsity"] == pytest.approx(0.5, abs=1e-3)

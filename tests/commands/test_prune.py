@@ -497,7 +497,7 @@ def test_the_stages_in_one_go_are_the_stages_one_by_one(base: Path, tmp_path: Pa
     assert "outliers" in first.seen
     assert not {"calibrating layers", "outliers"} & set(second.seen)
     kinds = {path.parent.name for path in (tmp_path / "cache").rglob("*") if path.is_file()}
-    assert kinds == {"calibration", "ratios"}
+    assert kinds == {"calibration", "proofs", "ratios"}
 
 
 def test_other_samples_make_another_calibration(base: Path, tmp_path: Path) -> None:
@@ -538,3 +538,71 @@ def test_options_that_do_not_go_together(fields: dict[str, Any], message: str, b
     with pytest.raises(OptionError, match=message):
         run(base, tmp_path, **fields)
     assert tree(tmp_path) == []
+
+
+# --- a model that is sparse already ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def half(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with half of its weights gone, as `prune --save-model` writes it."""
+    folder = tmp_path_factory.mktemp("half")
+    prune(str(base / "model"), folder / "masks", options_for(base, folder, sparsity=0.5, save_model=folder / "model"))
+    return folder / "model"
+
+
+def again(half: Path, base: Path, tmp_path: Path, *options: object) -> tuple[Any, dict[str, Tensor]]:
+    """Prune the half-pruned model once more with an update; what the command left, and the weights."""
+    output = tmp_path / "model"
+    shared = ("--tokens", base / "tokens.safetensors", "--cache-dir", tmp_path / "cache", *COMPUTE)
+    done = trim("prune", half, "-o", tmp_path / "masks", "--save-model", output, *shared, *options)
+    assert done.status == 0, done.err
+    return done, load_file(output / "model.safetensors")
+
+
+METHODS: dict[str, tuple[object, ...]] = {
+    "2:4": ("--method", "sparsegpt", "--sparsity-type", "2:4"),
+    "unstructured": ("--method", "sparsegpt", "--sparsity", 0.6),
+    "mask fixed beforehand": ("--update", "obs", "--sparsity", 0.6),
+    "TRIM": ("--method", "sparsegpt", "--use-trim", "--sparsity", 0.6),
+    "Barber": ("--method", "sparsegpt", "--prune-barber", "--retain-reconstruction", "--sparsity", 0.6),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_earlier_zeros_stay(method: str, half: Path, base: Path, tmp_path: Path) -> None:
+    _, weights = again(half, base, tmp_path, *METHODS[method])
+    before, found = load_file(half / "model.safetensors"), MaskFile.open(tmp_path / "masks")
+    for name in found.names:
+        earlier, weight = before[f"{name}.weight"] == 0, weights[f"{name}.weight"]
+        assert int(earlier.sum()) == round(0.5 * earlier.numel())
+        assert not weight[earlier].count_nonzero(), name
+        assert zeros(weight) >= zeros(found.keep(name)) >= round(0.5 * weight.numel())
+        if method == "2:4":
+            assert int((weight.view(-1, 4) != 0).sum(dim=1).max()) == 2
+        elif method == "mask fixed beforehand":  # every row loses alike, so half of it was gone already
+            assert zeros(found.keep(name)) == round(0.6 * weight.numel())
+    trim_json("verify", tmp_path / "model")
+
+
+def test_earlier_zeros_may_return_where_that_is_asked_for(half: Path, base: Path, tmp_path: Path) -> None:
+    done, weights = again(half, base, tmp_path, *METHODS["2:4"], "--no-keep-zeros")
+    before = load_file(half / "model.safetensors")
+    earlier = {key: tensor == 0 for key, tensor in before.items() if "proj" in key}
+    assert sum(int(weights[key][gone].count_nonzero()) for key, gone in earlier.items())
+    count = sum(int(gone.sum()) for gone in earlier.values())
+    assert f"{count:,} weights of {half} are zero already, and some may return; --keep-zeros holds them" in done.err
+
+
+def test_zeros_of_a_dense_model_are_kept_where_that_is_asked_for(base: Path, tmp_path: Path) -> None:
+    model = save(random_model(llama_config()), tmp_path / "dense")
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"{UP}.weight"][:, ::3] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    folders = {"--keep-zeros": tmp_path / "kept", "--no-keep-zeros": tmp_path / "free", "--quiet": tmp_path / "default"}
+    returned = {}
+    for option, folder in folders.items():
+        folder.mkdir()
+        _, weights = again(model, base, folder, "--method", "sparsegpt", "--sparsity", 0.2, option)
+        returned[option] = int(weights[f"{UP}.weight"][:, ::3].count_nonzero())
+    assert returned["--keep-zeros"] == 0 < returned["--no-keep-zeros"] == returned["--quiet"]

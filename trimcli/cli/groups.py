@@ -78,7 +78,8 @@ def _prune(values: Values) -> PruneOptions:
     if values["alloc"] is not None:
         shared = {name: values[name] for name in ("sparsity", "metrics_cache", "numerics")}
         own = chosen_options(_allocation_options(), values)
-        allocate = AllocateOptions(**run, **shared, method=values["alloc"], options=own)
+        linears: dict[str, Any] = {name: tuple(values[name] or ()) for name in ("only", "skip")}
+        allocate = AllocateOptions(**run, **shared, **linears, method=values["alloc"], options=own)
     return PruneOptions(
         **fields_of(PruneOptions, values), recipe=_recipe(values), calibrate=calibrate, allocate=allocate
     )

@@ -90,7 +90,7 @@ def _parameter(one: Declared, unset: bool, axis: bool, panel: str | None) -> ins
     if default is dataclasses.MISSING:
         default = inspect.Parameter.empty
     said = switch(one.spelled, text, panel or one.flag.panel)
-    said.metavar = "" if one.type is bool else None
+    said.metavar = "" if one.type in (bool, bool | None) else None
     return inspect.Parameter(one.field, KEYWORD, default=default, annotation=Annotated[kind, said])
 
 

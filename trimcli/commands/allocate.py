@@ -20,6 +20,7 @@ from trimcli.methods.layers.base import spread
 from trimcli.methods.layers.projection import settle, weighted_mean
 from trimcli.methods.stats import LinearStats
 from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.pipeline.plan import chosen_linears
 
 # A target further than this from the mean of imported keep ratios was meant for another file.
 IMPORT_TOLERANCE = 0.005
@@ -73,9 +74,10 @@ class _ModelSurvey:
 
     def __init__(self, skeleton: Skeleton, options: AllocateOptions, progress: Progress) -> None:
         self._skeleton, self._options, self._progress = skeleton, options, progress
-        self.shapes: Mapping[str, tuple[int, int]] = skeleton.shapes
+        chosen = chosen_linears(skeleton, options.only, options.skip, progress)
+        self.shapes: Mapping[str, tuple[int, int]] = {linear.name: linear.shape for linear in chosen}
         self.names: Sequence[str] = list(self.shapes)
-        layers = [[linear.name for linear in layer.linears] for layer in skeleton.layers]
+        layers = [[one.name for one in layer.linears if one.name in self.shapes] for layer in skeleton.layers]
         self.layers: Sequence[Sequence[str]] = [names for names in layers if names]
         self.counts = torch.tensor([d_out * d_in for d_out, d_in in self.shapes.values()], dtype=torch.float64)
         self.seed = options.seed

@@ -50,6 +50,8 @@ class AllocateOptions(RunOptions):
     numerics: Numerics = option(
         "exact", "exact: the mean is the target, no linear above 0.99. reference: the published code's arithmetic."
     )
+    only: tuple[str, ...] = option((), ONLY, repeated=True)
+    skip: tuple[str, ...] = option((), SKIP, repeated=True)
     options: tuple[Any, ...] = ()
 
     def document(self) -> dict[str, Any]:
@@ -88,6 +90,8 @@ class AllocateOptions(RunOptions):
         for flag, value in {**unread, "--group": getattr(self.own(), "group", None)}.items():
             if imported and value is not None:
                 raise OptionError(f"{flag} and --import exclude each other; leave one of them out.")
+        if imported and (self.only or self.skip):
+            raise OptionError("--import with --only or --skip: the file is for all linears; leave one of them out.")
         if self.sparsity is None and not (imported and chosen.imports == "ratios"):
             raise OptionError(f"--method {self.method} needs --sparsity, the share of weights to prune.")
         if chosen.needs and self.calibration is None and not imported and not calibrates:
@@ -110,6 +114,13 @@ class PruneOptions(RunOptions):
     ratios: Path | None = option(None, "Layer sparsities: a file of `trim alloc-layers`.", panel=TARGET)
     only: tuple[str, ...] = option((), ONLY, panel=TARGET, repeated=True)
     skip: tuple[str, ...] = option((), SKIP, panel=TARGET, repeated=True)
+    keep_zeros: bool | None = option(
+        None,
+        "Let no weight that is zero already become another value where kept weights change; they count in the target. "
+        "The default for a model that trim pruned.",
+        "--keep-zeros/--no-keep-zeros",
+        panel=TARGET,
+    )
     stats_out: Path | None = option(None, "Write what TRIM found: FILE.json, row vectors beside it.", panel="TRIM rows")
     batch_size: int | None = option(None, BATCH, check=positive)
     resume: bool = option(True, "Start over instead of going on with an interrupted run.", "--no-resume", off=True)

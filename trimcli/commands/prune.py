@@ -18,7 +18,7 @@ from trimcli.files.atomic import all_or_none, file_digest, refuse_existing
 from trimcli.files.cache import Cache
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.directory import PrunedTensors, commands_so_far, write_model
-from trimcli.files.documents import read_json
+from trimcli.files.documents import read_json, read_mark
 from trimcli.files.manifest import MASKS, PRUNED, manifest
 from trimcli.files.masks import write_masks
 from trimcli.files.parts import Part, Parts
@@ -137,7 +137,19 @@ class _Run:
             prove(skeleton, options.cache_dir, progress)
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
-        self.passes = Passes(skeleton, self.recipe, self.targets, self.calibration, progress, options.batch_size)
+        self.keep_zeros = self._keeps_zeros()
+        what = self.targets, self.calibration, progress, options.batch_size, self.keep_zeros
+        self.passes = Passes(skeleton, self.recipe, *what)
+
+    def _keeps_zeros(self) -> bool:
+        """Whether weights that are zero already stay so; warns where an earlier prune's may not."""
+        earlier = read_mark(self.skeleton.checkpoint.directory).get("linears") or {}
+        chosen = bool(earlier) if self.options.keep_zeros is None else self.options.keep_zeros
+        if earlier and self.recipe.updating.changes and not chosen:
+            zeros = sum(entry["zeros"] for entry in earlier.values())
+            what = f"{zeros:,} weights of {self.skeleton.checkpoint.id} are zero already, and some may return"
+            self.progress.warn(f"{what}; --keep-zeros holds them.")
+        return chosen
 
     def _allocation(self, allocate: AllocateOptions) -> AllocateOptions:
         """The allocation with the calibration that it reads, given or made."""
@@ -152,9 +164,8 @@ class _Run:
         if allocate is not None and not allocate.import_file:
             needs |= allocate.allocating.needs
         stats = tuple(option for option, one in stored_statistics().items() if one.name in needs)
-        options = replace(self.options.calibrate or CalibrateOptions(**self.options.run()), stats=stats)
-        if allocate is None:  # an allocation looks at every linear
-            options = replace(options, only=self.options.only, skip=self.options.skip)
+        options = self.options.calibrate or CalibrateOptions(**self.options.run())
+        options = replace(options, stats=stats, only=self.options.only, skip=self.options.skip)
         return cached_calibration(self.skeleton, options, self.progress)
 
     def plan(self) -> Plan:
@@ -184,6 +195,7 @@ class _Run:
             "calibration": file_digest(self.calibration.path) if self.calibration else None,
             "dtype": str(self.skeleton.dtype),
             "device": self.skeleton.device.type,
+            "keep_zeros": self.keep_zeros,
         }
 
     def write(self, parts: Parts, output: Path, *, force: bool, rows: Parts) -> tuple[dict[str, Any], int | None]:
@@ -196,7 +208,7 @@ class _Run:
         document = manifest(
             MASKS,
             "prune",
-            {**options.document(), "recipe": self.recipe.document()},
+            {**options.document(), "recipe": self.recipe.document(), "keep_zeros": self.keep_zeros},
             self.skeleton.fingerprint,
             {"calibration": self.calibration.path if self.calibration else None, "ratios": self.ratios},
             linears={name: {"target": one.sparsity, "pattern": one.pattern} for name, one in self.targets.items()},

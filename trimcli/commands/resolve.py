@@ -50,7 +50,7 @@ def targets_of(
     """Full module name -> what the linear is to lose. Raises MismatchError (ratios of another model), OptionError."""
     if ratios is None:
         return dict.fromkeys((one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type))
-    ratios.check(skeleton.shapes, skeleton.fingerprint)
+    ratios.check(skeleton.shapes, skeleton.fingerprint, {linear.name for linear in linears})
     pattern = ratios.pattern or {}
     options.recipe.check(pattern=bool(pattern))
     return {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}

@@ -1,7 +1,7 @@
 """The layer ratios file: what is to go of every linear, and why."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,17 @@ class LayerSparsity:
             raise InputError(f"{path} has other names under `pattern` than under `sparsity`; make it anew.")
         return result
 
-    def check(self, shapes: Mapping[str, tuple[int, int]], model: ModelFingerprint) -> None:
-        """Raise MismatchError unless this is for the model of these linears (name -> (D_out, D_in)) and fingerprint."""
+    def check(
+        self, shapes: Mapping[str, tuple[int, int]], model: ModelFingerprint, chosen: Collection[str] | None = None
+    ) -> None:
+        """Raise MismatchError unless this is for a model's linears (name -> (D_out, D_in)), or the `chosen` ones."""
         origin = self.path or Path("layer ratios")
-        missing = [name for name in shapes if name not in self.sparsity]
+        missing = [name for name in shapes if name not in self.sparsity and (chosen is None or name in chosen)]
         extra = [name for name in self.sparsity if name not in shapes]
         if missing or extra:
-            what = f"it lacks {_listed(missing)} and has {_listed(extra)} besides; make it anew for this model."
-            raise MismatchError(f"{origin} is not for the linears of {model.id!r}: {what}")
+            what = f"it lacks {_listed(missing)} and has {_listed(extra)} besides"
+            way = "make it anew for this model, with the same --only and --skip"
+            raise MismatchError(f"{origin} is not for the linears of {model.id!r}: {what}; {way}.")
         for name, (_, group) in (self.pattern or {}).items():
             if (inputs := shapes[name][1]) % group:
                 what = f"{origin} has groups of {group} for {name}, which has {inputs} inputs"

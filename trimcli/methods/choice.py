@@ -26,7 +26,10 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True)
 class Choice:
-    """What goes: all but a row allocation's `keep`, bool [D_out, D_in], or, without one, by score and target."""
+    """What goes: all but a row allocation's `keep`, bool [D_out, D_in], or, without one, by score and target.
+
+    free: bool [D_out, D_in], False for weights that go in any case, before all others; None where there are none.
+    """
 
     score: Score
     stats: LinearStats
@@ -34,6 +37,7 @@ class Choice:
     numerics: Numerics = "exact"
     options: object = None
     keep: Tensor | None = None
+    free: Tensor | None = None
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -44,23 +48,24 @@ class Choice:
         """Scores of the columns `weight` [D_out, n], float32 like it."""
         stats = self.stats if columns == slice(None) else self.stats.of(columns)
         found: Tensor = self.score(weight, stats, options=self.options)
-        return found
+        return found if self.free is None else found.masked_fill(~self.free[:, columns], float("-inf"))
 
     def of_matrix(self, weight: Tensor) -> Tensor:
         """The keep mask of the whole matrix, bool [D_out, D_in]."""
         from trimcli.methods import masks
 
-        if self.keep is not None:
-            return self.keep
-        scores = self.scores(weight)
         sparsity, pattern = self.target
-        if pattern is not None:
-            return masks.n_of_m(scores, *pattern)
-        if self.score.compare == "row":
+        if self.keep is not None:
+            keep = self.keep
+        elif pattern is not None:
+            keep = masks.n_of_m(self.scores(weight), *pattern)
+        elif self.score.compare == "row":
             d_out, d_in = weight.shape
             counts = masks.even_row_counts(d_out, d_in, sparsity, self.numerics, weight.device)
-            return masks.lowest_per_row(scores, counts)
-        return masks.lowest_overall(scores, sparsity, self.numerics)
+            keep = masks.lowest_per_row(self.scores(weight), counts)
+        else:
+            keep = masks.lowest_overall(self.scores(weight), sparsity, self.numerics)
+        return keep if self.free is None else keep & self.free
 
     def of_columns(self, weight: Tensor, start: int) -> Tensor:
         """The keep mask of the columns `weight` [D_out, n] from `start` on, chosen as an update reaches them.
@@ -74,15 +79,17 @@ class Choice:
         scores = self.scores(weight, slice(start, end))
         sparsity, pattern = self.target
         if pattern is not None:
-            return masks.n_of_m(scores, *pattern, check=False)
-        if self.numerics == "reference":
-            return masks.lowest_overall(scores, sparsity, "reference", check=False)
-        if self.score.compare == "row":
+            keep = masks.n_of_m(scores, *pattern, check=False)
+        elif self.numerics == "reference":
+            keep = masks.lowest_overall(scores, sparsity, "reference", check=False)
+        elif self.score.compare == "row":
             before = masks.even_row_counts(d_out, start, sparsity, "exact", weight.device)
             after = masks.even_row_counts(d_out, end, sparsity, "exact", weight.device)
-            return masks.lowest_per_row(scores, after - before, check=False)
-        total = masks.matrix_budget(d_out, end, sparsity) - masks.matrix_budget(d_out, start, sparsity)
-        return masks.lowest_in_all(scores, total)
+            keep = masks.lowest_per_row(scores, after - before, check=False)
+        else:
+            total = masks.matrix_budget(d_out, end, sparsity) - masks.matrix_budget(d_out, start, sparsity)
+            keep = masks.lowest_in_all(scores, total)
+        return keep if self.free is None else keep & self.free[:, start:end]
 
 
 def parse_pattern(text: str) -> tuple[int, int] | None:

@@ -139,8 +139,11 @@ class Recipe:
         by_block = uneven and self._obs.mask_update == "block"
         refuse(by_block, f"{rows} with --mask-update block: it fixes every row's count for the whole matrix")
 
-    def choose(self, weight: Tensor, stats: LinearStats, target: Target) -> Outcome:
-        """The mask and, where the update changes them, the new weights of one matrix [D_out, D_in], any float dtype."""
+    def choose(self, weight: Tensor, stats: LinearStats, target: Target, *, keep_zeros: bool = False) -> Outcome:
+        """The mask and, where the update changes them, the new weights of one matrix [D_out, D_in], any float dtype.
+
+        keep_zeros: where kept weights change, those that are zero are not kept; they count in the target.
+        """
         import torch
 
         weight = weight.float()
@@ -149,7 +152,8 @@ class Recipe:
             return Outcome(torch.ones_like(weight, dtype=torch.bool))
         choice = Choice(self.scoring, stats, target, self.numerics, self.options_of(self.scoring))
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
-        choice = replace(choice, keep=rows.keep)
+        free = weight != 0 if keep_zeros and self.updating.changes else None
+        choice = replace(choice, keep=rows.keep, free=free)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
         return Outcome(made.keep, made.weight, made.remarks, rows.found)
 

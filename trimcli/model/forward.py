@@ -136,7 +136,9 @@ def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tupl
     return named.pop("hidden_states"), (), named
 
 
-def called_with(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def called_with(
+    hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a layer call with other hidden states in the place of its own."""
     return ((hidden, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": hidden})
 

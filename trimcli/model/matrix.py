@@ -109,7 +109,7 @@ def routers_in(layer: nn.Module, prefix: str) -> Iterator[str]:
 
     They hold next to no weights, and all that the experts compute hangs on them.
     """
-    found = {module for module in layer.modules() if isinstance(module, nn.Linear) and len(module.weight) == 1}
+    found = {one for one in layer.modules() if isinstance(one, nn.Linear) and len(one.weight) == 1}
     for module in layer.modules():
         counts = {count for child in module.children() if (count := _experts(child)) > 1}
         found |= {one for one in module.children() if isinstance(one, nn.Linear) and len(one.weight) in counts}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimcli.errors import InputError, TrimError
+from trimcli.files.names import grouped
 from trimcli.methods.stats import STATISTICS, LinearStats, Statistic
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
@@ -35,18 +36,22 @@ class InputGroup:
 def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[str] | None = None) -> list[InputGroup]:
     """The layer's input groups of the `wanted` linears, seen in one pass `run`. Raises TrimError for one not called."""
     mine = {linear.name: linear for linear in layer.linears if wanted is None or linear.name in wanted}
-    seen: dict[int, tuple[Tensor, set[str]]] = {}  # with the tensors, which must live for their ids to stay theirs
+    seen: dict[int, Tensor] = {}  # the tensors, which must live for their ids to stay theirs
+    read: dict[str, list[int]] = {}
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.setdefault(id(args[0]), (args[0], set()))[1].add(name)
+        seen[id(args[0])] = args[0]
+        read.setdefault(name, []).append(id(args[0]))
 
     with ExitStack() as hooks:
         for name, linear in mine.items():
             hooks.enter_context(linear.module.register_forward_pre_hook(partial(note, name)))
         run()
-    if unused := sorted(mine.keys() - {name for _, names in seen.values() for name in names}):
+    if unused := sorted(mine.keys() - read.keys()):
         raise TrimError(f"{unused[0]} is never called by its layer, so it has no inputs; name it in --skip.")
-    return [InputGroup(tuple(mine[name] for name in mine if name in names)) for _, names in seen.values()]
+    # What is called several times reads what no other linear does, even where it begins with the same tensor.
+    groups = grouped(read, lambda name: read[name][0] if len(read[name]) == 1 else name)
+    return [InputGroup(tuple(mine[name] for name in mine if name in names)) for names in groups.values()]
 
 
 @dataclass

@@ -33,6 +33,7 @@ class Passes:
     calibration: CalibrationFile | None
     progress: Progress
     batch_size: int | None = None
+    keep_zeros: bool = False
 
     def first(self, parts: Parts) -> int:
         """Choose the masks layer by layer, leaving a part file each. Returns how many an earlier run had left."""
@@ -88,7 +89,7 @@ class Passes:
                 refuse_unusable(stats, linear.name)
                 moved = {name: tensor.to(self.skeleton.device) for name, tensor in stats.tensors.items()}
                 stats = LinearStats(**moved)
-            writer.add(linear, self.recipe.choose(self._stored(linear), stats, self.targets[linear.name]))
+            writer.add(linear, self._choose(linear, stats))
         return writer
 
     def _prune_layer(self, walk: Walk, layer: DecoderLayer) -> "PartWriter":
@@ -104,12 +105,16 @@ class Passes:
             if self.recipe.input_recalc and number:
                 self._recalculate(walk, layer, group, stats)
             for linear in group.linears:
-                outcome = self.recipe.choose(self._stored(linear), stats[linear.name], self.targets[linear.name])
+                outcome = self._choose(linear, stats[linear.name])
                 writer.add(linear, outcome)
                 linear.write(writer.weight(linear), outcome.keep)
             for linear in group.linears:
                 stats.pop(linear.name, None)
         return writer
+
+    def _choose(self, linear: Matrix, stats: LinearStats) -> Outcome:
+        weight = self._stored(linear)
+        return self.recipe.choose(weight, stats, self.targets[linear.name], keep_zeros=self.keep_zeros)
 
     def _collect(
         self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[str]

@@ -81,7 +81,10 @@ class SweepOptions(RunOptions):
 
     def calibrate(self) -> CalibrateOptions:
         """How the samples are drawn."""
-        drawn = {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "tokens", "batch_size")}
+        drawn = {
+            name: getattr(self, name)
+            for name in ("dataset", "nsamples", "seqlen", "tokens", "batch_size", "only", "skip")
+        }
         return CalibrateOptions(**self.run(), **drawn)
 
     def prune_options(self, setting: Setting, calibration: Path | None, model: Path) -> PruneOptions:
@@ -117,6 +120,7 @@ def settings_of(options: SweepOptions) -> list[Setting]:
             allocate = None
             if alloc != "uniform":
                 shared = {**options.run(), "sparsity": options.sparsity, "numerics": options.numerics}
+                shared |= {"only": options.only, "skip": options.skip}
                 cache = options.metrics_cache if allocation.remembers else None
                 allocate = AllocateOptions(**shared, method=alloc, metrics_cache=cache, options=own)
             values = {"method": method, "alloc": alloc, "trim": trim}
