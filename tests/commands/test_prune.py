@@ -317,6 +317,9 @@ def test_a_linear_that_its_layer_never_calls_can_be_skipped(
     names = list(skeleton_of(plain).linears)
     run_there: Args = ("--tokens", base / "tokens.safetensors", "--cache-dir", tmp_path / "cache", *COMPUTE)
     trim_json("prune", plain, "-o", tmp_path / "plain-masks", "--sparsity", 0.5, *run_there)
+    others: dict[str, Args] = {"owl": ("--alloc", "owl"), "barber": ("--prune-barber",)}
+    for name, more in others.items():
+        trim_json("prune", plain, "-o", tmp_path / f"plain-{name}", "--sparsity", 0.5, *more, *run_there)
     weights = load_file(plain / "model.safetensors")
 
     add_uncalled_linears(monkeypatch)
@@ -338,6 +341,13 @@ def test_a_linear_that_its_layer_never_calls_can_be_skipped(
         assert all(torch.equal(found[f"{name}.weight"], weight) for name, weight in spares.items())
     one, other = MaskFile.open(tmp_path / "plain-masks"), MaskFile.open(tmp_path / "wanda-masks")
     assert all(torch.equal(one.keep(name), other.keep(name)) for name in names)
+    # Neither an allocation nor a second pass asks for what is skipped.
+    for name, more in others.items():
+        skipping = ("--sparsity", 0.5, "--skip", "*.spare", *more, *run_there)
+        trim_json("prune", model, "-o", tmp_path / name, *skipping)
+        one, other = MaskFile.open(tmp_path / f"plain-{name}"), MaskFile.open(tmp_path / name)
+        assert one.names == other.names == names
+        assert all(torch.equal(one.keep(linear), other.keep(linear)) for linear in names)
     # Magnitude asks for no inputs, so nothing keeps it from pruning what is never called.
     magnitude = trim_json("prune", model, "-o", tmp_path / "m", "--method", "magnitude", "--sparsity", 0.5, *run_there)
     assert magnitude["linears"] == 16
