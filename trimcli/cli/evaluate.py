@@ -31,7 +31,7 @@ def evaluate(model: Model, options: "EvaluateOptions", say: Say, output: OutputF
 def _print(document: Mapping[str, Any], output: Path | None) -> None:
     rows: dict[str, Any] = {"model": document["label"]}
     for entry in document["perplexity"]:
-        windows = f"{entry['windows']} windows of {entry['seqlen']} tokens, {entry['dtype']}"
+        windows = f"{entry['windows']} windows of {entry['seqlen']} tokens, BOS {entry['bos']}, {entry['dtype']}"
         rows[f"perplexity, {Path(entry['dataset']).name}"] = f"{entry['value']:.6g} ({windows})"
     for name, entry in document.get("tasks", {}).items():
         metrics = []

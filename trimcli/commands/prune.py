@@ -149,7 +149,8 @@ class _Run:
         if allocate is not None and not allocate.import_file:
             needs |= allocate.allocating.needs
         stats = tuple(option for option, one in stored_statistics().items() if one.name in needs)
-        options = replace(self.options.calibrate or CalibrateOptions(**self.options.run()), stats=stats)
+        drawn = self.options.calibrate or CalibrateOptions(**self.options.run())
+        options = replace(drawn.under(self.recipe.numerics), stats=stats)
         if allocate is None:  # an allocation looks at every linear
             options = replace(options, only=self.options.only, skip=self.options.skip)
         return cached_calibration(self.skeleton, options, self.progress)

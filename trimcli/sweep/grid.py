@@ -82,7 +82,7 @@ class SweepOptions(RunOptions):
     def calibrate(self) -> CalibrateOptions:
         """How the samples are drawn."""
         drawn = {name: getattr(self, name) for name in ("dataset", "nsamples", "seqlen", "tokens", "batch_size")}
-        return CalibrateOptions(**self.run(), **drawn)
+        return CalibrateOptions(**self.run(), **drawn).under(self.numerics)
 
     def prune_options(self, setting: Setting, calibration: Path | None, model: Path) -> PruneOptions:
         """The prune of one setting. model: the directory for a method that changes the kept weights."""
