@@ -22,14 +22,14 @@ SKIP = "Leave linears that match this glob out (repeatable)."
 BATCH = "Samples a batch; chosen if not given."
 SEQLEN = "the smaller of 2048 and the model's positions if not given."
 DATASET = (
-    "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet), hf:NAME with a text column, or - for standard input "
-    "(a text or JSON lines)."
+    "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet), hf:NAME with a text column, or - for standard "
+    "input: a text or JSON lines."
 )
 TOKENS = "A safetensors file (- for standard input) with an integer tensor `tokens` [nsamples, seqlen]: these samples."
 BOS = (
-    "Where the tokenizer's BOS stands. each: at the head of every window, which Gemma and Llama need; once: at the head "
-    "of a text alone, as published perplexities are measured; none: nowhere. auto: each where the tokenizer sets a BOS of "
-    "itself, else once."
+    "Where the BOS token stands. each: at the head of every window, without which Gemma's perplexity is in the "
+    "thousands. once: at the head of a whole text, as published perplexities are measured. none: nowhere. auto: each "
+    "where the tokenizer puts one before a text of itself, else once."
 )
 PACK = "Join documents in random order, with EOS between them, to full samples; otherwise only longer ones are drawn."
 CHAT = "Records hold `messages`, a list of {role, content}: render them by the tokenizer's chat template."
@@ -44,7 +44,7 @@ class CalibrateOptions(RunOptions):
     nsamples: int = option(256, "Calibration samples.", panel=SAMPLES, check=positive)
     seqlen: int | None = option(None, f"Tokens a sample; {SEQLEN}", panel=SAMPLES, check=at_least(2))
     tokens: Path | None = option(None, TOKENS, panel=SAMPLES)
-    bos: Bos = option("auto", f"{BOS} (prune --numerics reference: once.)", panel=SAMPLES)
+    bos: Bos = option("auto", f"{BOS} Under prune --numerics reference, auto is once.", panel=SAMPLES)
     pack: bool = option(False, PACK, panel=SAMPLES)
     chat: bool = option(False, CHAT, panel=SAMPLES)
     stats: tuple[str, ...] = option(("norms", "inputs"), STATS, choices=stored_statistics)
@@ -57,13 +57,11 @@ class CalibrateOptions(RunOptions):
         super().check()
         for flag, given in (("--bos", self.bos != "auto"), ("--pack", self.pack), ("--chat", self.chat)):
             if given and self.tokens is not None:
-                raise OptionError(
-                    f"{flag} says how a text is read, and --tokens are samples already; drop one of them."
-                )
+                raise OptionError(f"{flag} with --tokens: they are samples already, and no text is read; drop one.")
         check_stdin((self.dataset, self.tokens))
 
     def under(self, numerics: Numerics) -> CalibrateOptions:
-        """The options of a calibration for pruning in these numerics: reference numerics keep the published protocol."""
+        """The options of a calibration for pruning in these numerics: reference keeps to the published protocol."""
         published = numerics == "reference" and self.bos == "auto" and self.tokens is None
         return replace(self, bos="once") if published else self
 
