@@ -31,7 +31,7 @@ BOS = (
     "thousands. once: at the head of a whole text, as published perplexities are measured. none: nowhere. auto: each "
     "where the tokenizer puts one before a text of itself, else once."
 )
-PACK = "Join documents in random order, with EOS between them, to full samples; otherwise only longer ones are drawn."
+PACK = "Join documents in random order, EOS between them, to full samples; else only those longer than one are drawn."
 CHAT = "Records hold `messages`, a list of {role, content}: render them by the tokenizer's chat template."
 STATS = "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation); nothing keeps the tokens alone."
 
@@ -218,7 +218,9 @@ class EvaluateOptions(RunOptions):
     """What to measure; only what is asked for is measured. fewshot_seed: None for lm-eval's own seeds."""
 
     masks: Path | None = option(None, "Measure the model under these masks, without writing it.")
-    ppl: tuple[str, ...] = option((), "Perplexity on wikitext2, c4, ptb, files or - (standard input).")
+    ppl: tuple[str, ...] = option(
+        (), "Perplexity on wikitext2, c4, ptb, files or - (standard input), separated by commas."
+    )
     seqlen: int | None = option(None, f"Tokens a window; {SEQLEN}", check=at_least(2))
     max_windows: int | None = option(None, "Only the first so many windows.", check=positive)
     bos: Bos = option("auto", BOS)
