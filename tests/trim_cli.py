@@ -29,16 +29,16 @@ class Done:
         return json.loads(self.out)
 
 
-def trim(*args: object) -> Done:
+def trim(*args: object, stdin: bytes | None = None) -> Done:
     """Run `trim` with these arguments."""
-    found = CliRunner().invoke(app, [str(arg) for arg in args])
+    found = CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
     assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
     return Done(found.exit_code, found.stdout, found.stderr)
 
 
-def trim_json(*args: object) -> Any:
+def trim_json(*args: object, stdin: bytes | None = None) -> Any:
     """Run `trim` with --json; the run must succeed. Returns the document."""
-    done = trim(*args, "--json")
+    done = trim(*args, "--json", stdin=stdin)
     assert done.status == 0, done.err
     return done.document
 

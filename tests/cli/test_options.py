@@ -250,6 +250,9 @@ ROUND: dict[str, PruneOptions] = {
             options=(AlphaOptions("alpha_mid", 0.2, "layer"),),
         ),
     ),
+    "texts": PruneOptions(
+        sparsity=0.5, calibrate=CalibrateOptions(dataset="talks.jsonl", bos="each", pack=True, chat=True)
+    ),
     "tokens": PruneOptions(sparsity=0.5, calibrate=CalibrateOptions(tokens=Path("tokens.safetensors")), **RUN),
 }
 

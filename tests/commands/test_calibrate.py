@@ -1,5 +1,6 @@
 """The calibrate stage: the file it writes, and how it goes on after an interruption."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.interrupt import InterruptAt, Interrupted
 from tests.small_models import add_uncalled_linears, gpt2_config, llama_config, random_model, save, skeleton_of
+from tests.small_tokenizers import put_bos
 from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json
 from trimcli import CalibrateOptions, calibrate
 from trimcli.demo import write_texts
@@ -70,6 +72,7 @@ def test_the_manifest_says_where_it_comes_from(base: Path) -> None:
     assert manifest["sources"]["tokens"]["path"] == str(base / "tokens.safetensors")
     assert (manifest["nsamples"], manifest["seqlen"], manifest["stats"]) == (5, 16, ["norms", "inputs"])
     assert manifest["compute_dtype"] == "float32"
+    assert manifest["bos"] is None  # the samples were given
     assert manifest["options"]["batch_size"] == 2
     assert "cache_dir" not in manifest["options"]
 
@@ -132,6 +135,11 @@ def test_values_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
         ({"nsamples": 0}, "--nsamples 0 must be at least 1"),
         ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
         ({"seqlen": 1}, "--seqlen 1 must be at least 2"),
+        ({"bos": "all"}, "--bos 'all' is none of auto, each, once, none"),
+        ({"tokens": Path("t"), "bos": "each"}, "--bos with --tokens: they are samples already"),
+        ({"tokens": Path("t"), "pack": True}, "--pack with --tokens"),
+        ({"tokens": Path("t"), "chat": True}, "--chat with --tokens"),
+        ({"tokens": Path("-"), "dataset": "-"}, "- is named twice"),
     ):
         with pytest.raises(OptionError, match=message):
             calibrate(str(base / "model"), tmp_path / "calib", CalibrateOptions(**fields))
@@ -220,3 +228,133 @@ def test_a_file_of_another_kind_is_refused(base: Path) -> None:
         CalibrationFile(base / "tokens.safetensors")
     with pytest.raises(InputError, match="is not a whole safetensors file"):
         CalibrationFile(base / "model" / "config.json")
+
+
+# --- texts as models were trained on them ----------------------------------------------------------------
+
+DRAWN = ("--nsamples", 4, "--seqlen", 20, *COMPUTE)
+
+
+@pytest.fixture
+def with_bos(model_copy: Path) -> Path:
+    """The embedded model with a tokenizer that begins a text with BOS, 0."""
+    return put_bos(model_copy)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    return write_texts(tmp_path).calibration
+
+
+@pytest.mark.parametrize(("bos", "resolved"), [("auto", "each"), ("each", "each"), ("once", "once"), ("none", "none")])
+def test_the_file_says_where_bos_stands(bos: str, resolved: str, with_bos: Path, text: Path, tmp_path: Path) -> None:
+    trim_json("calibrate", with_bos, "-o", tmp_path / "calib", "--dataset", text, "--stats", "", "--bos", bos, *DRAWN)
+    found = CalibrationFile(tmp_path / "calib")
+    assert found.manifest["bos"] == resolved
+    assert found.tokens.shape == (4, 20)
+    assert found.tokens.eq(0).sum(dim=1).tolist() == [int(resolved == "each")] * 4
+
+
+def test_a_tokenizer_without_bos_keeps_the_published_samples(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    for bos in ("auto", "once", "none"):
+        trim_json("calibrate", nano_qwen2, "-o", tmp_path / bos, "--dataset", text, "--stats", "", "--bos", bos, *DRAWN)
+    auto, once, none = (CalibrationFile(tmp_path / bos) for bos in ("auto", "once", "none"))
+    assert [one.manifest["bos"] for one in (auto, once, none)] == ["once", "once", "none"]
+    assert torch.equal(auto.tokens, once.tokens)
+    assert torch.equal(auto.tokens, none.tokens)
+
+
+def cached(cache: Path) -> list[CalibrationFile]:
+    return [CalibrationFile(path) for path in sorted((cache / "calibration").glob("*.safetensors"))]
+
+
+def test_reference_numerics_keep_the_published_protocol(with_bos: Path, text: Path, tmp_path: Path) -> None:
+    """On the way of a prune, unless it is asked for otherwise; the cache holds one file for each way."""
+    drawn = ("--dataset", text, "--sparsity", 0.5, "--cache-dir", tmp_path / "cache", *DRAWN)
+    seen: set[Path] = set()
+    for more, bos in (
+        (("--numerics", "reference"), "once"),
+        ((), "each"),
+        (("--numerics", "reference", "--bos", "none"), "none"),
+        (("--bos", "once"), None),
+        (("--numerics", "reference", "--bos", "each"), None),
+    ):
+        trim_json("prune", with_bos, "-o", tmp_path / "masks", "--force", *drawn, *more)
+        fresh = [one for one in cached(tmp_path / "cache") if one.path not in seen]
+        assert [one.manifest["bos"] for one in fresh] == ([bos] if bos else [])
+        seen |= {one.path for one in fresh}
+    by_bos = {one.manifest["bos"]: one.tokens for one in cached(tmp_path / "cache")}
+    trim_json("calibrate", with_bos, "-o", tmp_path / "calib", "--dataset", text, "--bos", "once", *DRAWN)
+    assert torch.equal(by_bos["once"], CalibrationFile(tmp_path / "calib").tokens)
+    assert by_bos["each"][:, 0].tolist() == [0] * 4
+
+
+def test_the_cache_follows_the_tokenizer(with_bos: Path, nano_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    """Both models have the same weights: `auto` is each of the one, once of the other."""
+    drawn = ("--dataset", text, "--sparsity", 0.5, "--cache-dir", tmp_path / "cache", *DRAWN)
+    for model in (nano_qwen2, with_bos):
+        trim_json("prune", model, "-o", tmp_path / "masks", "--force", *drawn)
+    assert sorted(one.manifest["bos"] for one in cached(tmp_path / "cache")) == ["each", "once"]
+
+
+def test_a_calibration_on_the_way_is_the_file_of_the_same_options(nano_qwen2: Path, tmp_path: Path) -> None:
+    documents = "".join(f'{{"text": "Row {number} is short."}}\n' for number in range(30)).encode()
+    how = ("--dataset", "-", "--pack", *DRAWN)
+    trim_json("calibrate", nano_qwen2, "-o", tmp_path / "calib", *how, stdin=documents)
+    pruned = (
+        "prune",
+        nano_qwen2,
+        "-o",
+        tmp_path / "masks",
+        "--force",
+        "--sparsity",
+        0.5,
+        "--cache-dir",
+        tmp_path / "c",
+    )
+    trim_json(*pruned, *how, stdin=documents)
+    [made] = cached(tmp_path / "c")
+    assert torch.equal(made.tokens, CalibrationFile(tmp_path / "calib").tokens)
+    assert made.manifest["options"]["pack"] is True
+    trim_json(*pruned, *how, stdin=documents)
+    assert len(cached(tmp_path / "c")) == 1
+    trim_json(*pruned, *how, stdin=documents.replace(b"short", b"brief"))
+    assert len(cached(tmp_path / "c")) == 2, "what standard input holds is part of the key"
+    refused = trim(*pruned, "--calibration", tmp_path / "calib", "--pack")
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err.startswith("trim: --calibration with --pack: the calibration file holds its samples")
+
+
+def test_tokens_from_standard_input(base: Path, tmp_path: Path) -> None:
+    sent = (base / "tokens.safetensors").read_bytes()
+    run = ("--tokens", "-", "--cache-dir", tmp_path / "cache", *COMPUTE)
+    trim_json("calibrate", base / "model", "-o", tmp_path / "calib", "--batch-size", 2, *run, stdin=sent)
+    one, other = load_file(base / "calib"), load_file(tmp_path / "calib")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    manifest, known = (CalibrationFile(path).manifest for path in (tmp_path / "calib", base / "calib"))
+    assert manifest["options"]["tokens"] == "-"
+    assert manifest["sources"]["tokens"]["sha256"] == known["sources"]["tokens"]["sha256"]
+    pruned = ("prune", base / "model", "-o", tmp_path / "masks", "--force", "--sparsity", 0.5, *run)
+    trim_json(*pruned, stdin=sent)
+    trim_json(*pruned, stdin=sent)
+    assert len(cached(tmp_path / "cache")) == 1
+    save_tokens(tmp_path / "other", vocabulary=64, nsamples=5, seed=1)
+    trim_json(*pruned, stdin=(tmp_path / "other").read_bytes())
+    assert len(cached(tmp_path / "cache")) == 2
+    assert trim_json("plan", base / "model", "--sparsity", 0.5, *run, stdin=sent)
+    broken = trim("calibrate", base / "model", "-o", tmp_path / "x", *run, stdin=b"no tensors")
+    assert (broken.status, broken.out) == (2, "")
+    assert "standard input is not a whole safetensors file" in broken.err
+    twice = trim("calibrate", base / "model", "-o", tmp_path / "x", *run, "--dataset", "-", stdin=sent)
+    assert (twice.status, twice.err.split(",")[0]) == (2, "trim: - is named twice")
+
+
+def test_each_needs_a_bos(tmp_path: Path, model_copy: Path, text: Path) -> None:
+    config = model_copy / "tokenizer_config.json"
+    config.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
+    done = trim("calibrate", model_copy, "-o", tmp_path / "calib", "--dataset", text, "--bos", "each", *DRAWN)
+    assert (done.status, done.out) == (2, "")
+    expected = f"trim: --bos each needs a BOS token, and the tokenizer in {model_copy} has none; leave --bos out.\n"
+    assert done.err == expected
+    assert not (tmp_path / "calib").exists()

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.trim_cli import save_tokens, tree
+from tests.small_tokenizers import put_bos
+from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json
 from trimcli import (
     ApplyOptions,
     CalibrateOptions,
@@ -166,6 +167,11 @@ def test_what_cannot_be_measured(base: Path, nano_qwen2: Path, tmp_path: Path) -
         ({"seqlen": 1}, OptionError, "--seqlen 1"),
         ({"max_windows": 0}, OptionError, "--max-windows 0"),
         ({"batch_size": 0}, OptionError, "--batch-size 0 must be at least 1"),
+        ({"bos": "ech"}, OptionError, "--bos 'ech' is none of auto, each, once, none; did you mean 'each'"),
+        ({"ppl": (), "tasks": ("seasons",), "bos": "each"}, OptionError, "--bos each does nothing without --ppl"),
+        ({"ppl": (), "tasks": ("seasons",), "chat": True}, OptionError, "--chat does nothing without --ppl"),
+        ({"ppl": ("-", "a.txt", "-")}, OptionError, "- is named twice"),
+        ({"chat": True}, OptionError, "--chat needs a chat template"),
         ({"ppl": ("wikitext",)}, OptionError, "did you mean wikitext2"),
         ({"ppl": (str(tmp_path / "none.txt"),)}, InputError, "there is no file"),
         ({"masks": tmp_path / "none"}, InputError, "there is no file"),
@@ -187,3 +193,69 @@ def test_a_text_that_is_too_short(base: Path, nano_qwen2: Path, tmp_path: Path) 
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(InputError, match=r"short\.txt holds \d+ tokens, fewer than one window of --seqlen 64"):
         value(base, nano_qwen2, ppl=(str(tmp_path / "short.txt"),))
+
+
+def plain_perplexity(directory: Path, windows: list[list[int]]) -> float:
+    """Window by window, by transformers alone."""
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.no_grad():
+        losses = [model(torch.tensor([one]), labels=torch.tensor([one])).loss.item() for one in windows]
+    return float(torch.tensor(losses, dtype=torch.float64).mean().exp())
+
+
+@pytest.mark.parametrize("bos", ["auto", "each", "once", "none"])
+def test_bos_stands_where_it_is_asked_for(bos: str, base: Path, model_copy: Path) -> None:
+    """Of a tokenizer that begins a text with BOS (0), perplexity is that of windows cut by hand."""
+    text = (base / "text.txt").read_text()
+    words = AutoTokenizer.from_pretrained(model_copy)(text)["input_ids"]
+    put_bos(model_copy)
+    assert AutoTokenizer.from_pretrained(model_copy)(text)["input_ids"] == [0, *words]
+    how = "each" if bos == "auto" else bos
+    head, tokens = {"each": ([0], words), "once": ([], [0, *words]), "none": ([], words)}[how]
+    room = SEQLEN - len(head)
+    windows = [[*head, *tokens[place * room : (place + 1) * room]] for place in range(WINDOWS)]
+    [entry] = evaluate(str(model_copy), options_for(base, bos=bos))["perplexity"]
+    assert entry["value"] == pytest.approx(plain_perplexity(model_copy, windows), rel=1e-5)
+    assert (entry["bos"], entry["seqlen"], entry["windows"]) == (how, SEQLEN, WINDOWS)
+    assert entry["tokens"] == len(tokens)
+
+
+def test_the_table_says_where_bos_stands(base: Path, model_copy: Path) -> None:
+    put_bos(model_copy)
+    asked = ("eval", model_copy, "--ppl", base / "text.txt", "--seqlen", 64, "--max-windows", 2, *COMPUTE)
+    assert "(2 windows of 64 tokens, float32, BOS in each)" in trim(*asked).out
+    assert "(2 windows of 64 tokens, float32, no BOS)" in trim(*asked, "--bos", "none").out
+    assert "(2 windows of 64 tokens, float32)" in trim(*asked, "--bos", "once").out
+
+
+def test_a_tokenizer_without_bos_keeps_the_published_windows(base: Path, nano_qwen2: Path) -> None:
+    found = [evaluate(str(nano_qwen2), options_for(base, bos=bos))["perplexity"][0] for bos in ("auto", "once", "none")]
+    assert [entry["bos"] for entry in found] == ["once", "once", "none"]
+    assert found[0]["value"] == found[1]["value"] == found[2]["value"]
+
+
+def test_standard_input_is_measured(base: Path, nano_qwen2: Path) -> None:
+    asked = ("--seqlen", SEQLEN, "--max-windows", WINDOWS, *COMPUTE)
+    found = trim_json("eval", nano_qwen2, "--ppl", "-", *asked, stdin=(base / "text.txt").read_bytes())["perplexity"]
+    assert [entry["dataset"] for entry in found] == ["-"]
+    assert found[0]["value"] == value(base, nano_qwen2)
+    twice = trim("eval", nano_qwen2, "--ppl", "-,-", *asked, stdin=b"a text")
+    assert (twice.status, twice.out) == (2, "")
+    assert twice.err.startswith("trim: - is named twice, ")
+
+
+def test_conversations_are_measured_as_the_template_says(nano_qwen2: Path, model_copy: Path, tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (model_copy / "chat_template.jinja").write_text(template)
+    talks = [[{"role": "user", "content": f"What is {number}?"}, {"role": "assistant", "content": "A number."}]
+             for number in range(40)]  # fmt: skip
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    said = "".join(f"{m['role']}: {m['content']}\n" for talk in talks for m in talk)
+    (tmp_path / "said.txt").write_text(said)
+    asked = ("--seqlen", 32, *COMPUTE)
+    [entry] = trim_json("eval", model_copy, "--ppl", tmp_path / "talks.jsonl", "--chat", *asked)["perplexity"]
+    [plain] = trim_json("eval", nano_qwen2, "--ppl", tmp_path / "said.txt", *asked)["perplexity"]
+    assert (entry["value"], entry["tokens"]) == (plain["value"], plain["tokens"])
+    refused = trim("eval", model_copy, "--ppl", tmp_path / "talks.jsonl", *asked)
+    assert (refused.status, refused.out) == (2, "")
+    assert "has `messages` and no `text`; give --chat" in refused.err

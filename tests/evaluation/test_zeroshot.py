@@ -10,6 +10,7 @@ import lm_eval.evaluator
 import numpy as np
 import pytest
 import torch
+from lm_eval._cli import HarnessCLI
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -187,6 +188,86 @@ def test_the_seed_draws_the_examples_as_lm_evals_own(
         **({} if seed is None else {"fewshot_random_seed": seed}),
     )
     assert prompts(theirs["samples"]["shown"]) == ours
+
+
+SHUFFLE = """
+import random
+import numpy as np
+
+def shuffled(documents):
+    def once(document):
+        order = random.sample(range(len(document["choices"])), len(document["choices"]))
+        if np.random.random() < 0.5:
+            order.reverse()
+        answer = order.index(document["answer"])
+        return {**document, "choices": [document["choices"][place] for place in order], "answer": answer}
+    return documents.map(once, load_from_cache_file=False)
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_the_seed_of_the_command_asks_what_lm_evals_own_command_asks(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """`--seed 7` of both: examples, and the choices that a task shuffles when it is loaded, in two tasks in a row."""
+    quiz(tmp_path, documents=12)
+    (tmp_path / "shuffle.py").write_text(SHUFFLE)
+    body = MULTIPLE_CHOICE + "process_docs: !function shuffle.shuffled\nfewshot_split: test\n"
+    tasks = ("second", "first")
+    for name in tasks:
+        task_file(tmp_path, name, body)
+    monkeypatch.chdir(tmp_path)
+    asked = ("--tasks", ",".join(tasks), "--include-path", tmp_path, "--num-fewshot", 3, "--limit", 4)
+    given = () if seed is None else ("--seed", seed)
+    trim_json("eval", MODEL, *asked, "--log-samples", tmp_path / "ours", *given, *COMPUTE)
+    ours = {name: prompts(tmp_path / "ours" / f"{name}.jsonl") for name in tasks}
+    assert all(one.count("Answer:") == 4 for name in tasks for document in ours[name] for one, _ in document)
+
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+    seeds: dict[str, int] = {}
+    if seed is not None:  # the command gives it to every generator
+        monkeypatch.setattr("sys.argv", ["lm-eval", "run", "--model", "hf", "--tasks", "x", "--seed", str(seed)])
+        names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        seeds = dict(zip(names, HarnessCLI().parse_args().seed, strict=True))
+        assert set(seeds.values()) == {seed}
+    theirs = lm_eval.evaluator.simple_evaluate(
+        model=HFLM(model, tokenizer=tokenizer),
+        tasks=list(tasks),
+        num_fewshot=3,
+        limit=4,
+        task_manager=TaskManager(include_path=tmp_path, include_defaults=False),
+        **seeds,
+    )
+    assert {name: prompts(theirs["samples"][name]) for name in tasks} == ours
+    other = tmp_path / "other"
+    trim_json("eval", MODEL, *asked, "--log-samples", other, "--seed", 8, *COMPUTE)
+    assert all(prompts(other / f"{name}.jsonl") != ours[name] for name in tasks)
+
+
+def test_a_retry_shuffles_the_same_way(
+    model: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiz(tmp_path, documents=12)
+    (tmp_path / "shuffle.py").write_text(SHUFFLE)
+    task_file(tmp_path, "mixed", MULTIPLE_CHOICE + "process_docs: !function shuffle.shuffled\nfewshot_split: test\n")
+    call, asked = HFLM._model_call, []
+    for folder, full in (("whole", False), ("retried", True)):
+        pending = [True] if full else []
+
+        def once_full(self: Any, tokens: torch.Tensor, pending: list[bool] = pending, **kwargs: Any) -> Any:
+            if pending:
+                pending.clear()
+                raise torch.OutOfMemoryError("no room")
+            return call(self, tokens, **kwargs)
+
+        monkeypatch.setattr(HFLM, "_model_call", once_full)
+        options = ZeroShotOptions(
+            ("mixed",), include_path=tmp_path, num_fewshot=2, limit=6, log_samples=tmp_path / folder
+        )
+        found = evaluate_tasks(model, tokenizer, options, Spoken())
+        assert found["lm_eval"]["batch_size"] == (4 if full else 8)
+        asked.append(prompts(tmp_path / folder / "mixed.jsonl"))
+    assert asked[0] == asked[1]
 
 
 def test_the_seed_sets_every_generator(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

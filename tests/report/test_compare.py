@@ -51,6 +51,16 @@ def test_figures_measured_another_way_have_a_column_of_their_own(tmp_path: Path,
     assert compare([first, results(tmp_path / "c.json", tasks={})]).columns == table.columns[:1]
 
 
+@pytest.mark.parametrize(("bos", "columns"), [("each", 2), ("none", 2), ("once", 1)])
+def test_perplexities_with_bos_elsewhere_are_others(bos: str, columns: int, tmp_path: Path) -> None:
+    """Files that do not say are of the published protocol, `once`."""
+    first = results(tmp_path / "a.json", tasks={})
+    second = results(tmp_path / "b.json", tasks={}, perplexity=[{**perplexity(30.0), "bos": bos}])
+    table = compare([first, second])
+    assert len(table.columns) == columns
+    assert bool(table.notes) == (columns == 2)
+
+
 @pytest.mark.parametrize("other", [{"n_shot": 5}, {"samples": 7}, {"version": 2.0}, {"documents": 99, "samples": 99}])
 def test_tasks_too(tmp_path: Path, other: dict[str, Any]) -> None:
     first = results(tmp_path / "a.json", tasks={"quiz": task(0.5)}, perplexity=[])

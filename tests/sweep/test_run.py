@@ -2,6 +2,7 @@ import json
 import math
 import shlex
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import trimcli.sweep.run
 from tests.small_models import llama_config, random_model, save, skeleton_of
+from tests.small_tokenizers import put_bos
 from trimcli.cli.app import app
 from trimcli.commands.evaluate import open_masks
 from trimcli.commands.prune import prune
@@ -319,6 +321,40 @@ def test_a_sweep_on_text(nano_qwen2: Path, tmp_path: Path, monkeypatch: pytest.M
     assert list((tmp_path / "cache" / "calibration").glob("*.safetensors")) == [calibration]
     skeleton = skeleton_of(nano_qwen2)
     assert perplexity(skeleton, heldout, mask=open_masks(tmp_path / "masks.safetensors", skeleton)) == run.perplexity
+
+
+@pytest.mark.parametrize(("numerics", "bos"), [("reference", "once"), ("exact", "auto")])
+def test_bos_stands_where_the_best_ones_command_line_puts_it(
+    numerics: Any, bos: str, model_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tokenizer that begins a text with BOS, 0: in each window, or nowhere in windows within a text."""
+    from trimcli.demo import write_texts
+    from trimcli.files.calibration import CalibrationFile
+
+    put_bos(model_copy)
+    options = SweepOptions(
+        sparsity=0.5,
+        alloc=("uniform",),
+        trim=(False,),
+        numerics=numerics,
+        dataset=str(write_texts(tmp_path).calibration),
+        nsamples=8,
+        seqlen=32,
+        holdout=4,
+        cache_dir=tmp_path / "cache",
+    )
+    assert options.calibrate().bos == bos
+    assert replace(options, tokens=Path("t")).calibrate().bos == "auto"
+    [run] = sweep(str(model_copy), options).runs
+    [calibration] = (tmp_path / "cache" / "calibration").glob("*.safetensors")
+    seen = CalibrationFile(calibration).tokens
+    heldout = held_out(skeleton_of(model_copy), options, seen)
+    for windows in (seen, heldout):
+        assert windows.eq(0).sum(dim=1).tolist() == [int(bos == "auto")] * len(windows)
+    monkeypatch.chdir(tmp_path)
+    invoked = CliRunner().invoke(app, shlex.split(str(run.command))[1:])
+    assert invoked.exit_code == 0, invoked.output
+    assert list((tmp_path / "cache" / "calibration").glob("*.safetensors")) == [calibration]
 
 
 def grams(tokens: torch.Tensor, length: int) -> set[tuple[int, ...]]:

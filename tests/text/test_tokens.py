@@ -187,7 +187,7 @@ class TestLocalEvaluation:
     @pytest.mark.parametrize(
         ("options", "message"), [({"seqlen": 1}, "--seqlen 1"), ({"seqlen": 8, "max_windows": 0}, "--max-windows 0")]
     )
-    def test_nothing_to_measure(self, tokenizer: Any, options: dict[str, int], message: str) -> None:
+    def test_nothing_to_measure(self, tokenizer: Any, options: dict[str, Any], message: str) -> None:
         with pytest.raises(OptionError, match=message):
             evaluation_windows("x.txt", tokenizer, **options)
 

@@ -32,6 +32,7 @@ def _print(document: Mapping[str, Any], output: Path | None) -> None:
     rows: dict[str, Any] = {"model": document["label"]}
     for entry in document["perplexity"]:
         windows = f"{entry['windows']} windows of {entry['seqlen']} tokens, {entry['dtype']}"
+        windows += {"each": ", BOS in each", "none": ", no BOS"}.get(entry["bos"], "")
         rows[f"perplexity, {Path(entry['dataset']).name}"] = f"{entry['value']:.6g} ({windows})"
     for name, entry in document.get("tasks", {}).items():
         metrics = []

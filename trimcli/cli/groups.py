@@ -22,7 +22,7 @@ from trimcli.registry import option_types
 from trimcli.sweep.grid import GRID, SweepOptions, axes
 
 ONE_GO = "In one go (no --calibration)"
-DRAWN = ("dataset", "nsamples", "seqlen", "tokens")
+DRAWN = ("dataset", "nsamples", "seqlen", "tokens", "bos", "pack", "chat")
 
 
 def _method_options() -> list[type[Any]]:
@@ -69,7 +69,7 @@ def _prune_parameters() -> list[inspect.Parameter]:
 def _prune(values: Values) -> PruneOptions:
     """PruneOptions with its recipe, and how the stages before it are run."""
     run, calibrate, allocate = fields_of(RunOptions, values), None, None
-    drawn = {name: values[name] for name in DRAWN if values[name] is not None}
+    drawn = {name: values[name] for name in DRAWN if values[name] is not None and values[name] is not False}
     if values["calibration"] is None:
         calibrate = CalibrateOptions(**run, **drawn, batch_size=values["batch_size"])
     elif drawn:

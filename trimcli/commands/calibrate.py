@@ -21,6 +21,8 @@ from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.plan import chosen_linears
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.walk import Walk, default_seqlen
+from trimcli.text.encoding import Encoder
+from trimcli.text.stdin import file_of
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
 
 
@@ -37,13 +39,28 @@ class CalibrationSummary:
     peak_memory: dict[str, int]
 
 
-def _draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> Tensor:
-    """The calibration samples, int32 [nsamples, seqlen]."""
-    if options.tokens is not None:
-        return read_tokens(options.tokens)
+def encoder_of(skeleton: Skeleton, options: CalibrateOptions) -> Encoder:
+    """How the calibration text becomes tokens."""
     tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
-    seqlen = options.seqlen or default_seqlen(skeleton.config)
-    return calibration_tokens(options.dataset, tokenizer, nsamples=options.nsamples, seqlen=seqlen, seed=options.seed)
+    return Encoder.of(tokenizer, options.bos, chat=options.chat)
+
+
+def _draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> tuple[Tensor, str | None]:
+    """The calibration samples, int32 [nsamples, seqlen], and where BOS stands in them, None where they were given."""
+    if options.tokens is not None:
+        return read_tokens(options.tokens), None
+    encoder, seqlen = encoder_of(skeleton, options), options.seqlen or default_seqlen(skeleton.config)
+    tokens = calibration_tokens(
+        options.dataset,
+        encoder.tokenizer,
+        nsamples=options.nsamples,
+        seqlen=seqlen,
+        seed=options.seed,
+        bos=encoder.bos,
+        pack=options.pack,
+        chat=options.chat,
+    )
+    return tokens, encoder.bos
 
 
 def calibrate(
@@ -61,14 +78,20 @@ def calibrate(
     started = time.monotonic()
     with PeakMemory() as memory:
         skeleton = open_model(model, options)
-        tokens = _draw_tokens(skeleton, options)
-        linears = _gather(skeleton, tokens, output, options, force, progress)
+        tokens, bos = _draw_tokens(skeleton, options)
+        linears = _gather(skeleton, tokens, bos, output, options, force, progress)
     seconds, (nsamples, seqlen) = time.monotonic() - started, tokens.shape
     return CalibrationSummary(output, nsamples, seqlen, linears, options.stats, seconds, memory.document())
 
 
 def _gather(
-    skeleton: Skeleton, tokens: Tensor, output: Path, options: CalibrateOptions, force: bool, progress: Progress
+    skeleton: Skeleton,
+    tokens: Tensor,
+    bos: str | None,
+    output: Path,
+    options: CalibrateOptions,
+    force: bool,
+    progress: Progress,
 ) -> int:
     """Write the calibration file; returns how many linears have statistics."""
     needs = frozenset(one.name for option, one in stored_statistics().items() if option in options.stats)
@@ -103,11 +126,12 @@ def _gather(
             "calibrate",
             options.document(),
             skeleton.fingerprint,
-            {"tokens": options.tokens},
+            {"tokens": options.tokens and file_of(options.tokens)},
             stats=list(options.stats),
             shares=shares,
             nsamples=tokens.shape[0],
             seqlen=tokens.shape[1],
+            bos=bos,
             compute_dtype=dtype_name(skeleton.dtype),
         )
 

@@ -82,7 +82,8 @@ def _perplexities(
         known = f"the {positions} positions of {skeleton.checkpoint.id}"
         raise OptionError(f"--seqlen {seqlen} is beyond {known}; give less.")
     most, batch_size = options.max_windows, options.batch_size
-    texts = [evaluation_windows(name, tokenizer, seqlen=seqlen, max_windows=most) for name in options.ppl]
+    how: dict[str, Any] = {"seqlen": seqlen, "max_windows": most, "bos": options.bos, "chat": options.chat}
+    texts = [evaluation_windows(name, tokenizer, **how) for name in options.ppl]
     return [
         {
             "dataset": text.dataset,
@@ -90,6 +91,7 @@ def _perplexities(
             "seqlen": seqlen,
             "windows": len(text.windows),
             "tokens": text.tokens,
+            "bos": text.bos,
             "dtype": dtype_name(skeleton.dtype),
         }
         for text in texts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +13,26 @@ from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import stored_statistics
 from trimcli.options import RUN, ModelOptions, Numerics, RunOptions, at_least, fraction, one_of, option, positive, words
 from trimcli.registry import misplaced
+from trimcli.text.encoding import Bos
+from trimcli.text.stdin import check_stdin
 
 SAMPLES, TARGET, TASKS = "Samples", "Target", "Zero-shot tasks (lm-eval)"
 ONLY = "Only linears whose full name matches this glob (repeatable)."
 SKIP = "Leave linears that match this glob out (repeatable)."
 BATCH = "Samples a batch; chosen if not given."
 SEQLEN = "the smaller of 2048 and the model's positions if not given."
-DATASET = "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet) or hf:NAME with a text column."
-TOKENS = "A safetensors file with an integer tensor `tokens` [nsamples, seqlen]: exactly these samples."
+DATASET = (
+    "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet), hf:NAME with a text column, or - for standard "
+    "input: a text or JSON lines."
+)
+TOKENS = "A safetensors file (- for standard input) with an integer tensor `tokens` [nsamples, seqlen]: these samples."
+BOS = (
+    "Where the BOS token stands. each: at the head of every window, without which Gemma's perplexity is in the "
+    "thousands. once: at the head of a whole text, as published perplexities are measured. none: nowhere. auto: each "
+    "where the tokenizer puts one before a text of itself, else once."
+)
+PACK = "Join documents in random order, EOS between them, to full samples; else only those longer than one are drawn."
+CHAT = "Records hold `messages`, a list of {role, content}: render them by the tokenizer's chat template."
 STATS = "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation); nothing keeps the tokens alone."
 
 
@@ -32,10 +44,26 @@ class CalibrateOptions(RunOptions):
     nsamples: int = option(256, "Calibration samples.", panel=SAMPLES, check=positive)
     seqlen: int | None = option(None, f"Tokens a sample; {SEQLEN}", panel=SAMPLES, check=at_least(2))
     tokens: Path | None = option(None, TOKENS, panel=SAMPLES)
+    bos: Bos = option("auto", f"{BOS} Under prune --numerics reference, auto is once.", panel=SAMPLES)
+    pack: bool = option(False, PACK, panel=SAMPLES)
+    chat: bool = option(False, CHAT, panel=SAMPLES)
     stats: tuple[str, ...] = option(("norms", "inputs"), STATS, choices=stored_statistics)
     batch_size: int | None = option(None, BATCH, check=positive)
     only: tuple[str, ...] = option((), ONLY, repeated=True)
     skip: tuple[str, ...] = option((), SKIP, repeated=True)
+
+    def check(self) -> None:
+        """Raise OptionError for values and combinations that cannot be used."""
+        super().check()
+        for flag, given in (("--bos", self.bos != "auto"), ("--pack", self.pack), ("--chat", self.chat)):
+            if given and self.tokens is not None:
+                raise OptionError(f"{flag} with --tokens: they are samples already, and no text is read; drop one.")
+        check_stdin((self.dataset, self.tokens))
+
+    def under(self, numerics: Numerics) -> CalibrateOptions:
+        """The options of a calibration for pruning in these numerics: reference keeps to the published protocol."""
+        published = numerics == "reference" and self.bos == "auto" and self.tokens is None
+        return replace(self, bos="once") if published else self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +172,7 @@ class PruneOptions(RunOptions):
             (self.ratios and pattern, f"--ratios with {kind}: each says what goes"),
             (self.ratios and self.allocate, "--ratios with --alloc: the ratios file is an allocation"),
             (pattern and self.allocate, f"--alloc with {kind}: each says what goes"),
-            (self.calibration and self.calibrate, "--calibration with --dataset, --tokens, --nsamples or --seqlen"),
+            (self.calibration and self.calibrate, "--calibration with --dataset, --tokens and the like"),
             (self.stats_out and self.recipe.rows == "even", "--stats-out without --use-trim: it holds what TRIM found"),
             (
                 self.recipe.changes_weights and not self.save_model,
@@ -180,6 +208,8 @@ def prune_words(options: PruneOptions) -> list[str]:
     elif calibrate is not None:
         found += ["--dataset", calibrate.dataset, "--nsamples", str(calibrate.nsamples)]
         found += ["--seqlen", str(calibrate.seqlen)] if calibrate.seqlen is not None else []
+        found += ["--bos", calibrate.bos] if calibrate.bos != "auto" else []
+        found += [flag for flag, given in (("--pack", calibrate.pack), ("--chat", calibrate.chat)) if given]
     return found
 
 
@@ -199,9 +229,13 @@ class EvaluateOptions(RunOptions):
     """What to measure; only what is asked for is measured. fewshot_seed: None for lm-eval's own seeds."""
 
     masks: Path | None = option(None, "Measure the model under these masks, without writing it.")
-    ppl: tuple[str, ...] = option((), "Perplexity on wikitext2, c4, ptb or files, separated by commas.")
+    ppl: tuple[str, ...] = option(
+        (), "Perplexity on wikitext2, c4, ptb, files or - (standard input), separated by commas."
+    )
     seqlen: int | None = option(None, f"Tokens a window; {SEQLEN}", check=at_least(2))
     max_windows: int | None = option(None, "Only the first so many windows.", check=positive)
+    bos: Bos = option("auto", BOS)
+    chat: bool = option(False, CHAT)
     batch_size: int | None = option(None, "Windows or task sequences a batch; chosen if not given.", check=positive)
     tasks: tuple[str, ...] = option((), "lm-eval tasks or groups: boolq,rte,hellaswag,winogrande,...", panel=TASKS)
     include_path: Path | None = option(None, "A folder of local task files.", panel=TASKS)
@@ -215,6 +249,10 @@ class EvaluateOptions(RunOptions):
         super().check()
         if not self.ppl and not self.tasks:
             raise OptionError("nothing to measure was asked for; give --ppl wikitext2 (or FILE) or --tasks boolq,rte.")
+        if not self.ppl and (self.chat or self.bos != "auto"):
+            flag = "--chat" if self.chat else f"--bos {self.bos}"
+            raise OptionError(f"{flag} does nothing without --ppl; give --ppl or leave it out.")
+        check_stdin(self.ppl)
         for name in ("include_path", "num_fewshot", "limit", "log_samples"):
             value = getattr(self, name)
             if value is not None and not self.tasks:

@@ -164,8 +164,9 @@ class _Run:
         if allocate is not None and not allocate.import_file:
             needs |= allocate.allocating.needs
         stats = tuple(option for option, one in stored_statistics().items() if one.name in needs)
-        options = self.options.calibrate or CalibrateOptions(**self.options.run())
-        options = replace(options, stats=stats, only=self.options.only, skip=self.options.skip)
+        drawn = self.options.calibrate or CalibrateOptions(**self.options.run())
+        chosen = {"only": self.options.only, "skip": self.options.skip}
+        options = replace(drawn.under(self.recipe.numerics), stats=stats, **chosen)
         return cached_calibration(self.skeleton, options, self.progress)
 
     def plan(self) -> Plan:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trimcli.commands.allocate import allocate
-from trimcli.commands.calibrate import calibrate
+from trimcli.commands.calibrate import calibrate, encoder_of
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.console import Progress
 from trimcli.files.atomic import file_digest
@@ -15,6 +15,7 @@ from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.choice import Target, uniform_target
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
+from trimcli.text.stdin import file_of
 
 
 def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: Progress) -> Path:
@@ -24,7 +25,10 @@ def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: 
     key |= _digests(options, "dataset", "tokens")
     # The device and its dtype leave their mark on the statistics; the batch size does not.
     key["compute"] = [skeleton.device.type, str(skeleton.dtype)]
-    key["options"].pop("batch_size")
+    for other in ("batch_size", "bos", "chat"):
+        key["options"].pop(other)
+    if options.tokens is None:
+        key["encoding"] = encoder_of(skeleton, options).document()
     path = Cache(options.cache_dir).file("calibration", key, ".safetensors")
     if not path.is_file():
         calibrate(skeleton.checkpoint.id, path, options, progress=progress)
@@ -58,7 +62,7 @@ def targets_of(
 
 def _digests(options: Any, *fields: str) -> dict[str, str]:
     """Of the files that these options name."""
-    named = {field: Path(value) for field in fields if (value := getattr(options, field)) is not None}
+    named = {field: file_of(value) for field in fields if (value := getattr(options, field)) is not None}
     return {field: file_digest(path) for field, path in named.items() if path.is_file()}
 
 

@@ -87,10 +87,7 @@ def evaluate_tasks(
     seed = DEFAULT_OTHER_SEED if options.seed is None else options.seed
     # Without the variable, lm-eval's resampling would fork this process, model and threads included, once a core.
     with quiet_libraries(), mock.patch.dict(os.environ, {"DISABLE_MULTIPROC": "1"}):
-        # The generators that lm-eval's command seeds before loading tasks, some of which shuffle choices.
-        random.seed(DEFAULT_RANDOM_SEED if options.seed is None else seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        _seed_generators(options.seed)
         loaded = _load_tasks(options, progress)
         for name in loaded["tasks"]:
             if options.log_samples:
@@ -161,12 +158,26 @@ def _check(options: ZeroShotOptions) -> None:
             raise InputError(f"there is no folder {folder.parent}; create it for --log-samples.")
 
 
+def _seed_generators(seed: int | None) -> None:
+    """As lm-eval's command does before it loads tasks, some of which shuffle choices."""
+    random.seed(DEFAULT_RANDOM_SEED if seed is None else seed)
+    np.random.seed(DEFAULT_OTHER_SEED if seed is None else seed)
+    torch.manual_seed(DEFAULT_OTHER_SEED if seed is None else seed)
+
+
 def _load_tasks(options: ZeroShotOptions, progress: Progress) -> dict[str, Any]:
     """lm-eval's `tasks`, `groups` and `group_map` of everything asked for."""
     manager, names = _named(options)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     with progress.task("loading tasks", len(names)) as advance:
-        for name in names:
+        # All in one call, as lm-eval's command does: asking a task for its name draws from the generator that shuffles
+        # the next one's choices.
+        with contextlib.suppress(Exception):
+            loaded = dict(manager.load(names))
+            advance(len(names))
+            return loaded
+        _seed_generators(options.seed)
+        for name in names:  # which of them fails, or finds its data beside it
             found = _load_task(manager, name)
             if twice := sorted(found["tasks"].keys() & loaded["tasks"].keys()):
                 raise OptionError(f"--tasks asks for {twice[0]!r} twice, once within {name!r}; name it once.")
@@ -235,9 +246,14 @@ def _evaluate(
     scorer: _Scorer, loaded: dict[str, Any], options: ZeroShotOptions, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """lm-eval's results; the batch is halved while it does not fit."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     while True:
         scorer.truncated = 0
-        for task in loaded["tasks"].values():  # at every try anew, so that each draws the same examples
+        # At every try anew, so that each draws the same examples and shuffles the same way.
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed)
         try:
             logs = options.log_samples is not None

@@ -166,7 +166,9 @@ def _measures(document: Mapping[str, Any]) -> dict[Column, Measure]:
     found = {}
     for entry in document.get("perplexity") or []:
         windows = f"{entry['windows']:,} \u00d7 {entry['seqlen']:,}"
-        setting = f"{windows} of {entry['tokens']:,} tokens, {entry['dtype']}"
+        # Files of earlier versions do not say: theirs are of the published protocol, `once`.
+        bos = {"each": ", BOS in each", "none": ", no BOS"}.get(entry.get("bos"), "")
+        setting = f"{windows} of {entry['tokens']:,} tokens, {entry['dtype']}{bos}"
         column = Column("perplexity", Path(entry["dataset"]).name, "perplexity", setting)
         found[column] = Measure(entry["value"])
     for name, entry in (document.get("tasks") or {}).items():

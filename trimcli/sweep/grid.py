@@ -81,11 +81,9 @@ class SweepOptions(RunOptions):
 
     def calibrate(self) -> CalibrateOptions:
         """How the samples are drawn."""
-        drawn = {
-            name: getattr(self, name)
-            for name in ("dataset", "nsamples", "seqlen", "tokens", "batch_size", "only", "skip")
-        }
-        return CalibrateOptions(**self.run(), **drawn)
+        names = ("dataset", "nsamples", "seqlen", "tokens", "batch_size", "only", "skip")
+        drawn = {name: getattr(self, name) for name in names}
+        return CalibrateOptions(**self.run(), **drawn).under(self.numerics)
 
     def prune_options(self, setting: Setting, calibration: Path | None, model: Path) -> PruneOptions:
         """The prune of one setting. model: the directory for a method that changes the kept weights."""

@@ -165,7 +165,7 @@ def held_out(skeleton: Skeleton, options: SweepOptions, seen: Tensor) -> Tensor:
     else:
         directory = skeleton.checkpoint.directory
         tokenizer = load_tokenizer(directory, trust_remote_code=options.trust_remote_code)
-        shared = {"seqlen": seen.shape[1], "seed": options.seed}
+        shared: dict[str, Any] = {"seqlen": seen.shape[1], "seed": options.seed, "bos": options.calibrate().bos}
         for times in DRAWS:
             nsamples = options.nsamples + times * options.holdout
             drawn = calibration_tokens(options.dataset, tokenizer, nsamples=nsamples, **shared)

@@ -1,27 +1,34 @@
-"""Where text comes from: c4, wikitext2, ptb, local files, hub data sets.
+"""Where text comes from: c4, wikitext2, ptb, local files, hub data sets, standard input.
 
 A data set is one of these three names, FILE.txt, one text; FILE.jsonl[.gz] or FILE.json[.gz], an object with a `text` a
-line, as in C4; FILE.parquet, a row a document, in a column `text` (or `sentence`); or hf:NAME[:CONFIG[:SPLIT]], with
-such a column, SPLIT `train` to calibrate and `test` to measure unless given. Local files are read directly.
+line, as in C4; FILE.parquet, a row a document, in a column `text` (or `sentence`); hf:NAME[:CONFIG[:SPLIT]], with
+such a column, SPLIT `train` to calibrate and `test` to measure unless given; or `-`, a text or JSON lines. Local files
+are read directly. In the place of a text there may be `messages`, which a Render makes one of.
 """
 
+import codecs
 import contextlib
 import difflib
 import errno
 import gzip
+import itertools
 import json
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Literal, Protocol
 
 from trimcli.console import quiet_libraries
 from trimcli.errors import HubError, InputError, OptionError, first_line
+from trimcli.text.stdin import STDIN, STDIN_NAME, file_of
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 TEXT_FIELDS = ("text", "sentence")
+MESSAGES = "messages"
+Render = Callable[[Any, str], str]
+"""A conversation and what errors call it -> its text."""
 
 
 class Documents(Protocol):
@@ -71,97 +78,174 @@ STANDARD = {
 }
 
 
+@dataclass(frozen=True)
+class _File:
+    """A local file, what messages call it, and how it is read."""
+
+    path: Path
+    name: str
+    form: Literal["text", "lines", "parquet"]
+
+
 @contextlib.contextmanager
-def calibration_source(dataset: str) -> Iterator[str | Documents]:
-    """One text, or documents, while this lasts. Raises OptionError (unknown name), InputError (bad file), HubError."""
-    if dataset in STANDARD or dataset.startswith("hf:"):
+def calibration_source(dataset: str, render: Render | None = None) -> Iterator[str | Documents]:
+    """One text, or documents, while this lasts. render: documents are conversations.
+
+    Raises OptionError (unknown name), InputError (bad file; `messages` without render, or none with it), HubError.
+    """
+    if _on_hub(dataset):
+        _refuse_standard(dataset, render)
         source, split = _hub_source(dataset)
-        documents = _from_hub(source, split or "train")
+        documents = _from_hub(source, split or "train", render)
         yield " ".join(documents) if dataset in ("wikitext2", "ptb") else documents
-    elif (path := _local_file(dataset)).suffix == ".txt":
-        yield _read_text(path)
+    elif (file := _local_file(dataset)).form == "text":
+        yield _read_text(file, render)
     else:
         with tempfile.TemporaryFile() as spool:
-            yield _Spooled(_read_documents(path), spool)
+            yield _Spooled(_read_documents(file, render), spool)
 
 
-def evaluation_text(dataset: str) -> str:
-    """The one text to measure on. Raises what `calibration_source` raises."""
-    if dataset in STANDARD or dataset.startswith("hf:"):
+def evaluation_text(dataset: str, render: Render | None = None) -> str:
+    """The one text to measure on: documents are joined by spaces, conversations follow each other as they are.
+
+    Raises what `calibration_source` raises.
+    """
+    if _on_hub(dataset):
+        _refuse_standard(dataset, render)
         source, split = _hub_source(dataset)
-        return source.joint.join(_from_hub(source, split or source.measured)[: source.first])
-    path = _local_file(dataset)
-    return _read_text(path) if path.suffix == ".txt" else " ".join(_read_documents(path))
+        documents = _from_hub(source, split or source.measured, render)
+        return "".join(documents) if render else source.joint.join(documents[: source.first])
+    file = _local_file(dataset)
+    if file.form == "text":
+        return _read_text(file, render)
+    return ("" if render else " ").join(_read_documents(file, render))
 
 
-def _local_file(dataset: str) -> Path:
+def name_of(dataset: str) -> str:
+    """What messages call a data set."""
+    return STDIN_NAME if dataset == STDIN else dataset
+
+
+def _on_hub(dataset: str) -> bool:
+    return dataset in STANDARD or dataset.startswith("hf:")
+
+
+def _refuse_standard(dataset: str, render: Render | None) -> None:
+    if render and dataset in STANDARD:
+        raise OptionError(f"--chat renders `messages`, and {dataset} has none; leave --chat out.")
+
+
+def _local_file(dataset: str) -> _File:
+    if dataset == STDIN:
+        path = file_of(dataset)
+        return _File(path, STDIN_NAME, "lines" if _begins_with_object(path) else "text")
     path = Path(dataset).expanduser()
     if not dataset.endswith(SUFFIXES):
         near = difflib.get_close_matches(dataset, STANDARD, n=1)
         hint = f"did you mean {near[0]}?" if near else "give one of these."
-        known = f"{', '.join(STANDARD)}, hf:NAME, or a file ending in {', '.join(SUFFIXES)}"
+        known = f"{', '.join(STANDARD)}, hf:NAME, -, or a file ending in {', '.join(SUFFIXES)}"
         raise OptionError(f"{dataset!r} is no data set that trim knows ({known}); {hint}")
     if not path.is_file():
         raise InputError(f"there is no file {path}; check the path.")
-    return path
+    form: Literal["text", "lines", "parquet"] = "lines"
+    if path.suffix in (".txt", ".parquet"):
+        form = "text" if path.suffix == ".txt" else "parquet"
+    return _File(path, str(path), form)
 
 
-def _read_text(path: Path) -> str:
+def _begins_with_object(path: Path) -> bool:
+    with path.open("rb") as handle:
+        first = next((found for line in handle if (found := line.removeprefix(codecs.BOM_UTF8).strip())), b"")
+    return first.startswith(b"{")
+
+
+def _read_text(file: _File, render: Render | None) -> str:
+    if render:
+        raise InputError(f"--chat renders `messages`, and {file.name} is plain text; leave --chat out.")
     try:
         # Line ends are translated: a copy with CRLF must give the perplexity of the original.
-        return path.read_text(encoding="utf-8")
+        return file.path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({problem}); convert it.") from None
+        raise InputError(f"{file.name} cannot be read as UTF-8 text ({problem}); convert it.") from None
 
 
-def _read_documents(path: Path) -> Iterator[str]:
+def _read_documents(file: _File, render: Render | None) -> Iterator[str]:
     """The documents of a JSON-lines or parquet file, in order. Raises InputError naming the place."""
     document = None
-    for document in _read_parquet(path) if path.suffix == ".parquet" else _read_json_lines(path):
+    for document in (_read_parquet if file.form == "parquet" else _read_json_lines)(file, render):
         yield document
     if document is None:
-        raise InputError(f"{path} holds no document; give one JSON object or row with a `text` for each.")
+        raise InputError(f"{file.name} holds no document; give one JSON object or row with a `text` for each.")
 
 
-def _read_json_lines(path: Path) -> Iterator[str]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
+def _read_json_lines(file: _File, render: Render | None) -> Iterator[str]:
+    opener: Any = gzip.open if file.path.suffix == ".gz" else open
     wanted = "one JSON object with a `text` a line is needed, as in C4's files."
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as handle:
+        with opener(file.path, "rt", encoding="utf-8-sig") as handle:
             for number, line in enumerate(handle, start=1):
                 if line.strip():
-                    record = json.loads(line)
+                    where, record = f"line {number} of {file.name}", json.loads(line)
                     fields = record if isinstance(record, dict) else {}
-                    text = next((fields[name] for name in TEXT_FIELDS if name in fields), None)
-                    if not isinstance(text, str):
-                        raise InputError(f"line {number} of {path} is no JSON object with a `text`; {wanted}")
-                    yield text
+                    column = _column(fields, where, render)
+                    if render:
+                        yield render(fields[column], where)
+                    elif isinstance(text := fields.get(column), str):
+                        yield text
+                    else:
+                        raise InputError(f"{where} is no JSON object with a `text`; {wanted}")
     except json.JSONDecodeError as problem:
-        raise InputError(f"line {number} of {path} is not JSON ({problem}); {wanted}") from None
+        raise InputError(f"line {number} of {file.name} is not JSON ({problem}); {wanted}") from None
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as problem:
-        raise InputError(f"{path} is damaged ({problem}); fetch or make it anew.") from None
+        raise InputError(f"{file.name} is damaged ({problem}); fetch or make it anew.") from None
 
 
-def _read_parquet(path: Path) -> Iterator[str]:
+def _read_parquet(file: _File, render: Render | None) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            column = _text_column(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(columns=[column]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise InputError(f"the column `{column}` of {path} holds {text!r} where text is needed.")
-                    yield text
+        with pq.ParquetFile(file.path) as table:
+            column = _column_of_table(table.schema_arrow.names, file.name, render)
+            batches = (batch.column(0).to_pylist() for batch in table.iter_batches(columns=[column]))
+            for row, value in enumerate(itertools.chain.from_iterable(batches), start=1):
+                if render:
+                    yield render(value, f"row {row} of {file.name}")
+                elif isinstance(value, str):
+                    yield value
+                else:
+                    raise InputError(f"the column `{column}` of {file.name} holds {value!r} where text is needed.")
     except (pa.ArrowException, OSError) as problem:
-        raise InputError(f"{path} is no whole parquet file ({first_line(problem)}); fetch it anew.") from None
+        raise InputError(f"{file.name} is no whole parquet file ({first_line(problem)}); fetch it anew.") from None
 
 
-def _text_column(names: list[str], where: str) -> str:
-    if found := [name for name in TEXT_FIELDS if name in names]:
-        return found[0]
+def _column(names: Iterable[str], where: str, render: Render | None) -> str:
+    """Where a record's document stands, "" if nowhere. Raises InputError where --chat would, or would not, find it."""
+    found = [name for name in ((MESSAGES,) if render else TEXT_FIELDS) if name in names]
+    if not found and render:
+        raise InputError(f"{where} has no `messages` that --chat could render; leave --chat out.")
+    if not found and MESSAGES in names:
+        raise InputError(f"{where} has `messages` and no `text`; give --chat to render them by the chat template.")
+    return found[0] if found else ""
+
+
+def _column_of_table(names: list[str], where: str, render: Render | None) -> str:
+    if found := _column(names, where, render):
+        return found
     raise InputError(f"{where} has no column `text`, only {', '.join(names) or 'none'}; give text to read.")
+
+
+class _Rendered:
+    """Conversations of a column, rendered when they are asked for."""
+
+    def __init__(self, column: Any, render: Render, where: str) -> None:
+        self._column, self._render, self._where = column, render, where
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    def __getitem__(self, index: int) -> str:
+        return self._render(self._column[index], f"row {index + 1} of {self._where}")
 
 
 class _Spooled:
@@ -192,8 +276,8 @@ def _hub_source(dataset: str) -> tuple[_HubSource, str]:
     return _HubSource(name, config or None), split
 
 
-def _from_hub(source: _HubSource, split: str) -> Any:
-    """The documents of one split as a column of a data set, memory-mapped, from the hub or its local cache."""
+def _from_hub(source: _HubSource, split: str, render: Render | None) -> Any:
+    """The documents of one split, a column of a data set, memory-mapped, from the hub or its local cache."""
     import datasets
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -215,4 +299,6 @@ def _from_hub(source: _HubSource, split: str) -> Any:
         what = f"the data set {source.name} could not be fetched ({first_line(problem)})"
         form = f"a local file: {source.local_form}any .txt, .jsonl(.gz) or .parquet"
         raise HubError(f"{what}; give {form}; or, to calibrate, samples with --tokens.") from None
-    return found[_text_column(found.column_names, f"the data set {source.name}")]
+    where = f"the data set {source.name}"
+    column = found[_column_of_table(found.column_names, where, render)]
+    return _Rendered(column, render, where) if render else column
