@@ -165,8 +165,8 @@ class _Run:
             needs |= allocate.allocating.needs
         stats = tuple(option for option, one in stored_statistics().items() if one.name in needs)
         drawn = self.options.calibrate or CalibrateOptions(**self.options.run())
-        chosen = {"only": self.options.only, "skip": self.options.skip}
-        options = replace(drawn.under(self.recipe.numerics), stats=stats, **chosen)
+        only, skip = self.options.only, self.options.skip
+        options = replace(drawn.under(self.recipe.numerics), stats=stats, only=only, skip=skip)
         return cached_calibration(self.skeleton, options, self.progress)
 
     def plan(self) -> Plan:
