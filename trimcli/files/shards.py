@@ -1,5 +1,6 @@
 """The shards of a model directory: where its tensors come from, one at a time."""
 
+import contextlib
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -33,6 +34,14 @@ class Shards(ABC):
         """Names of all tensors, in natural order."""
         return sorted({key for keys in self.files.values() for key in keys}, key=natural)
 
+    def specs(self) -> dict[str, TensorSpec]:
+        """Of all tensors but those of a dtype that torch has not."""
+        found = {}
+        for key in self.keys():
+            with contextlib.suppress(InputError):
+                found[key] = self.spec(key)
+        return found
+
     @abstractmethod
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor, without reading it."""
@@ -52,7 +61,7 @@ class SafeShards(Shards):
         self.home = {key: name for name, keys in self.files.items() for key in keys}
 
     def spec(self, key: str) -> TensorSpec:
-        """Dtype and shape, from the header alone. Raises InputError for a dtype that cannot be pruned."""
+        """Dtype and shape, from the header alone. Raises InputError for a dtype that torch has not."""
         home = self.home[key]
         return spec_of(self._handles[home], key, self._paths[home])
 
