@@ -14,7 +14,7 @@ from trimcli.files.manifest import PACKED
 from trimcli.files.packed import PackedReader
 from trimcli.files.quantized import as_plain, without_quantization
 from trimcli.files.shards import BinShards, SafeShards, Shards, shard_names
-from trimcli.files.tensors import TensorSpec
+from trimcli.files.tensors import TensorSpec, specs_of
 
 CONFIG, TEMPLATES = "config.json", "additional_chat_templates"
 SAFE_INDEX, SAFE_SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -74,8 +74,8 @@ class Checkpoint:
         return self._tensors.spec(key)
 
     def specs(self) -> dict[str, TensorSpec]:
-        """Dtypes and shapes of all tensors but those of a dtype that torch has not, which nothing can use."""
-        return self._tensors.specs()
+        """Dtypes and shapes of all tensors but those whose dtype torch lacks."""
+        return specs_of(self.keys(), self.spec)
 
     def load(self, key: str) -> Tensor:
         """A tensor on the CPU in its stored dtype, memory-mapped where the storage allows: do not write to it."""

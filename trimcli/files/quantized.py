@@ -23,7 +23,7 @@ from torch import Tensor
 from trimcli.errors import InputError
 from trimcli.files.quantized_forms import refuse_other_forms
 from trimcli.files.shards import Shards
-from trimcli.files.tensors import TensorSpec, bit_view, dtype_name
+from trimcli.files.tensors import TensorSpec, bit_view, dtype_name, specs_of
 
 FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz}
 DTYPES = {dtype_name(dtype): dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -78,13 +78,13 @@ def as_plain(stored: Shards, config: Mapping[str, Any], directory: Path) -> Shar
 
     config: its config.json. What is undone has the dtype that this names, bfloat16 where it names none.
     """
-    specs = stored.specs()
+    specs = specs_of(stored.keys(), stored.spec)
     configs = [config, config.get("text_config") or {}]
     quantization: Mapping[str, Any] = next((one[name] for one in configs for name in CONFIGS if one.get(name)), {})
     refuse_other_forms({key: spec.dtype for key, spec in specs.items()}, quantization, directory)
     if bitmasks := dict(_bitmasks(stored, specs, directory)):
         stored = DequantizedShards(stored, bitmasks)
-        specs = stored.specs()
+        specs = specs_of(stored.keys(), stored.spec)
     named = next((str(one[name]) for one in configs for name in ("dtype", "torch_dtype") if one.get(name)), "")
     decoder = _Float8(stored, specs, quantization, DTYPES.get(named, torch.bfloat16), directory)
     return DequantizedShards(stored, made) if (made := dict(decoder.all())) else stored

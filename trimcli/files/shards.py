@@ -1,6 +1,5 @@
 """The shards of a model directory: where its tensors come from, one at a time."""
 
-import contextlib
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -33,14 +32,6 @@ class Shards(ABC):
     def keys(self) -> list[str]:
         """Names of all tensors, in natural order."""
         return sorted({key for keys in self.files.values() for key in keys}, key=natural)
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Of all tensors but those of a dtype that torch has not."""
-        found = {}
-        for key in self.keys():
-            with contextlib.suppress(InputError):
-                found[key] = self.spec(key)
-        return found
 
     @abstractmethod
     def spec(self, key: str) -> TensorSpec:

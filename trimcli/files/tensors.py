@@ -1,11 +1,12 @@
 """Tensors in and out of safetensors files, one at a time: memory for the largest, not for the file."""
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,15 @@ def spec_of(handle: Any, name: str, path: Path) -> TensorSpec:
             shape = tuple(piece.get_shape())
             return TensorSpec(dtype, (*shape[:-1], shape[-1] // 2) if dtype == PAIRS else shape)
     raise InputError(f"{path} holds {name} as {piece.get_dtype()}, which is not supported; convert the model.")
+
+
+def specs_of(keys: Iterable[str], spec: Callable[[str], TensorSpec]) -> dict[str, TensorSpec]:
+    """Dtypes and shapes of the tensors `keys`, but of those whose dtype torch lacks: nothing can use them."""
+    found = {}
+    for key in keys:
+        with contextlib.suppress(InputError):
+            found[key] = spec(key)
+    return found
 
 
 def write_artifact(
