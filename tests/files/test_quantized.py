@@ -44,7 +44,8 @@ def changed(
         tensors |= change(key, tensor) if key.endswith("proj.weight") else {key: tensor}
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / "model.safetensors")
     config = json.loads((plain / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    more = {} if quantization is None else {"quantization_config": quantization}
+    (target / "config.json").write_text(json.dumps({**config, **more}))
     return target
 
 
