@@ -201,6 +201,26 @@ def test_stacked_experts_have_scales_too(plain: Path, tmp_path: Path) -> None:
     assert torch.equal(Checkpoint.open(tmp_path).load("a.up"), torch.stack(expected))
 
 
+@pytest.mark.parametrize("shape", [(4,), (2, 64), (4, 64, 1), (2, 3, 1)])
+def test_scales_of_a_stack_that_could_be_of_anything_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {"a.up": torch.zeros(2, 64, 32).to(E4M3), "a.up_scale": torch.ones(shape)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"a\.up_scale has shape .* where a\.up has \[2, 64, 32\], in no blocks"):
+        Checkpoint.open(tmp_path)
+
+
+def test_scales_may_lie_in_a_shard_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a.weight": torch.full((2, 4), 3.0).to(E4M3)}, tmp_path / "one.safetensors")
+    save_file({"a.weight_scale": torch.tensor([[2.0], [0.5]])}, tmp_path / "two.safetensors")
+    places = {"a.weight": "one.safetensors", "a.weight_scale": "two.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.shards() == {"one.safetensors": ["a.weight"]}
+    assert checkpoint.load("a.weight").tolist() == [[6.0] * 4, [1.5] * 4]
+
+
 @pytest.mark.parametrize(
     ("scale", "message"),
     [

@@ -159,23 +159,27 @@ class _Float8:
         return self._stored.load(key).to(self._dtype)
 
     def _block(self, key: str, scale: str) -> tuple[int, int]:
-        """How many rows and columns share a scale."""
-        rows, columns = (1, 1, *self._specs[key].shape)[-2:]
-        down, across = self._grid(key, scale)
-        for size in (*self._blocks, *([BLOCK] if scale.endswith("_scale_inv") else [])):
-            if (math.ceil(rows / size[0]), math.ceil(columns / size[1])) == (down, across):
-                return size
-        if rows % down or columns % across:
-            shapes = f"{list(self._specs[scale].shape)} where {key} has {list(self._specs[key].shape)}"
-            raise InputError(f"{self._directory}: {scale} has shape {shapes}, in no blocks; fetch the model anew.")
-        return rows // down, columns // across
+        """How many rows and columns share a scale. Raises InputError where its shape does not tell."""
+        shape, grid = self._specs[key].shape, self._grid(scale)
+        (rows, columns), (down, across) = (1, 1, *shape)[-2:], grid[-2:]
+        sizes = [*self._blocks, BLOCK]
+        if not (rows % down or columns % across):
+            sizes.append((rows // down, columns // across))
+        # One axis is of every row, or it could be of anything; a stack's scales are as many stacks.
+        alike = grid == (1, 1) or grid[:-2] == shape[:-2]
+        if alike and (len(self._specs[scale].shape) != 1 or down in (1, rows)):
+            for size in sizes:
+                if (math.ceil(rows / size[0]), math.ceil(columns / size[1])) == (down, across):
+                    return size
+        shapes = f"{list(self._specs[scale].shape)} where {key} has {list(shape)}"
+        raise InputError(f"{self._directory}: {scale} has shape {shapes}, in no blocks; fetch the model anew.")
 
-    def _grid(self, key: str, scale: str) -> tuple[int, int]:
-        """Rows and columns of the scales; those of one axis are of the rows."""
+    def _grid(self, scale: str) -> tuple[int, ...]:
+        """The scales' shape, rows and columns last; those of one axis are of the rows."""
         shape = self._specs[scale].shape
         if math.prod(shape) == 1:
             return 1, 1
-        return (shape[-2], shape[-1]) if len(shape) > 1 else (shape[0], 1)
+        return shape if len(shape) > 1 else (*shape, 1)
 
     def _scaled(self, key: str, scale: str, block: tuple[int, int]) -> Tensor:
         """The weights times their scales, in float32, rounded once."""
@@ -185,8 +189,7 @@ class _Float8:
             raise InputError(f"{self._directory} holds {key} with zero points, which are not supported; convert it.")
         # Exponents alone, kept as bytes.
         factor = (factor.float() - 127).exp2() if factor.dtype == torch.uint8 else factor.float()
-        grid = self._grid(key, scale)
-        factor = factor.reshape(*factor.shape[:-2], *grid) if factor.numel() > 1 else factor.reshape(1, 1)
+        factor = factor.reshape(self._grid(scale))
         for axis, size in ((-2, block[0]), (-1, block[1])):
             if size > 1 and factor.shape[axis] > 1:
                 factor = factor.repeat_interleave(size, axis).narrow(axis, 0, weight.shape[axis])

@@ -52,7 +52,7 @@ def refuse_other_forms(dtypes: Mapping[str, torch.dtype], quantization: Mapping[
     for form in FORMS:
         found = next((key for key, dtype in dtypes.items() if dtype in form.dtypes and _ends(key, form.tail)), None)
         if found is not None and (form.beside is None or any(_ends(key, form.beside) for key in dtypes)):
-            name = method.upper() if method.upper() in ("GPTQ", "AWQ") else form.name
+            name = method.upper() if {method.upper(), form.name} == {"GPTQ", "AWQ"} else form.name
             raise InputError(f"{directory} holds {name} weights ({found}), which are not read; {form.way_out}.")
     odd = [
         key for key, dtype in dtypes.items() if dtype in {*INTEGERS, torch.float4_e2m1fn_x2} and key.endswith("weight")
