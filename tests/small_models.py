@@ -1,11 +1,14 @@
 """Tiny random models on disk, and masks for them."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -63,6 +66,22 @@ def save(model: Any, directory: Path, *, max_shard_size: str = "5GB") -> Path:
     (directory / "tokenizer.json").write_text('{"a": 1}')
     (directory / "merges.txt").write_text("a b\n")
     return directory
+
+
+def edited_config(source: Path, target: Path, **fields: object) -> Path:
+    shutil.copytree(source, target)
+    config = {**json.loads((source / "config.json").read_text()), **fields}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def with_tensors(source: Path, target: Path, **tensors: Tensor | None) -> Path:
+    """The model with some tensors replaced, or left out where None."""
+    shutil.copytree(source, target)
+    found = {**load_file(source / "model.safetensors"), **tensors}
+    kept = {key: tensor for key, tensor in found.items() if tensor is not None}
+    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
+    return target
 
 
 def skeleton_of(directory: Path) -> Skeleton:

@@ -1,12 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
+from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli.commands.apply import apply_masks
-from trimcli.commands.options import ApplyOptions
+from trimcli.commands.options import ApplyOptions, VerifyOptions
+from trimcli.commands.verify import verify
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists, TrimError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
@@ -67,6 +69,45 @@ def test_other_weights_are_accepted_on_request(base: Path, tmp_path: Path) -> No
     weight = Checkpoint.open(base / "tuned").load(key)
     expected = weight * MaskFile.open(base / "masks").keep(UP)
     assert torch.equal(Checkpoint.open(tmp_path / "pruned").load(key), expected)
+
+
+def saved_anew(source: Path, target: Path, **fields: object) -> Path:
+    """The model with another config, as another version of transformers writes it."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    theta = config.pop("rope_parameters", {}).get("rope_theta", 10000.0)
+    (target / "config.json").write_text(json.dumps({**config, "rope_theta": theta, **fields}))
+    return target
+
+
+def test_a_config_that_was_saved_anew_is_no_other_model(base: Path, tmp_path: Path) -> None:
+    """Without a word where the weights are the same, and as other weights where they are not."""
+    same = saved_anew(base / "dense", tmp_path / "same")
+    assert skeleton_of(same).fingerprint.structure != skeleton_of(base / "dense").fingerprint.structure
+    apply_masks(str(same), base / "masks", tmp_path / "pruned")
+    verify(tmp_path / "pruned", VerifyOptions(masks=base / "masks")).check()
+    tuned = saved_anew(base / "tuned", tmp_path / "tuned")
+    with pytest.raises(MismatchError, match="made for the model"):
+        apply_masks(str(tuned), base / "masks", tmp_path / "no")
+    apply_masks(str(tuned), base / "masks", tmp_path / "other", ApplyOptions(other_weights=True))
+    verify(tmp_path / "other", VerifyOptions(masks=base / "masks")).check()
+
+
+def test_masks_fit_a_model_whose_vocabulary_grew(base: Path, tmp_path: Path) -> None:
+    save(random_model(llama_config(vocab_size=80), seed=1), tmp_path / "grown")
+    with pytest.raises(MismatchError, match="made for the model"):
+        apply_masks(str(tmp_path / "grown"), base / "masks", tmp_path / "pruned")
+    apply_masks(str(tmp_path / "grown"), base / "masks", tmp_path / "pruned", ApplyOptions(other_weights=True))
+    verify(tmp_path / "pruned", VerifyOptions(masks=base / "masks")).check()
+    (tmp_path / "pruned" / MARK).unlink()
+    verify(tmp_path / "pruned", VerifyOptions(masks=base / "masks")).check()
+
+
+def test_other_weights_are_of_matrices_of_the_same_shape(base: Path, tmp_path: Path) -> None:
+    save(random_model(llama_config(intermediate_size=48)), tmp_path / "wider")
+    for model, name in ((tmp_path / "wider", r"mlp\.gate_proj"), (base / "other", r"model\.layers\.0")):
+        with pytest.raises(MismatchError, match=f"{name}.*, which .* does not have; give its own model"):
+            apply_masks(str(model), base / "masks", tmp_path / "pruned", ApplyOptions(other_weights=True))
 
 
 def test_a_mask_for_a_linear_the_model_lacks_is_refused(base: Path, tmp_path: Path) -> None:

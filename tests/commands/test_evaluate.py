@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.small_tokenizers import put_bos
@@ -259,3 +259,17 @@ def test_conversations_are_measured_as_the_template_says(nano_qwen2: Path, model
     refused = trim("eval", model_copy, "--ppl", tmp_path / "talks.jsonl", *asked)
     assert (refused.status, refused.out) == (2, "")
     assert "has `messages` and no `text`; give --chat" in refused.err
+
+
+def test_a_head_that_is_not_finite_gives_no_number(base: Path, model_copy: Path) -> None:
+    tensors = load_file(model_copy / "model.safetensors")
+    norm = next(key for key in tensors if key.endswith("model.norm.weight"))
+    save_file({**tensors, norm: torch.full_like(tensors[norm], torch.nan)}, model_copy / "model.safetensors")
+    with pytest.raises(InputError, match=r"the head of .* gives NaN"):
+        value(base, model_copy)
+
+
+def test_masks_fit_a_model_whose_config_was_saved_anew(base: Path, model_copy: Path) -> None:
+    config = json.loads((model_copy / "config.json").read_text())
+    (model_copy / "config.json").write_text(json.dumps({**config, "note": "saved anew"}))
+    assert value(base, model_copy, masks=base / "masks") == value(base, base / "pruned")

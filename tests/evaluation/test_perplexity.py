@@ -1,15 +1,19 @@
 """Perplexity layer by layer against the whole model's."""
 
+import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import trimcli.evaluation.perplexity
+from tests.families import CONVERTS
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli import apply_masks
 from trimcli.errors import InputError
@@ -99,3 +103,37 @@ def test_activations_that_are_not_finite_are_refused_by_layer(
     monkeypatch.setattr(skeleton, "load_layer", overflowing)
     with pytest.raises(InputError, match=r"outputs of model\.layers\.2 hold NaN or infinite values"):
         perplexity(skeleton, torch.randint(2, 90, (2, 16)))
+
+
+def test_a_tied_config_over_a_head_of_its_own(llama: Path, tmp_path: Path) -> None:
+    """What merging a LoRA adapter leaves: measured, and written, as transformers reads it."""
+    model = Path(shutil.copytree(llama, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tokens = windows(5)
+    value = perplexity(skeleton_of(model), tokens)
+    assert value == pytest.approx(whole(model, tokens), rel=1e-5)
+    if CONVERTS:  # transformers 4 drops the file's own head
+        assert value == pytest.approx(whole(llama, tokens), rel=1e-5)
+    masks_for(model, tmp_path / "masks")
+    apply_masks(str(model), tmp_path / "masks", tmp_path / "pruned")
+    masked = perplexity(skeleton_of(model), tokens, mask=MaskFile.open(tmp_path / "masks"))
+    assert masked == pytest.approx(whole(tmp_path / "pruned", tokens), rel=1e-5)
+    assert masked != pytest.approx(value, rel=1e-3)
+
+
+def with_nan(source: Path, target: Path, name: str, row: int) -> Path:
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    tensors[name][row] = math.nan
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_only_embeddings_that_are_used_must_be_finite(llama: Path, tmp_path: Path) -> None:
+    model = with_nan(llama, tmp_path / "model", "model.embed_tokens.weight", 63)
+    tokens = windows(5).clamp(max=62)
+    assert perplexity(skeleton_of(model), tokens) == pytest.approx(whole(llama, tokens), rel=1e-5)
+    tokens[1, 2] = 63
+    with pytest.raises(InputError, match=r"the outputs of model\.layers\.0 hold NaN"):
+        perplexity(skeleton_of(model), tokens)

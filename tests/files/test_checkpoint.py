@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import errors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -95,8 +95,11 @@ def test_small_files_are_all_that_is_not_weights(single: Path, tmp_path: Path) -
     (model / ".cache").touch()
     (model / "README.md").write_text("# Model\n")
     (model / "original").mkdir()
-    names = [path.name for path in Checkpoint.open(model).small_files()]
-    assert names == ["README.md", "config.json", "generation_config.json", "merges.txt", "tokenizer.json"]
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tools.jinja").touch()
+    names = [str(path.relative_to(model)) for path in Checkpoint.open(model).small_files()]
+    beside = ["README.md", "config.json", "generation_config.json", "merges.txt", "tokenizer.json"]
+    assert names == [*beside, "additional_chat_templates/tools.jinja"]
 
 
 def test_a_config_is_enough_where_no_weights_are_needed(single: Path, tmp_path: Path) -> None:
@@ -130,10 +133,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a directory for a shard": (lambda model: damaged_index(model, {"a": ".."}), r"index.json names the shard '\.\.'"),
     "a shard of no name": (lambda model: damaged_index(model, {"a": 5}), "index.json names the shard 5 outside"),
     "an empty index": (lambda model: damaged_index(model, {}), "has no weight_map"),
-    "quantized": (
-        lambda model: (model / "config.json").write_text('{"quantization_config": {"bits": 4}}'),
-        "holds quantized weights",
-    ),
 }
 
 
@@ -158,11 +157,15 @@ def test_a_bin_file_that_would_run_code_is_refused(single: Path, tmp_path: Path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_dtype_that_cannot_be_pruned_is_named(single: Path, tmp_path: Path) -> None:
+def test_a_dtype_that_torch_lacks_is_named_where_it_is_needed(single: Path, tmp_path: Path) -> None:
     shutil.copy(single / "config.json", tmp_path)
-    save_file({"odd": torch.zeros(2, 2, dtype=torch.complex64)}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match="holds odd as C64"):
-        Checkpoint.open(tmp_path).spec("odd")
+    header = json.dumps({"odd": {"dtype": "F6_E2M3", "shape": [4, 4], "data_offsets": [0, 12]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.keys() == ["odd"]
+    assert checkpoint.nbytes == 0
+    with pytest.raises(InputError, match="holds odd as F6_E2M3"):
+        checkpoint.spec("odd")
 
 
 def test_no_such_model(tmp_path: Path) -> None:
@@ -194,7 +197,7 @@ class FakeHub:
         self.asked: list[tuple[str, str | None]] = []
 
     def __call__(
-        self, model: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str]
+        self, model: str, *, revision: str | None, allow_patterns: list[str], ignore_patterns: list[str] | None
     ) -> str:
         self.asked.append((model, revision))
         if self.problem:
@@ -203,7 +206,8 @@ class FakeHub:
         for path in self.source.rglob("*"):
             name = str(path.relative_to(self.source))
             wanted = any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
-            if path.is_file() and wanted and not any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
+            unwanted = any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns or [])
+            if path.is_file() and wanted and not unwanted:
                 (self.target / name).parent.mkdir(exist_ok=True)
                 shutil.copy(path, self.target / name)
         return str(self.target)
@@ -215,6 +219,8 @@ def test_a_hub_model_is_fetched_without_other_formats(
 ) -> None:
     source = Path(shutil.copytree(FORMS[form](single, tmp_path / "made"), tmp_path / "source"))
     (source / "onnx").mkdir()
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     for other in ("onnx/model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "model.gguf"):
         (source / other).write_bytes(b"large")
     hub = FakeHub(source, tmp_path / "snapshot")
@@ -226,6 +232,7 @@ def test_a_hub_model_is_fetched_without_other_formats(
         path.name for path in checkpoint.directory.iterdir()
     }
     assert sorted(checkpoint.keys()) == sorted(load_file(single / "model.safetensors"))
+    assert (checkpoint.directory / "additional_chat_templates" / "tools.jinja").read_text() == "{{ tools }}"
     shutil.rmtree(tmp_path / "snapshot")
     assert not Checkpoint.open("Somebody/model", weights=False).has_weights
     assert [path.name for path in (tmp_path / "snapshot").iterdir()] == ["config.json"]

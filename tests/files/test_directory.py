@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +10,14 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli.commands.apply import apply_masks
 from trimcli.commands.options import ApplyOptions
+from trimcli.commands.unpack import unpack
 from trimcli.errors import InputError, OptionError, OutputExists
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
@@ -360,3 +362,43 @@ def test_commands_are_gathered_in_order() -> None:
     finally:
         COMMAND_LINE.reset(token)
     assert found == ["trim calibrate m", "trim prune m", "trim apply-masks m"]
+
+
+def test_a_folder_of_chat_templates_goes_along(tmp_path: Path) -> None:
+    """Into the pruned directory, the packed one, and the one unpacked from that."""
+    dense = save(random_model(llama_config()), tmp_path / "model")
+    template = dense / "additional_chat_templates" / "tools.jinja"
+    template.parent.mkdir()
+    template.write_text("{{ tools }}")
+    (template.parent / "notes.bin").touch()
+    targets = [prune(dense, tmp_path / form, format=form) for form in ("dense", "packed")]
+    unpack(tmp_path / "packed", tmp_path / "unpacked")
+    for target in (*targets, tmp_path / "unpacked"):
+        assert [path.name for path in (target / template.parent.name).iterdir()] == ["tools.jinja"]
+        assert (target / template.parent.name / "tools.jinja").read_text() == "{{ tools }}"
+
+
+def test_unused_tensors_in_odd_dtypes_are_carried_through(base: Path, tmp_path: Path) -> None:
+    """What the model does not load is no reason to refuse, and stays to the bit."""
+    dense = Path(shutil.copytree(base / "tied", tmp_path / "dense"))
+    dtypes = ["uint16", "uint32", "uint64", "complex64", "float8_e8m0fnu", "float4_e2m1fn_x2"]
+    odd = {f"unused.{name}": torch.arange(64, dtype=torch.uint8).view(getattr(torch, name)) for name in dtypes}
+    odd["unused.nan"] = torch.full((4,), torch.nan)
+    save_file({**load_file(dense / "model.safetensors"), **odd}, dense / "model.safetensors", {"format": "pt"})
+    before = skeleton_of(base / "tied").linears.keys()
+    assert skeleton_of(dense).linears.keys() == before
+    target = prune(dense, tmp_path / "pruned")
+    after = tensors(target)
+    for name, tensor in odd.items():
+        assert after[name].dtype == tensor.dtype
+        assert after[name].shape == tensor.shape
+        assert torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_a_needed_tensor_in_an_odd_dtype_is_named(base: Path, tmp_path: Path) -> None:
+    dense = Path(shutil.copytree(base / "tied", tmp_path / "dense"))
+    found = load_file(dense / "model.safetensors")
+    key = "model.layers.0.mlp.up_proj.weight"
+    save_file({**found, key: found[key].to(torch.complex64)}, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"holds model\.layers\.0\.mlp\.up_proj\.weight as complex64"):
+        skeleton_of(dense)

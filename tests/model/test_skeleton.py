@@ -1,16 +1,15 @@
 """The skeleton: what is found by structure, identity, parameters in and out."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.families import CONVERTS, save_family
-from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
+from tests.small_models import edited_config, gpt2_config, llama_config, random_model, save, skeleton_of, with_tensors
 from trimcli.errors import InputError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.model.empty import find_decoder_layers
@@ -22,22 +21,6 @@ UP = "model.layers.1.mlp.up_proj"
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(random_model(llama_config()), tmp_path_factory.mktemp("model") / "llama")
-
-
-def edited_config(source: Path, target: Path, **fields: object) -> Path:
-    shutil.copytree(source, target)
-    config = {**json.loads((source / "config.json").read_text()), **fields}
-    (target / "config.json").write_text(json.dumps(config))
-    return target
-
-
-def with_tensors(source: Path, target: Path, **tensors: torch.Tensor | None) -> Path:
-    """The model with some tensors replaced, or left out where None."""
-    shutil.copytree(source, target)
-    found = {**load_file(source / "model.safetensors"), **tensors}
-    kept = {key: tensor for key, tensor in found.items() if tensor is not None}
-    save_file(kept, target / "model.safetensors", metadata={"format": "pt"})
-    return target
 
 
 def test_layers_and_linears_are_found_by_structure(llama: Path) -> None:
@@ -121,45 +104,6 @@ def test_buffers_of_the_checkpoint_are_read(tmp_path: Path) -> None:
     assert all(buffer.device.type == "cpu" for buffer in names.values())
 
 
-# --- identity --------------------------------------------------------------------------------------------
-
-
-def test_the_fingerprint_tells_structure_from_content(llama: Path, tmp_path: Path) -> None:
-    base = skeleton_of(llama).fingerprint
-    copy = skeleton_of(Path(shutil.copytree(llama, tmp_path / "copy"))).fingerprint
-    assert (copy.structure, copy.content) == (base.structure, base.content)
-
-    tuned = skeleton_of(save(random_model(llama_config(), seed=1), tmp_path / "tuned")).fingerprint
-    assert tuned.structure == base.structure
-    assert tuned.content != base.content
-
-    half = skeleton_of(save(random_model(llama_config(), dtype=torch.float16), tmp_path / "half")).fingerprint
-    assert half.structure == base.structure
-    assert half.content != base.content
-
-    theta = skeleton_of(edited_config(llama, tmp_path / "theta", rms_norm_eps=0.5)).fingerprint
-    assert theta.structure != base.structure
-
-
-def test_sharding_does_not_change_the_fingerprint(llama: Path, tmp_path: Path) -> None:
-    other = save(random_model(llama_config()), tmp_path / "sharded", max_shard_size="20KB")
-    assert len(list(other.glob("*.safetensors"))) > 1
-    assert skeleton_of(other).fingerprint.content == skeleton_of(llama).fingerprint.content
-
-
-def test_a_config_alone_has_a_structure_and_shapes_but_no_content(llama: Path, tmp_path: Path) -> None:
-    shutil.copy(llama / "config.json", tmp_path)
-    skeleton = Skeleton(Checkpoint.open(tmp_path, weights=False))
-    whole = skeleton_of(llama)
-    assert skeleton.fingerprint.structure == whole.fingerprint.structure
-    assert skeleton.fingerprint.content is None
-    assert {name: one.shape for name, one in skeleton.linears.items()} == {
-        name: one.shape for name, one in whole.linears.items()
-    }
-    with pytest.raises(InputError, match="no weights for"):
-        skeleton.linears[UP].read(skeleton.checkpoint)
-
-
 # --- what cannot be used ---------------------------------------------------------------------------------
 
 
@@ -182,6 +126,25 @@ def test_a_head_that_is_not_tied_must_be_there(llama: Path, tmp_path: Path) -> N
     lacking = with_tensors(llama, tmp_path / "lacking", **{"lm_head.weight": None})
     with pytest.raises(InputError, match=r"lacks a tensor for lm_head\.weight"):
         skeleton_of(lacking)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_of_its_own_under_a_tied_config_is_what_transformers_makes_of_it(
+    same: bool, llama: Path, tmp_path: Path
+) -> None:
+    """Transformers 5 does not tie what has other values, 4 ties in any case."""
+    embedding = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
+    head = {"lm_head.weight": embedding.clone()} if same else {}
+    model = edited_config(with_tensors(llama, tmp_path / "made", **head), tmp_path / "model", tie_word_embeddings=True)
+    skeleton = skeleton_of(model)
+    skeleton.load_everything()
+    skeleton.model.tie_weights()  # as lm-eval does
+    own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(skeleton.model.state_dict()[name], tensor), name
+    tied = skeleton.model.lm_head.weight is skeleton.model.model.embed_tokens.weight
+    assert tied is (own.lm_head.weight is own.model.embed_tokens.weight) is (same or not CONVERTS)
+    assert skeleton.fingerprint.structure == Skeleton(Checkpoint.open(model, weights=False)).fingerprint.structure
 
 
 @pytest.mark.skipif(not CONVERTS, reason="transformers 4 leaves experts apart")
@@ -216,6 +179,16 @@ def test_weights_that_are_not_finite_are_named(value: float, llama: Path, tmp_pa
         damaged.linears[UP].read(damaged.checkpoint)
     with pytest.raises(InputError, match=rf"the tensor {UP}\.weight"):
         damaged.load_layer(damaged.layers[1])
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_outside_the_layers_values_are_not_looked_at(name: str, llama: Path, tmp_path: Path) -> None:
+    """Rows of tokens that no text has may hold anything; what others do to the outputs is seen there."""
+    tensor = load_file(llama / "model.safetensors")[name].clone()
+    tensor[63] = torch.nan
+    skeleton = skeleton_of(with_tensors(llama, tmp_path / "damaged", **{name: tensor}))
+    skeleton.load_everything()
+    assert torch.equal(skeleton.model.get_parameter(name)[:63], tensor[:63])
 
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:

@@ -14,7 +14,7 @@ from trimcli.errors import MismatchError
 from trimcli.files.atomic import refuse_existing
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, masked, parse_size, write_model
-from trimcli.files.manifest import PACKED, PRUNED, check_model, manifest
+from trimcli.files.manifest import PACKED, PRUNED, check_masks, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.packing import PackedTensors
 from trimcli.model.matrix import Matrix, finite
@@ -48,8 +48,10 @@ def apply_masks(
 ) -> AppliedMasks:
     """Write `model`, a local directory or a hub id, with the weights that `masks` takes set to zero.
 
-    One tensor in memory. Masks of a prune that changed the kept weights too apply only to the directory that it wrote,
-    to pack it. Raises MismatchError (another model, or masks alone where weights changed), UsageError and HubError.
+    One tensor in memory. The model must have matrices of the masks' names and shapes, and the weights that these were
+    made from, or any under `other_weights`; its config may have been saved anew. Masks of a prune that changed the
+    kept weights too apply only to the directory that it wrote, to pack it. Raises MismatchError (another model, or
+    masks alone where weights changed), UsageError and HubError.
     """
     options = options or ApplyOptions()
     check_fields(options)
@@ -59,7 +61,8 @@ def apply_masks(
     checkpoint = Checkpoint.open(model, revision=options.revision)
     skeleton = Skeleton(checkpoint, trust_remote_code=options.trust_remote_code)
     changed = bool(found.manifest.get("changes_weights"))
-    check_model(found.manifest, skeleton.fingerprint, masks, structure_only=options.other_weights or changed)
+    if not (options.other_weights or changed):
+        check_masks(found.manifest, skeleton.fingerprint, masks)
     linears = _pruned_linears(found, skeleton)
     weights = masked_weights(checkpoint, (skeleton.linears[name] for name in found.names), found.keep)
     if changed and linears:

@@ -1,6 +1,7 @@
 """The eval stage: perplexity layer by layer, zero-shot tasks through lm-eval, and the sparsity that was there."""
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from trimcli.errors import InputError, MismatchError, OptionError
 from trimcli.evaluation.perplexity import apply_masks_to_layer, perplexity
 from trimcli.files.atomic import refuse_existing
 from trimcli.files.documents import read_mark, write_json
-from trimcli.files.manifest import RESULTS, check_model, manifest
+from trimcli.files.manifest import RESULTS, check_masks, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
@@ -66,7 +67,7 @@ def evaluate(
 def open_masks(path: Path, skeleton: Skeleton) -> MaskFile:
     """The masks file, checked to fit the model. Raises MismatchError also where masks alone do not carry the result."""
     mask = MaskFile.open(path)
-    check_model(mask.manifest, skeleton.fingerprint, path)
+    check_masks(mask.manifest, skeleton.fingerprint, path)
     if mask.manifest.get("changes_weights"):
         why = "belongs to a prune that changed the kept weights too, so masks alone do not carry its result"
         raise MismatchError(f"{path} {why}; measure the directory that prune --save-model wrote.")
@@ -84,17 +85,21 @@ def _perplexities(
     most, batch_size = options.max_windows, options.batch_size
     how: dict[str, Any] = {"seqlen": seqlen, "max_windows": most, "bos": options.bos, "chat": options.chat}
     texts = [evaluation_windows(name, tokenizer, **how) for name in options.ppl]
+    values = [perplexity(skeleton, text.windows, mask=mask, batch_size=batch_size, progress=progress) for text in texts]
+    if any(map(math.isnan, values)):
+        what = f"the head of {skeleton.checkpoint.directory} gives NaN (it holds such values or overflows)"
+        raise InputError(f"{what}; try --dtype float32, or another checkpoint.")
     return [
         {
             "dataset": text.dataset,
-            "value": perplexity(skeleton, text.windows, mask=mask, batch_size=batch_size, progress=progress),
+            "value": value,
             "seqlen": seqlen,
             "windows": len(text.windows),
             "tokens": text.tokens,
             "bos": text.bos,
             "dtype": dtype_name(skeleton.dtype),
         }
-        for text in texts
+        for text, value in zip(texts, values, strict=True)
     ]
 
 

@@ -221,7 +221,9 @@ class ApplyOptions(ModelOptions):
         "dense", "dense: an ordinary directory with zeros in it. packed: keep bits and kept values, really smaller."
     )
     max_shard_size: str | None = option(None, "Shard anew, such as 5GB; the model's own shards if not given.")
-    other_weights: bool = option(False, "Accept other weights of the same structure: a fine-tuned model.")
+    other_weights: bool = option(
+        False, "Accept other weights in matrices of the same names and shapes: a fine-tuned model."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

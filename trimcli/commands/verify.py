@@ -15,7 +15,7 @@ from trimcli.errors import CheckFailed, InputError, MismatchError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_json
-from trimcli.files.manifest import MASKS, PACKED, PRUNED, ModelFingerprint, check_model, is_intact
+from trimcli.files.manifest import MASKS, PACKED, PRUNED, ModelFingerprint, check_masks, is_intact
 from trimcli.files.masks import MaskFile, keep_digest
 from trimcli.files.names import grouped, layer_of
 from trimcli.files.tensors import open_tensors, read_manifest
@@ -138,7 +138,8 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
     if found is not None:
         theirs = ModelFingerprint(**document["model"])
         other_weights = document["options"].get("other_weights") or found.manifest.get("changes_weights")
-        check_model(found.manifest, theirs, found.path, structure_only=bool(other_weights))
+        if not other_weights:
+            check_masks(found.manifest, theirs, found.path)
         missing = [name for name in found.names if name not in document["linears"]]
         report.failures.extend(f"{name} has a mask but was not pruned" for name in missing)
     checkpoint = Checkpoint.open(path)
@@ -157,10 +158,11 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
 def _verify_plain(path: Path, options: VerifyOptions, progress: Progress) -> VerifyReport:
     skeleton = Skeleton(Checkpoint.open(path), trust_remote_code=options.trust_remote_code)
     found = MaskFile.open(options.masks) if options.masks else None
-    if found is not None:
-        check_model(found.manifest, skeleton.fingerprint, found.path, structure_only=True)
     linears, checkpoint = skeleton.linears, skeleton.checkpoint
     report = VerifyReport(str(path), MASKS if found else None, [])
+    if found is not None and (missing := [name for name in found.names if name not in linears]):
+        what = f"{found.path} was made for the model {(found.manifest.get('model') or {}).get('id')!r}"
+        raise MismatchError(f"{what} and has a mask for {missing[0]}, which {path} has not; give its own masks.")
     nothing: dict[str, Any] = {"linears": {name: {} for name in linears}}
     return _read_back(report, nothing, lambda name: linears[name].read(checkpoint) != 0, progress, found)
 

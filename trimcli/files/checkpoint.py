@@ -12,16 +12,24 @@ from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json, read_mark
 from trimcli.files.manifest import PACKED
 from trimcli.files.packed import PackedReader
+from trimcli.files.quantized import as_plain, without_quantization
 from trimcli.files.shards import BinShards, SafeShards, Shards, shard_names
-from trimcli.files.tensors import TensorSpec
+from trimcli.files.tensors import TensorSpec, specs_of
 
+CONFIG, TEMPLATES = "config.json", "additional_chat_templates"
 SAFE_INDEX, SAFE_SINGLE = "model.safetensors.index.json", "model.safetensors"
 BIN_INDEX, BIN_SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
+# Where ModelOpt says what is quantized, which nothing is that trim writes.
+QUANTIZED = "hf_quant_config.json"
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt"}
 
 
 class Checkpoint:
-    """One model directory, a hub snapshot's for a hub `id`, opened for reading. config_document: its config.json."""
+    """One model directory, a hub snapshot's for a hub `id`, opened for reading.
+
+    Quantized weights that can be read are plain ones here. config_document: its config.json, without a word on that.
+    names_quantization: whether that had one.
+    """
 
     def __init__(self, directory: Path, id: str, *, weights: bool | None = True) -> None:
         self.directory = directory
@@ -29,12 +37,12 @@ class Checkpoint:
         if weights is None:
             files = (SAFE_INDEX, SAFE_SINGLE, BIN_INDEX, BIN_SINGLE, MARK)
             weights = any((directory / name).is_file() for name in files)
-        if not (directory / "config.json").is_file():
+        if not (directory / CONFIG).is_file():
             raise InputError(f"{directory} has no config.json, so it is not a model directory; check the path.")
-        self.config_document: dict[str, Any] = read_json(directory / "config.json")
-        if self.config_document.get("quantization_config"):
-            raise InputError(f"{directory} holds quantized weights; give the model's original checkpoint.")
-        self._shards: Shards | None = _open_shards(directory) if weights else None
+        config = read_json(directory / CONFIG)
+        self.config_document: dict[str, Any] = without_quantization(config)
+        self.names_quantization = self.config_document != config
+        self._shards: Shards | None = as_plain(_open_shards(directory), config, directory) if weights else None
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, weights: bool | None = True) -> "Checkpoint":
@@ -65,6 +73,10 @@ class Checkpoint:
         """Dtype and shape of a tensor, without reading it."""
         return self._tensors.spec(key)
 
+    def specs(self) -> dict[str, TensorSpec]:
+        """Dtypes and shapes of all tensors but those whose dtype torch lacks."""
+        return specs_of(self.keys(), self.spec)
+
     def load(self, key: str) -> Tensor:
         """A tensor on the CPU in its stored dtype, memory-mapped where the storage allows: do not write to it."""
         return self._tensors.load(key)
@@ -72,16 +84,17 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(self.spec(key).nbytes for key in self.keys())
+        return sum(spec.nbytes for spec in self.specs().values())
 
     def shards(self) -> dict[str, list[str]]:
         """Shard file name -> the names of the tensors in it."""
         return self._tensors.files
 
     def small_files(self) -> list[Path]:
-        """The directory's files that are not weights: config, tokenizer, generation config, code."""
-        files = [path for path in sorted(self.directory.iterdir()) if path.is_file() and path.name[0] != "."]
-        others = {SAFE_INDEX, BIN_INDEX, MARK}
+        """The directory's files that are not weights: config, tokenizer, chat templates, generation config, code."""
+        found = [*sorted(self.directory.iterdir()), *sorted((self.directory / TEMPLATES).glob("*.jinja"))]
+        files = [path for path in found if path.is_file() and path.name[0] != "."]
+        others = {SAFE_INDEX, BIN_INDEX, MARK, QUANTIZED}
         return [path for path in files if path.suffix not in WEIGHT_SUFFIXES and path.name not in others]
 
 
@@ -101,10 +114,11 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
     patterns = ["*.json", "*.txt", "*.model", "*.py", "*.jinja", "*.md", "LICENSE*"]
     try:
         if not weights:
-            return Path(fetch(allow_patterns=["config.json", "*.py"]))
+            return Path(fetch(allow_patterns=[CONFIG, "*.py"]))
         directory = Path(fetch(allow_patterns=[*patterns, "*.safetensors"]))
         if not any(directory.glob("*.safetensors")):
             directory = Path(fetch(allow_patterns=[*patterns, "pytorch_model*.bin"]))
+        fetch(allow_patterns=[f"{TEMPLATES}/*.jinja"], ignore_patterns=None)
         return directory
     except errors.GatedRepoError:
         raise InputError(f"the hub model {model} is gated; accept its licence and set HF_TOKEN.") from None
@@ -135,4 +149,7 @@ def _open_shards(directory: Path) -> Shards:
             if missing := [file for file in files if not (directory / file).is_file()]:
                 raise InputError(f"the shard {directory / missing[0]} is missing; fetch the model anew.")
             return form(directory, files)
+    if gguf := sorted(directory.glob("*.gguf")):
+        way_out = "load it with transformers' `from_pretrained(..., gguf_file=...)` and save that"
+        raise InputError(f"{directory} holds GGUF weights ({gguf[0].name}), which are not read; {way_out}.")
     raise InputError(f"{directory} has a config.json but no weights ({SAFE_SINGLE} or {BIN_SINGLE}); fetch them.")

@@ -19,7 +19,7 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.atomic import MARK, atomic_directory
 from trimcli.files.card import with_card
-from trimcli.files.checkpoint import SAFE_INDEX, SAFE_SINGLE, Checkpoint
+from trimcli.files.checkpoint import CONFIG, SAFE_INDEX, SAFE_SINGLE, Checkpoint
 from trimcli.files.documents import write_json
 from trimcli.files.manifest import COMMAND_LINE, with_linears
 from trimcli.files.masks import keep_digest
@@ -195,6 +195,11 @@ def write_model(
 def add_small_files(directory: Path, checkpoint: Checkpoint, readme: str, document: Mapping[str, Any]) -> None:
     """Add the checkpoint's small files, a `README.md` in place of its own, and `document` as `trim.json`."""
     for path in checkpoint.small_files():
-        shutil.copyfile(path, directory / path.name)
+        target = directory / path.relative_to(checkpoint.directory)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)
+    if checkpoint.names_quantization:  # of weights that are written as plain ones
+        (directory / CONFIG).unlink()
+        write_json(directory / CONFIG, checkpoint.config_document)
     (directory / README).write_text(readme, encoding="utf-8", newline="\n")
     write_json(directory / MARK, document)

@@ -4,8 +4,8 @@ import contextvars
 import hashlib
 import math
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,27 @@ COMMAND_LINE: contextvars.ContextVar[str | None] = contextvars.ContextVar("comma
 
 @dataclass(frozen=True)
 class ModelFingerprint:
-    """Which model a file is of: SHA-256 of its config, names and shapes, and of a sample of its weights, if read."""
+    """Which model a file is of: SHA-256 of its config, names and shapes, and a hash of its weights, if read.
+
+    earlier: the content by which files of earlier versions know it; None where this was read from a file.
+    """
 
     id: str
     structure: str
     content: str | None = None
+    earlier: Callable[[], str] | None = field(default=None, compare=False, repr=False)
 
     def document(self) -> dict[str, Any]:
         """The JSON form that manifests carry."""
-        return asdict(self)
+        return {"id": self.id, "structure": self.structure, "content": self.content}
+
+    def has_content(self, content: str) -> bool | None:
+        """Whether its weights are those of `content`; None where two files of different versions do not tell."""
+        if content == self.content or self.content is None:
+            return content == self.content
+        if self.earlier is not None:
+            return ":" not in content and content == self.earlier()
+        return None if (":" in content) != (":" in self.content) else False
 
 
 def manifest(
@@ -64,16 +76,23 @@ def manifest(
     }
 
 
-def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path, *, structure_only: bool = False) -> None:
-    """Raise MismatchError unless the manifest `found` in `path` is of `model` (structure_only: of any weights)."""
+def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path) -> None:
+    """Raise MismatchError unless the manifest `found` in `path` is of `model`; without content, of any weights."""
     theirs = found.get("model") or {}
     structure, content = str(theirs.get("structure")), theirs.get("content")
     if structure != model.structure:
         pair = f"{theirs.get('id')!r} (structure {structure[:12]}), not for {model.id!r} ({model.structure[:12]})"
         raise MismatchError(f"{path} was made for the model {pair}; make it anew for this model.")
-    if not structure_only and content and content != model.content:
+    if content and model.has_content(content) is False:
         pair = f"{theirs.get('id')!r} (content {content[:12]}), not {model.id!r} ({str(model.content)[:12]})"
         raise MismatchError(f"{path} was made for other weights of this structure: {pair}; make it anew.")
+
+
+def check_masks(found: Mapping[str, Any], model: ModelFingerprint, path: Path) -> None:
+    """`check_model` for masks: these weights suffice, whatever a config that was saved anew says of them."""
+    content = (found.get("model") or {}).get("content")
+    if not (content and model.has_content(content)):
+        check_model(found, model, path)
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class LayerSparsity:
     def document(self, options: Mapping[str, Any], sources: Mapping[str, Path | None]) -> dict[str, Any]:
         """The JSON form: a manifest with this object's fields, without `pattern` where there is none."""
         outside = {"path", "model", *(["pattern"] if self.pattern is None else [])}
-        fields = {name: value for name, value in asdict(self).items() if name not in outside}
+        fields = {name: value for name, value in vars(self).items() if name not in outside}
         return manifest(LAYER_SPARSITY, "alloc-layers", options, self.model, sources, **fields)
 
     @classmethod

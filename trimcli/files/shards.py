@@ -52,7 +52,7 @@ class SafeShards(Shards):
         self.home = {key: name for name, keys in self.files.items() for key in keys}
 
     def spec(self, key: str) -> TensorSpec:
-        """Dtype and shape, from the header alone. Raises InputError for a dtype that cannot be pruned."""
+        """Dtype and shape, from the header alone. Raises InputError for a dtype that torch has not."""
         home = self.home[key]
         return spec_of(self._handles[home], key, self._paths[home])
 

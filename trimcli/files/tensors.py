@@ -1,11 +1,12 @@
 """Tensors in and out of safetensors files, one at a time: memory for the largest, not for the file."""
 
+import contextlib
 import hashlib
 import json
 import math
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,27 @@ from trimcli.files.documents import check_schema, finite_or_none
 DTYPES = {
     torch.float64: "F64",
     torch.int64: "I64",
+    torch.uint64: "U64",
+    torch.complex64: "C64",
     torch.float32: "F32",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
+    torch.float4_e2m1fn_x2: "F4",
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.bool: "BOOL",
 }
+# Two values lie in one element of torch's, which safetensors counts apart.
+PAIRS = torch.float4_e2m1fn_x2
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -73,7 +84,8 @@ def write_tensors(
     for name in names:
         spec = specs[name]
         end = offset + spec.nbytes
-        header[name] = {"dtype": DTYPES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
+        shape = [*spec.shape[:-1], 2 * spec.shape[-1]] if spec.dtype == PAIRS else list(spec.shape)
+        header[name] = {"dtype": DTYPES[spec.dtype], "shape": shape, "data_offsets": [offset, end]}
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -90,6 +102,13 @@ def write_tensors(
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes, hexadecimal."""
     return hashlib.sha256(_bytes(tensor)).hexdigest()
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """XXH3-128 of a tensor's bytes, hexadecimal: at the speed of memory, against changes but not against forgery."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(_bytes(tensor))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -123,12 +142,22 @@ def open_tensors(path: Path) -> Any:
 
 
 def spec_of(handle: Any, name: str, path: Path) -> TensorSpec:
-    """Dtype and shape of a tensor in the opened file `path`, by its header. Raises InputError for odd dtypes."""
+    """Dtype and shape of a tensor in the opened file `path`, by its header. Raises InputError where torch lacks it."""
     piece = handle.get_slice(name)
     for dtype, safe in DTYPES.items():
         if safe == piece.get_dtype():
-            return TensorSpec(dtype, tuple(piece.get_shape()))
+            shape = tuple(piece.get_shape())
+            return TensorSpec(dtype, (*shape[:-1], shape[-1] // 2) if dtype == PAIRS else shape)
     raise InputError(f"{path} holds {name} as {piece.get_dtype()}, which is not supported; convert the model.")
+
+
+def specs_of(keys: Iterable[str], spec: Callable[[str], TensorSpec]) -> dict[str, TensorSpec]:
+    """Dtypes and shapes of the tensors `keys`, but of those whose dtype torch lacks: nothing can use them."""
+    found = {}
+    for key in keys:
+        with contextlib.suppress(InputError):
+            found[key] = spec(key)
+    return found
 
 
 def write_artifact(

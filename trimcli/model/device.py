@@ -18,8 +18,7 @@ def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
     if name != "auto":
         return getattr(torch, one_of("--dtype", name, ("auto", "float32", "bfloat16", "float16")))
     stored: Counter[torch.dtype] = Counter()
-    for key in checkpoint.keys() if checkpoint.has_weights else ():
-        spec = checkpoint.spec(key)
+    for spec in checkpoint.specs().values() if checkpoint.has_weights else ():
         if spec.dtype.is_floating_point:
             stored[spec.dtype] += spec.nbytes
     wanted = stored.most_common(1)[0][0] if stored else torch.float32

@@ -1,7 +1,5 @@
 """The skeleton: a transformers model on the meta device, buffers real, filled one decoder layer at a time."""
 
-import hashlib
-import math
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,20 +11,17 @@ from torch import Tensor, nn
 
 from trimcli.errors import InputError, first_line
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.documents import canonical_json
 from trimcli.files.manifest import ModelFingerprint
 from trimcli.files.names import grouped
-from trimcli.files.tensors import natural
+from trimcli.files.tensors import dtype_name
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import build_empty, empty, find_decoder_layers, set_parameter
+from trimcli.model.fingerprint import fingerprint_of
 from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
 from trimcli.model.names import NameMap, map_names
 from trimcli.options import RunOptions
 
-# Of a config.json: what does not change which function of the weights the model is.
-TOKEN_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
-VOLATILE = TOKEN_IDS | {"_name_or_path", "dtype", "torch_dtype", "transformers_version", "use_cache", "architectures"}
-SAMPLES = 64
+FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 Form = Literal["recorded", "suspended"]
 """How hidden states pass the layers: called as was recorded, or inside of the model's own, suspended forward pass."""
@@ -74,20 +69,21 @@ class Skeleton:
         self.device = torch.device(device)
         self.model = build_empty(checkpoint, dtype, trust_remote_code=trust_remote_code)
         self.config = self.model.config
+        self.config.__dict__.pop("quantization_config", None)  # what is read is not quantized
         self._names = map_names(self.model, checkpoint.keys()) if checkpoint.has_weights else NameMap({}, [])
-        self._tied = self._tied_names()
-        # Taken now: once filled and emptied, parameters that were tied are no longer one.
+        # Taken now: once untied, or filled and emptied, parameters that were tied are no longer one.
         self._shapes = {name: list(parameter.shape) for name, parameter in self.model.named_parameters()}
+        self._tied = self._tied_names()
         made = {conversion.name for conversion in self._names.conversions}
         if checkpoint.has_weights:
             self._refuse_other_shapes(made)
         keys = {name: key for name, key in self._names.plain.items() if name not in made}
-        container, modules = find_decoder_layers(self.model)
-        self._kept = dict.fromkeys(self._used_twice(f"{container}."), "more than one layer uses it")
+        self._container, modules = find_decoder_layers(self.model)
+        self._kept = dict.fromkeys(self._used_twice(f"{self._container}."), "more than one layer uses it")
         self._kept |= {conversion.name: "the checkpoint holds it in pieces" for conversion in self._names.conversions}
         self.layers: list[DecoderLayer] = []
         for index, module in enumerate(modules):
-            name = f"{container}.{index}"
+            name = f"{self._container}.{index}"
             self._kept.update(dict.fromkeys(routers_in(module, name), "it routes or gates"))
             linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights, dense=self._kept))
             self.layers.append(DecoderLayer(index, name, module, linears))
@@ -103,27 +99,45 @@ class Skeleton:
         return {name: linear.shape for name, linear in self.linears.items()}
 
     def _tied_names(self) -> dict[str, str]:
-        """Parameter name -> the name whose checkpoint tensor it shares."""
+        """Parameter name -> the name whose checkpoint tensor it shares.
+
+        As transformers 5 does, one that the checkpoint has with other values of its own is no longer tied.
+        """
         tied: dict[str, str] = {}
+        listed = getattr(self.model, "all_tied_weights_keys", {})  # transformers 4 ties in any case
         parameters = self.model.named_parameters(remove_duplicate=False)
         for same in grouped(parameters, lambda item: id(item[1])).values():
             names = [name for name, _ in same]
             source = next((name for name in names if name in self._names.plain), names[0])
-            tied |= {name: source for name in names if name != source}
+            for name in names:
+                own = name in self._names.plain and (name in listed or source in listed)
+                if own and name != source and not self._are_equal(name, source):
+                    set_parameter(self.model, name, same[0][1].detach().clone())
+                    for config in (self.config, self.config.get_text_config()):
+                        config.tie_word_embeddings = False
+                elif name != source:
+                    tied[name] = source
         return tied
+
+    def _are_equal(self, *names: str) -> bool:
+        one, other = (self.checkpoint.load(self._names.plain[name]).to(self.dtype) for name in names)
+        return torch.equal(one, other)
 
     def _refuse_other_shapes(self, made: Collection[str]) -> None:
         # One conversion may yield several parameters: which ones shows when it runs, in `_fill`.
         several = any(len(conversion.converter.target_patterns) > 1 for conversion in self._names.conversions)
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, tensor in self.model.state_dict().items():
             key = self._names.plain.get(self._tied.get(name, name))
             if key is None:
-                parameter = name in dict(self.model.named_parameters(remove_duplicate=False))
-                if parameter and not several and name not in made and name not in self._tied:
+                if name in parameters and not several and name not in made and name not in self._tied:
                     raise InputError(f"{self.checkpoint.directory} lacks a tensor for {name}; fetch the model anew.")
             elif (shape := self.checkpoint.spec(key).shape) != tuple(tensor.shape):
                 what = f"{key} has shape {shape} where config.json calls for {tuple(tensor.shape)}"
                 raise InputError(f"{self.checkpoint.directory}: {what}; fetch the model anew.")
+            elif name in parameters and (dtype := self.checkpoint.spec(key).dtype) not in FLOATS:
+                what = f"{self.checkpoint.directory} holds {key} as {dtype_name(dtype)}"
+                raise InputError(f"{what}, which is not supported; convert the model.")
 
     def _used_twice(self, inside: str) -> Iterator[str]:
         """The parameters of the decoder layers, named `inside`..., that are one with another of theirs."""
@@ -143,20 +157,8 @@ class Skeleton:
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
-        """Structure (config, module names, shapes) and, with weights, content (dtypes and a sample of every tensor)."""
-        kept = {key: value for key, value in self.checkpoint.config_document.items() if key not in VOLATILE}
-        structure = hashlib.sha256(canonical_json([kept, self._shapes]).encode()).hexdigest()
-        if not self.checkpoint.has_weights:
-            return ModelFingerprint(self.checkpoint.id, structure)
-        content = hashlib.sha256()
-        for key in sorted(self.checkpoint.keys(), key=natural):
-            spec = self.checkpoint.spec(key)
-            content.update(f"{key} {spec.dtype} {list(spec.shape)}".encode())
-            if math.prod(spec.shape):
-                flat = self.checkpoint.load(key).reshape(-1)
-                sample = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-                content.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
-        return ModelFingerprint(self.checkpoint.id, structure, content.hexdigest())
+        """Which model this is."""
+        return fingerprint_of(self.checkpoint, self._shapes)
 
     def load_layer(self, layer: DecoderLayer) -> None:
         """Put a layer's parameters on the compute device in the compute dtype. Raises InputError on NaN or infinity."""
@@ -194,7 +196,9 @@ class Skeleton:
                 pair = f"{tuple(stored.shape)} where config.json calls for {tuple(parameter.shape)}"
                 what = f"the tensors of {self.checkpoint.directory} give {full} the shape {pair}"
                 raise InputError(f"{what}; fetch the model anew.")
-            value = finite(stored, key or full, self.checkpoint)
+            # Outside the layers: rows of tokens that no text has, say. What they do to outputs is seen there.
+            inside = full.startswith(f"{self._container}.")
+            value = finite(stored, key or full, self.checkpoint) if inside else stored
             dtype = self.dtype if value.is_floating_point() else value.dtype
             set_parameter(module, name, value.to(self.device, dtype, copy=copy))
         for name, buffer in module.named_buffers(recurse=recurse):
