@@ -2,16 +2,28 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.families import CONVERTS, save_family
-from tests.small_models import edited_config, gpt2_config, llama_config, random_model, save, skeleton_of, with_tensors
+from tests.families import COMMON, CONVERTS, SPECIAL, save_family
+from tests.small_models import (
+    edited_config,
+    gpt2_config,
+    llama_config,
+    random_model,
+    save,
+    save_random,
+    skeleton_of,
+    with_tensors,
+)
 from trimcli.errors import InputError
 from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.names import inside_layer
 from trimcli.model.empty import find_decoder_layers
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 
@@ -193,8 +205,8 @@ def test_outside_the_layers_values_are_not_looked_at(name: str, llama: Path, tmp
 
 def test_a_model_without_a_list_of_layers_is_refused() -> None:
     model = random_model(llama_config())
-    model.config.num_hidden_layers = 5
-    with pytest.raises(InputError, match="has no list of 5 decoder layers"):
+    model.model.layers = torch.nn.ModuleList()
+    with pytest.raises(InputError, match="LlamaForCausalLM has no list of decoder layers; its form is not supported"):
         find_decoder_layers(model)
 
 
@@ -211,3 +223,25 @@ def test_the_list_of_layers_with_the_most_parameters_is_the_decoder() -> None:
     model = random_model(LlamaConfig(**{**llama_config().to_dict(), "num_hidden_layers": 2}))
     model.decoys = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
     assert find_decoder_layers(model)[0] == "model.layers"
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "gates"),
+    [
+        ("Qwen2Moe", {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24}, {"mlp.shared_expert_gate"}),
+        ("Llama4Text", {"num_local_experts": 4, "intermediate_size_mlp": 48, "head_dim": 8}, {"feed_forward.router"}),
+        ("Mixtral", {"num_local_experts": 4}, {"mlp.gate", "block_sparse_moe.gate"}),
+    ],
+)
+def test_routers_and_gates_stay_dense(name: str, fields: dict[str, Any], gates: set[str], tmp_path: Path) -> None:
+    """Whether a linear or a parameter of another module: what decides where a token goes is no matrix to prune."""
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **SPECIAL, "num_experts": 4, **fields})
+    skeleton = skeleton_of(save_random(config, tmp_path / name))
+    pruned = {inside_layer(linear) for linear in skeleton.linears}
+    dense = {
+        inside_layer(parameter).removesuffix(".weight"): left.why for parameter, left in skeleton.left_dense().items()
+    }
+    assert not gates & pruned
+    assert {dense[gate] for gate in gates & dense.keys()} <= {"it routes or gates", "it is no linear's"}
+    assert gates & dense.keys()
+    assert "self_attn.q_proj" in pruned
