@@ -40,9 +40,9 @@ Every causal language model type of transformers {version}, tried tiny and with 
 sizes 1, 2 and the default is that of `from_pretrained`, or it is refused before anything is measured. Written by
 `python -m tests.causal_survey`, held by `tests/model/test_causal_types.py`.
 """
-EXPLANATION = """*Layer by layer*: every decoder layer is called as the model calls it. *Within its own forward pass*: the layers hand
-on more than hidden states, so each sample waits inside the model's own forward pass until its layer is loaded. One layer is
-resident either way. A name with `+` is a form of the type before it. `*` stands for every expert.
+EXPLANATION = """*Layer by layer*: every decoder layer is called as the model calls it. *Within its own forward pass*: the
+layers hand on more than hidden states, so each sample waits inside the model's own forward pass until its layer is loaded.
+One layer is resident either way. A name with `+` is a form of the type before it. `*` stands for every expert.
 """
 
 
