@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 TABLE = HERE / "data" / "causal_types.json"
 DOCUMENT = HERE.parent / "docs" / "families.md"
 BATCHES = (1, 2, None)
+TOLERANCE = 1e-4
 FORMS = {"recorded": "walk", "suspended": "own forward"}
 WORDS = {"walk": "layer by layer", "own forward": "within its own forward pass", "refused": "refused"}
 
@@ -40,9 +41,9 @@ Every causal language model type of transformers {version}, tried tiny and with 
 sizes 1, 2 and the default is that of `from_pretrained`, or it is refused before anything is measured. Written by
 `python -m tests.causal_survey`, held by `tests/model/test_causal_types.py`.
 """
-EXPLANATION = """*Layer by layer*: every decoder layer is called as the model calls it. *Within its own forward pass*: the
-layers hand on more than hidden states, so each sample waits inside the model's own forward pass until its layer is loaded.
-One layer is resident either way. A name with `+` is a form of the type before it. `*` stands for every expert.
+EXPLANATION = """*Layer by layer*: every decoder layer is called as the model calls it. *Within its own forward pass*:
+the layers hand on more than hidden states, so each sample waits inside the model's own forward pass until its layer is
+loaded. One layer is resident either way. A name with `+` is a form of the type before it. `*` stands for every expert.
 """
 
 
@@ -75,6 +76,11 @@ class Finding:
         if self.refusal is None:
             return None
         return re.sub(r"\d+(\.\d+)?%", "N%", self.refusal.replace(str(self.directory), "MODEL"))
+
+    @property
+    def agrees(self) -> bool:
+        """Whether trim's perplexities are all the model's own; of what is refused there are none."""
+        return all(math.isclose(value, self.own, rel_tol=TOLERANCE) for value in self.found.values())
 
     def row(self) -> dict[str, Any]:
         """What the table keeps."""
@@ -164,6 +170,8 @@ def main() -> None:
             findings.append(survey(name, directory, Path(scratch) / "cache"))
             shutil.rmtree(directory)
             print(f"{name}: {findings[-1].verdict}", flush=True)
+    if wrong := [finding.type for finding in findings if not finding.agrees]:
+        raise SystemExit(f"nothing written: other perplexities than their own for {', '.join(wrong)}")
     types = {finding.type: finding.row() for finding in findings}
     table = {"transformers": transformers.__version__, "types": types}
     TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
