@@ -85,6 +85,10 @@ INDEXER = {
     "ple_layer_ids": [1],
     "eos_token_id": 1,
 }
+OTHER_WHERE_SLIDING = {
+    "head_dim": 8,
+    "per_layer_config": {1: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 16}},
+}
 SHARED_BLOCK = {"attention_hidden_size": 64, "attention_head_dim": 16, "n_mamba_heads": 2, "mamba_headdim": 32}
 TWO_OF_EACH = ["sliding_attention", "full_attention"] * 2
 FIELDS: dict[str, dict[str, Any]] = {
@@ -92,6 +96,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note": {"text_config": OTHER_WHERE_SLIDING},
+    "dots3_note_text": OTHER_WHERE_SLIDING,
+    "gemma4": {"text_config": {"global_head_dim": 16}},
+    "gemma4_text": {"global_head_dim": 16},
+    "gemma4_unified": {"text_config": {"global_head_dim": 16}},
+    "gemma4_unified_text": {"global_head_dim": 16},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
