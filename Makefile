@@ -8,16 +8,17 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c '$(IN_RANGE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-all lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    prune the embedded model and compare, offline, in a minute'
-	@echo 'make test    linters, types and tests'
-	@echo 'make lint    linters, types, and which room imports which'
-	@echo 'make format  let ruff rewrite what it can'
-	@echo 'make bench   run every benchmark script'
-	@echo 'make clean   remove the environment and all caches'
+	@echo 'make demo      prune the embedded model and compare, offline, in a minute'
+	@echo 'make test      linters, types and tests'
+	@echo 'make test-all  the same with the slow tests: every model type of transformers'
+	@echo 'make lint      linters, types, and which room imports which'
+	@echo 'make format    let ruff rewrite what it can'
+	@echo 'make bench     run every benchmark script'
+	@echo 'make clean     remove the environment and all caches'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(or $(PYTHON),false) -c '$(IN_RANGE)' || \
@@ -39,6 +40,9 @@ lint: $(STAMP)
 # The matrices of the tests are tiny, so one process a core is quicker than threads inside of one.
 test: lint
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto
+
+test-all: lint
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto -m 'slow or not slow'
 
 format: $(STAMP)
 	@$(BIN)/ruff check --fix

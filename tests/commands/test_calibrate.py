@@ -190,7 +190,8 @@ def test_a_linear_that_its_layer_never_calls_can_be_skipped(
     run = ("--tokens", base / "tokens.safetensors", "--cache-dir", tmp_path / "cache", *COMPUTE)
     done = trim("calibrate", model, "-o", tmp_path / "calib", *run)
     assert (done.status, done.out) == (1, "")
-    assert done.err == f"trim: {spare} is never called by its layer, so it has no inputs; name it in --skip.\n"
+    what = f"trim: {spare} is never called by its layer, so it has no inputs"
+    assert done.err == f"{what}; leave it dense with --skip '*.mlp.spare'.\n"
     assert not (tmp_path / "calib").exists()
     for globs in (("--skip", "*.spare"), ("--only", "*.self_attn.*", "--only", "*_proj")):
         made = trim_json("calibrate", model, "-o", tmp_path / "calib", *globs, *run, "--force")

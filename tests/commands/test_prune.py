@@ -333,7 +333,8 @@ def test_a_linear_that_its_layer_never_calls_can_be_skipped(
         saved: Args = ("--save-model", tmp_path / method, "--method", method, "--sparsity", 0.5)
         done = trim("prune", model, "-o", tmp_path / f"{method}-masks", *saved, *run_there)
         assert (done.status, done.out) == (1, "")
-        sentence = f"trim: {first} is never called by its layer, so it has no inputs; name it in --skip."
+        what = f"trim: {first} is never called by its layer, so it has no inputs"
+        sentence = f"{what}; leave it dense with --skip '*.mlp.spare'."
         assert done.err.splitlines()[-1] == sentence
         trim_json("prune", model, "-o", tmp_path / f"{method}-masks", *saved, *run_there, "--skip", "*.spare")
         assert MaskFile.open(tmp_path / f"{method}-masks").names == names

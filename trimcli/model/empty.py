@@ -56,6 +56,14 @@ def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
     return name, outer[name]
 
 
+def expert_counts(config: Any) -> set[int]:
+    """How many experts a model's config, or one within, speaks of."""
+    documents = [config.to_dict()]
+    documents += [value for value in documents[0].values() if isinstance(value, dict)]
+    named = {value for one in documents for name, value in one.items() if str(name).endswith("experts")}
+    return {value for value in named if isinstance(value, int) and value > 1}
+
+
 def set_parameter(module: nn.Module, name: str, value: Tensor) -> None:
     """Make `value` the parameter `name` (a path below `module`), without gradient."""
     *path, leaf = name.split(".")

@@ -104,23 +104,34 @@ def matrices_in(
             yield Matrix(f"{prefix}.{name}", module, d_out, d_in, key, transposed)
 
 
-def routers_in(layer: nn.Module, prefix: str) -> Iterator[str]:
-    """Full names, by the layer's, of the weights that route and gate: one output, or one an expert beside them.
+def routers_in(layer: nn.Module, prefix: str, experts: Collection[int]) -> Iterator[str]:
+    """Full names, by the layer's, of the weights that route and gate: few outputs, or one an expert beside them.
 
-    They hold next to no weights, and all that the experts compute hangs on them.
+    They hold next to no weights, and all that the experts compute hangs on them. experts: how many the config speaks
+    of. Where one of a router's linears has an output for each expert, its others are the router's, too.
     """
-    found = {one for one in layer.modules() if isinstance(one, nn.Linear) and len(one.weight) == 1}
+    found = {one for one in layer.modules() if isinstance(one, nn.Linear) and _gates(*one.weight.shape)}
     for module in layer.modules():
-        counts = {count for child in module.children() if (count := _experts(child)) > 1}
-        found |= {one for one in module.children() if isinstance(one, nn.Linear) and len(one.weight) in counts}
+        holders = {child: count for name, child in module.named_children() if (count := _experts(name, child))}
+        counts = {*holders.values(), *experts}
+        for child in module.children() if holders else ():
+            linears = {one for one in child.modules() if isinstance(one, nn.Linear)}
+            if child not in holders and any(len(one.weight) in counts for one in linears):
+                found |= linears
     yield from (f"{prefix}.{name}.weight" for name, module in layer.named_modules() if module in found)
 
 
-def _experts(module: nn.Module) -> int:
-    """How many experts a module holds, as a list or as stacks [E, ., .]; 0 for any other."""
+def _gates(d_out: int, d_in: int) -> bool:
+    """Whether a few numbers are all that is made of so many features."""
+    return d_out == 1 or (d_out <= 8 and d_in >= 32 * d_out)
+
+
+def _experts(name: str, module: nn.Module) -> int:
+    """How many experts a module holds, as a list or as stacks [E, ., .], 1 by its name alone; 0 for any other."""
     if isinstance(module, nn.ModuleList):
         return len(module)
-    return max((len(one) for one in module.parameters(recurse=False) if one.ndim == 3), default=0)
+    stacked = max((len(one) for one in module.parameters(recurse=False) if one.ndim == 3), default=0)
+    return stacked or int(name == "experts")
 
 
 def finite(tensor: Tensor, key: str, checkpoint: Checkpoint) -> Tensor:

@@ -15,7 +15,7 @@ from trimcli.files.manifest import ModelFingerprint
 from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
 from trimcli.model.device import compute_device, compute_dtype
-from trimcli.model.empty import build_empty, empty, find_decoder_layers, set_parameter
+from trimcli.model.empty import build_empty, empty, expert_counts, find_decoder_layers, set_parameter
 from trimcli.model.fingerprint import fingerprint_of
 from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
 from trimcli.model.names import NameMap, map_names
@@ -81,10 +81,11 @@ class Skeleton:
         self._container, modules = find_decoder_layers(self.model)
         self._kept = dict.fromkeys(self._used_twice(f"{self._container}."), "more than one layer uses it")
         self._kept |= {conversion.name: "the checkpoint holds it in pieces" for conversion in self._names.conversions}
+        experts = expert_counts(self.config)
         self.layers: list[DecoderLayer] = []
         for index, module in enumerate(modules):
             name = f"{self._container}.{index}"
-            self._kept.update(dict.fromkeys(routers_in(module, name), "it routes or gates"))
+            self._kept.update(dict.fromkeys(routers_in(module, name, experts), "it routes or gates"))
             linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights, dense=self._kept))
             self.layers.append(DecoderLayer(index, name, module, linears))
         self.linears = {linear.name: linear for layer in self.layers for linear in layer.linears}

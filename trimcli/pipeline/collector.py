@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from trimcli.errors import InputError, TrimError
-from trimcli.files.names import grouped
+from trimcli.files.names import grouped, inside_layer
 from trimcli.methods.stats import STATISTICS, LinearStats, Statistic
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
@@ -47,8 +47,10 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
         for name, linear in mine.items():
             hooks.enter_context(linear.module.register_forward_pre_hook(partial(note, name)))
         run()
-    if unused := sorted(mine.keys() - read.keys()):
-        raise TrimError(f"{unused[0]} is never called by its layer, so it has no inputs; name it in --skip.")
+    if unused := [name for name in mine if name not in read]:
+        globs = dict.fromkeys(f"--skip '*.{inside_layer(name)}'" for name in unused)
+        what = f"{unused[0]} is never called by its layer, so it has no inputs"
+        raise TrimError(f"{what}; leave it dense with {' '.join(globs)}.")
     # What is called several times reads what no other linear does, even where it begins with the same tensor.
     groups = grouped(read, lambda name: read[name][0] if len(read[name]) == 1 else name)
     return [InputGroup(tuple(mine[name] for name in mine if name in names)) for names in groups.values()]
@@ -95,7 +97,7 @@ class Collector:
         if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
             what = f"{name} is not given every token (a routed expert, perhaps), so its inputs have no samples"
             raise TrimError(f"{what}; leave it dense with --skip '{name}'.")
-        if inputs.shape[0] != count:  # some layers flatten samples and tokens into one dimension
+        if inputs.ndim != 3 or len(inputs) != count:  # some layers flatten samples and tokens, or add a dimension
             inputs = inputs.reshape(count, -1, inputs.shape[-1])
         for statistic, gathered in self._gathered[name].items():
             STATISTICS[statistic].add(gathered, inputs, self._samples, self.nsamples)
