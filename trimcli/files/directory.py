@@ -176,8 +176,8 @@ def write_model(
     shards = plan_shards(checkpoint, max_shard_size)
     files = tensors.plan(shards)
     total = sum(len(specs) for specs in files.values())
-    check_space({target: sum(spec.nbytes for specs in files.values() for spec in specs.values())})
     with atomic_directory(target, force=force) as directory, progress.task("writing", total) as advance:
+        check_space({target: sum(spec.nbytes for specs in files.values() for spec in specs.values())})
 
         def tensor(name: str) -> Tensor:
             advance()

@@ -118,6 +118,7 @@ def parse_json(text: str, path: Path, schema: str | None = None) -> dict[str, An
             raise InputError(f"{path} has {twice[0]!r} twice in one object; make it anew.")
         if odd:
             raise InputError(f"{path} holds {odd[0]:.20}, which is no finite number; make it anew.")
+        document = finite_or_none(document)
     return document
 
 

@@ -66,8 +66,8 @@ def manifest(
 
 def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path, *, structure_only: bool = False) -> None:
     """Raise MismatchError unless the manifest `found` in `path` is of `model` (structure_only: of any weights)."""
-    theirs = found.get("model") or {}
-    structure, content = str(theirs.get("structure")), theirs.get("content")
+    theirs = said if isinstance(said := found.get("model"), Mapping) else {}
+    structure, content = str(theirs.get("structure")), str(theirs.get("content") or "")
     if structure != model.structure:
         pair = f"{theirs.get('id')!r} (structure {structure[:12]}), not for {model.id!r} ({model.structure[:12]})"
         raise MismatchError(f"{path} was made for the model {pair}; make it anew for this model.")

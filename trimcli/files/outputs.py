@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -96,18 +97,17 @@ def _refuse_input(target: Path, place: Path, source: Path, *, folder: bool) -> N
     if there.is_relative_to(place) and (not folder or (there.parent == place and there.suffix == ".jsonl")):
         raise OptionError(f"the output {target} would replace {source}, which the run reads; name another output.")
     if there.is_dir() and place.is_relative_to(there) and not place.is_dir():
-        inside = place.parent == there
-        if (place.exists() and not (inside and _is_artifact(place))) or (inside and place.name in TAKEN):
+        if (place.exists() and not _is_artifact(place)) or (place.parent == there and place.name in TAKEN):
             raise OptionError(f"the output {target} is a file of {source}, which the run reads; name another output.")
 
 
 def _is_artifact(path: Path) -> bool:
-    """Whether trim wrote this file by itself, so that it is no part of the model beside it."""
+    """Whether trim wrote this file by itself, so that it is no part of the model beside it; shards of exports are."""
     if path.name in TAKEN:
         return False
     with contextlib.suppress(TrimError, OSError, json.JSONDecodeError):
         document = read_json(path) if path.suffix == ".json" else read_manifest(path)
-        return str(document.get("schema")).startswith("trim.")
+        return re.match(r"trim\.(?!export/)", str(document.get("schema"))) is not None
     return False
 
 
