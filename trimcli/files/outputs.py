@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import re
 import shutil
@@ -96,19 +95,20 @@ def _refuse_input(target: Path, place: Path, source: Path, *, folder: bool) -> N
         raise OptionError(f"the output {target} is {source} itself, which the run reads; name another output.")
     if there.is_relative_to(place) and (not folder or (there.parent == place and there.suffix == ".jsonl")):
         raise OptionError(f"the output {target} would replace {source}, which the run reads; name another output.")
-    if there.is_dir() and place.is_relative_to(there) and not place.is_dir():
-        if (place.exists() and not _is_artifact(place)) or (place.parent == there and place.name in TAKEN):
-            raise OptionError(f"the output {target} is a file of {source}, which the run reads; name another output.")
+    if there.is_dir() and place.is_relative_to(there) and not place.is_dir() and _belongs(place, there):
+        raise OptionError(f"the output {target} is a file of {source}, which the run reads; name another output.")
 
 
-def _is_artifact(path: Path) -> bool:
-    """Whether trim wrote this file by itself, so that it is no part of the model beside it; shards of exports are."""
-    if path.name in TAKEN:
+def _belongs(path: Path, folder: Path) -> bool:
+    """Whether a file in `folder` is, or would be taken for, a part of it: not what trim wrote there by itself."""
+    if path.parent == folder and path.name in TAKEN:
+        return True
+    if not path.is_file():  # a pipe would wait to be written
         return False
-    with contextlib.suppress(TrimError, OSError, json.JSONDecodeError):
+    with contextlib.suppress(TrimError, OSError):
         document = read_json(path) if path.suffix == ".json" else read_manifest(path)
-        return re.match(r"trim\.(?!export/)", str(document.get("schema"))) is not None
-    return False
+        return not re.match(r"trim\.(?!export/)", str(document.get("schema")))  # exports have it in their shards
+    return True
 
 
 def _refuse_unwritable(target: Path, place: Path) -> None:
