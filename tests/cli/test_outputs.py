@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
 from collections import namedtuple
@@ -157,6 +159,17 @@ def test_a_pipe_receives_json(made: Path, tmp_path: Path) -> None:
     assert done.status == 0
     assert json.loads(received[0])["target"] == 0.5
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+def test_a_reader_that_leaves_is_told_of(made: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "trimcli", "report", str(made / "results.json"), "--format", "md", "-o", "-"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert done.returncode == 1
+    assert done.stderr == "trim: what was to read the output closed it; the output is not whole.\n"
 
 
 def file_commands(base: Path, output: object, cache: Path) -> list[Args]:
