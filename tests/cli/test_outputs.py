@@ -72,6 +72,7 @@ ITSELF = [
     MASKS + "{0}/new --use-trim --stats-out {0}/calib",
     MASKS.replace("--sparsity 0.5", "--ratios {0}/ratios.json") + "{0}/new --use-trim --stats-out {0}/ratios.json",
     MASKS + "{0}/model/model.safetensors",
+    "alloc-layers {0}/linked --sparsity 0.5 -o {0}/pruned/config.json",
     "prune {0}/pruned --method magnitude --sparsity 0.75 -o {0}/new --save-model {0}/pruned",
     "prune {0}/model --tokens {0}/tokens.safetensors --sparsity 0.5 -o {0}/tokens.safetensors",
     "prune {0}/model --dataset {0}/text.txt --sparsity 0.5 -o {0}/text.txt",
@@ -105,6 +106,8 @@ def test_no_output_is_an_input(work: Path, line: str) -> None:
     (work / "link-to-calib").symlink_to("calib")
     (work / "link-to-pruned").symlink_to("pruned")
     os.link(work / "calib", work / "hard-link-to-calib")
+    (work / "linked").mkdir()  # as the hub's cache has models
+    (work / "linked" / "config.json").symlink_to("../pruned/config.json")
     for name in ("quiz.yaml", "quiz/quiz.yaml", "quiz/quiz.jsonl", "pruned/inside", "pruned/cache/kept"):
         (work / name).parent.mkdir(exist_ok=True)
         (work / name).write_text("mine")
