@@ -1,11 +1,73 @@
-"""What a run says while it works: progress on stderr, nothing when stderr is no terminal or under --quiet."""
+"""What a run says while it works: progress on stderr, nothing when stderr is no terminal or under --quiet.
 
+And text as any stream and any terminal takes it.
+"""
+
+import codecs
 import contextlib
+import io
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 Advance = Callable[..., None]
+
+# What trim itself prints that is no ASCII, and its stand-in for streams that lack it.
+PLAIN = {"█": "#", "±": "+-", "\u00d7": "x", "µ": "u", "\u2013": "-", "·": "-", "…": "..."}
+# What a terminal obeys rather than shows: control characters, and those that turn the direction of text.
+OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+ERRORS = "trim.plain"
+
+
+def _plain(problem: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that an encoding lacks: PLAIN, or an escape. A handler of `codecs`."""
+    if not isinstance(problem, UnicodeEncodeError):
+        raise problem
+    lacking = problem.object[problem.start : problem.end]
+    escaped = [PLAIN.get(one) or one.encode("ascii", "backslashreplace").decode() for one in lacking]
+    return "".join(escaped), problem.end
+
+
+codecs.register_error(ERRORS, _plain)
+
+
+def prepare_streams() -> None:
+    """From here on stdout and stderr take every text, whatever their encoding."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=ERRORS)
+
+
+def well_formed(text: str) -> str:
+    """`text` as UTF-8 can hold it: a path's bytes that the locale could not read as UTF-8, if they are, or escaped."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        with contextlib.suppress(UnicodeEncodeError):
+            return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return text.encode("utf-8", "backslashreplace").decode()
+    return text
+
+
+def inert(text: str, *, lines: bool = False, stream: TextIO | None = None) -> str:
+    """`text` to print on `stream`, stdout if not given, which it neither steers nor breaks. lines: it has several."""
+
+    def shown(found: re.Match[str]) -> str:
+        return found[0] if lines and found[0] in "\n\t" else found[0].encode("unicode_escape").decode()
+
+    encoding = (stream or sys.stdout).encoding or "utf-8"
+    return OBEYED.sub(shown, well_formed(text)).encode(encoding, ERRORS).decode(encoding)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 1.2 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024 or unit == "GiB":
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
 
 
 class Progress(Protocol):
@@ -37,7 +99,6 @@ NO_PROGRESS = NoProgress()
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Other libraries show no bar, warn of nothing in their logs and print nothing: they know nothing of --quiet."""
-    import io
     import logging
     from unittest import mock
 
@@ -75,7 +136,8 @@ class RichProgress:
                 speed = task.finished_speed or task.speed
                 return Text(f"{speed:,.1f}/s" if speed else "", style="progress.data.speed")
 
-        title, bar = progress.TextColumn("[progress.description]{task.description}"), progress.BarColumn(bar_width=28)
+        title = progress.TextColumn("{task.description}", style="progress.description", markup=False)
+        bar = progress.BarColumn(bar_width=28)
         times = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
         hidden = not self.console.is_terminal or self.console.quiet
         columns = (title, bar, progress.MofNCompleteColumn(), Rate(), *times)
@@ -88,7 +150,7 @@ class RichProgress:
         if outermost:
             self._bars = self._make()
             self._bars.start()
-        bar = self._bars.add_task(description, total=total)
+        bar = self._bars.add_task(inert(description, stream=sys.stderr), total=total)
         try:
             yield lambda count=1: self._bars.advance(bar, count)
         finally:
@@ -103,4 +165,5 @@ class RichProgress:
 
         if message not in self._said:
             self._said.add(message)
-            self.console.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+            said = inert(message, stream=sys.stderr)
+            self.console.print(Text.assemble(("warning: ", "yellow"), said), soft_wrap=True)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -373,7 +374,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk(base: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_a_full_disk(base: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     full = "the disk is full"
     cache = ("--cache-dir", tmp_path / "cache")
     tokens = save_tokens(tmp_path / "tokens", vocabulary=64, nsamples=200, seqlen=32)
@@ -391,6 +392,10 @@ def test_a_full_disk(base: Path, small_disk: Path, tmp_path: Path) -> None:
         ),
         "apply-masks": ("apply-masks", base / "model", base / "masks", "-o", small_disk / "out"),
     }  # fmt: skip
+    for name in ("prune", "apply-masks"):
+        refused(1, f"the disk of {small_disk / 'out'} has 64.0 KiB free", *calls[name])
+    # It fills while they run.
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
     for args in calls.values():
         refused(1, full, *args)
         assert [path for path in tree(small_disk) if "cache" not in path] == []

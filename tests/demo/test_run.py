@@ -68,7 +68,10 @@ def test_what_cannot_be_used(tmp_path: Path) -> None:
     for message, args in (
         ("--sparsity 1.5 is outside [0, 1)", ("--sparsity", 1.5)),
         (f"{tmp_path} exists already; name another directory.", ("-o", tmp_path)),
-        (f"the directory {tmp_path / 'no'} does not exist; create it.", ("-o", tmp_path / "no" / "demo")),
+        (
+            f"the directory {tmp_path / 'no'} for the output demo does not exist; create it.",
+            ("-o", tmp_path / "no" / "demo"),
+        ),
     ):
         done = trim("demo", *args)
         assert (done.status, done.out) == (2, "")

@@ -3,60 +3,17 @@
 import errno
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.atomic_outputs import NEW, OLD, WRITERS, contents, expected, write_all, write_directory, write_file
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, tree, trim
 from trimcli.errors import InputError, OptionError, OutputExists
-from trimcli.files.atomic import MARK, all_or_none, atomic_directory, atomic_file
-
-OLD, NEW = "old", "new"
-
-
-def contents(directory: Path) -> dict[str, bytes | None]:
-    """Everything below a directory, hidden files too: a file's bytes, None for a directory."""
-    found = sorted(directory.rglob("*"))
-    return {str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None for path in found}
-
-
-def write_file(target: Path, text: str = NEW) -> None:
-    with atomic_file(target, force=True) as temporary:
-        temporary.write_text(text)
-
-
-def write_directory(target: Path, text: str = NEW) -> None:
-    """A directory as commands write it: `trim.json` in it is written atomically itself."""
-    with atomic_directory(target, force=True) as temporary:
-        (temporary / "below").mkdir()
-        (temporary / "below" / text).write_text(text)
-        write_file(temporary / MARK, text)
-        assert (temporary / MARK).read_text() == text
-
-
-DIRECTORIES = ("pruned", "rows")
-WRITERS: dict[str, Callable[[Path, str], None]] = {
-    "masks": write_file,
-    "pruned": write_directory,
-    "rows.json": write_file,
-    "rows": write_directory,
-}
-
-
-def expected(*names: str) -> dict[str, bytes | None]:
-    """What a folder contains once the outputs of these names have been written with `NEW`."""
-    whole = NEW.encode()
-    directory = {"": None, "/below": None, f"/below/{NEW}": whole, f"/{MARK}": whole}
-    forms = {name: directory if name in DIRECTORIES else {"": whole} for name in names}
-    return {name + path: data for name, form in forms.items() for path, data in form.items()}
-
-
-def write_all(folder: Path, text: str, *, but: tuple[str, ...] = ()) -> None:
-    for name, write in WRITERS.items():
-        if name not in but:
-            write(folder / name, text)
+from trimcli.files.atomic import all_or_none, atomic_directory, atomic_file
 
 
 class Failing:
@@ -299,3 +256,40 @@ def test_a_forced_prune_replaces_all_of_its_outputs_or_none(tmp_path: Path, monk
         "rows.json",
         "rows.safetensors",
     }
+
+
+OUTPUTS = {
+    "masks": "trimcli.commands.prune.write_masks",
+    "model": "trimcli.commands.prune.write_model",
+    "rows' vectors": "trimcli.files.rowstats.write_artifact",
+    "rows": "trimcli.files.rowstats.write_json",
+}
+
+
+@pytest.mark.parametrize("problem", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_forced_prune_that_fails_at_any_output_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, problem: BaseException
+) -> None:
+    save(random_model(llama_config()), tmp_path / "model")
+    tokens = save_tokens(tmp_path / "tokens.safetensors", vocabulary=64)
+    out = tmp_path / "out"
+    out.mkdir()
+    outputs = ("-o", out / "masks", "--save-model", out / "pruned", "--stats-out", out / "rows.json")
+    run = ("--tokens", tokens, "--use-trim", "--iterations", 1, "--cache-dir", tmp_path / "cache", *COMPUTE, "--force")
+    assert trim("prune", tmp_path / "model", *outputs, "--sparsity", 0.5, *run).status == 0
+    before = contents(out)
+    original = import_module(OUTPUTS[output].rpartition(".")[0]).__dict__[OUTPUTS[output].rpartition(".")[2]]
+    staged: list[list[str]] = []
+
+    def fails(*args: Any, **named: Any) -> None:
+        original(*args, **named)
+        staged.append([name for name in tree(out) if name.endswith(".part")])
+        raise problem
+
+    monkeypatch.setattr(OUTPUTS[output], fails)
+    done = trim("prune", tmp_path / "model", *outputs, "--sparsity", 0.75, *run)
+    assert done.status == (130 if isinstance(problem, KeyboardInterrupt) else 1)
+    assert len(staged) == 1
+    assert len(staged[0]) == list(OUTPUTS).index(output) + 1
+    assert contents(out) == before

@@ -102,3 +102,12 @@ def test_a_readme_keeps_its_own_text() -> None:
     assert again.startswith("---\nlicense: mit\n---\n# Mine\nText.\n\n<!-- trim:begin -->")
     assert again.endswith("<!-- trim:end -->\n\nMore of mine.\n")
     assert with_card(again, document(sparsity=0.9)) == again
+
+
+def test_names_are_shown_letter_by_letter() -> None:
+    commands = ["trim prune 'a```b' -o m"]
+    found = document(model={"id": "a`b"}, options={"dataset": "x``y\n| z"}, commands=commands)
+    section = model_card_section(found)
+    assert "matrices of `` a`b `` were pruned" in section
+    assert "- dataset: ``` x``y | z ```\n" in section
+    assert "````sh\ntrim prune 'a```b' -o m\n````" in section

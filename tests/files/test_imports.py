@@ -1,5 +1,6 @@
 """Files of the published tools: what they hold, and what is refused."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -67,3 +68,29 @@ def test_missing_truncated_and_foreign_files_are_refused(tmp_path: Path) -> None
             read_metrics(tmp_path / name, 252)
     with pytest.raises(InputError, match="readable"):
         read_metrics(tmp_path, 252)
+
+
+def header(text: str) -> bytes:
+    """The beginning of a .npy file with this header."""
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"PK\x03\x04",
+        b"{}",
+        b"\x93NUMPY\x01\x00\x76",
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }\n"),
+        header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,), }\n"),
+        header("{'descr': '|O', 'fortran_order': False, 'shape': (2,), }\n"),
+        header("((((((\n"),
+        header("[" * 500 + "\n"),
+    ],
+)
+def test_what_is_no_array_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ratios.npy"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        read_keep_ratios(path, 2)

@@ -60,7 +60,7 @@ def test_files_that_are_no_cache_are_refused(tmp_path: Path) -> None:
     for metrics in (None, {"alpha": 3}, {"alpha": {"x": "much"}}):
         document = {"schema": "trim.metrics/1", "model": MODEL.document(), "metrics": metrics}
         write_json(path, document, force=True)
-        with pytest.raises(InputError, match="no table of metrics"):
+        with pytest.raises(InputError, match="is not a whole metrics file"):
             MetricsCache(path, MODEL)
     with pytest.raises(InputError, match="does not exist"):
         MetricsCache(tmp_path / "nowhere" / "metrics.json", MODEL)

@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 from trimcli.cli.alloc_layers import alloc_layers
 from trimcli.cli.apply_masks import apply_masks, unpack
 from trimcli.cli.bench import bench
-from trimcli.cli.boundary import usage
+from trimcli.cli.boundary import say, usage
 from trimcli.cli.cache import cache
 from trimcli.cli.calibrate import calibrate
 from trimcli.cli.demo import demo
@@ -22,6 +22,7 @@ from trimcli.cli.prune import prune
 from trimcli.cli.report import compare, report
 from trimcli.cli.sweep import sweep
 from trimcli.cli.verify import verify
+from trimcli.console import prepare_streams
 from trimcli.errors import TrimError
 
 STAGES, MEASURE, MORE = "Stages, each with a file", "Measure and check", "More"
@@ -91,6 +92,7 @@ class Program(TyperGroup):
 
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run, and leave with an exit status; what typer finds wrong is told in one sentence."""
+        prepare_streams()
         if not settings.get("standalone_mode", True):
             return super().main(*args, **settings)
         try:
@@ -98,13 +100,14 @@ class Program(TyperGroup):
         except typer.Abort:
             sys.exit(130)
         except TrimError as problem:  # while a command is made: a package with methods that cannot be loaded
-            print(f"trim: {problem}", file=sys.stderr)
+            say(str(problem))
             sys.exit(problem.exit_status)
         except typer.TyperException as problem:
             context = getattr(problem, "ctx", None)
-            said = f"trim: {usage(problem, context.command_path if context else 'trim')}"
-            asked_for_nothing = type(problem).__name__ == "NoArgsIsHelpError"
-            print(problem.format_message() if asked_for_nothing else said, file=sys.stderr)
+            if type(problem).__name__ == "NoArgsIsHelpError":
+                print(problem.format_message(), file=sys.stderr)
+            else:
+                say(usage(problem, context.command_path if context else "trim"))
             sys.exit(problem.exit_code)
 
 

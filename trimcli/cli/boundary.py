@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import typer
 
+from trimcli.console import inert
 from trimcli.errors import TrimError
 
 
@@ -25,8 +26,13 @@ def guarded(work: Callable[[], None]) -> None:
         status, sentence = explain(problem)
         if sentence is None:
             raise
-        print(f"trim: {sentence}", file=sys.stderr)
+        say(sentence)
         raise typer.Exit(status) from None
+
+
+def say(sentence: str) -> None:
+    """What went wrong, in a line on stderr."""
+    print(f"trim: {inert(sentence, stream=sys.stderr)}", file=sys.stderr)
 
 
 def explain(problem: BaseException) -> tuple[int, str | None]:
@@ -38,8 +44,14 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {problem.filename}" if problem.filename else ""
         return 1, f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."
-    if isinstance(problem, PermissionError):
+    if isinstance(problem, PermissionError) or (isinstance(problem, OSError) and problem.errno == errno.EROFS):
         return 2, f"no permission for {problem.filename}; choose another path or change its rights."
+    if isinstance(problem, BrokenPipeError):
+        # What is still to be flushed at exit goes nowhere, rather than fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1, "what was to read the output closed it; the output is not whole."
+    if isinstance(problem, OSError) and problem.filename and problem.strerror:
+        return 1, f"{problem.filename} cannot be used ({problem.strerror}); choose another path."
     if isinstance(problem, MemoryError) or "out of memory" in str(problem).lower() or "can't allocate" in str(problem):
         return 1, "memory ran out; give a smaller --batch-size, --nsamples or --seqlen, or --device cpu."
     if isinstance(problem, Exception) and not isinstance(problem, typer.Abort | typer.BadParameter):

@@ -1,5 +1,6 @@
 """`trim demo`."""
 
+import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -29,15 +30,15 @@ def demo(
     Example: trim demo -o demo-files
     """
     from trimcli.demo.run import demo as run
-    from trimcli.errors import InputError, OutputExists
+    from trimcli.errors import OutputExists
+    from trimcli.files.outputs import check_outputs
     from trimcli.options import fraction
 
     fraction("--sparsity", sparsity)
     if output is not None:
-        if not output.parent.is_dir():
-            raise InputError(f"the directory {output.parent} does not exist; create it.")
-        if output.exists():
+        if os.path.lexists(output):
             raise OutputExists(f"{output} exists already; name another directory.")
+        check_outputs([], directories=[output])
         output.mkdir()
     with tempfile.TemporaryDirectory(prefix="trim-demo-") as folder:
         directory, shared = output or Path(folder), {"seed": seed, "device": device}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -13,8 +14,11 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trimcli.console import RichProgress
-from trimcli.files.documents import finite_or_none
+from trimcli.console import OBEYED, RichProgress, inert, well_formed
+from trimcli.console import size as size
+from trimcli.errors import OptionError
+from trimcli.files.atomic import recover
+from trimcli.files.documents import finite_or_none, is_stdout
 from trimcli.files.manifest import COMMAND_LINE
 
 if TYPE_CHECKING:
@@ -25,17 +29,21 @@ BAR = 24
 
 @dataclass(frozen=True)
 class Say:
-    """How a command speaks. given: names of the parameters that stood on the command line."""
+    """How a command speaks. given: names of the parameters on the command line. streams: its output is stdout."""
 
     quiet: bool
     as_json: bool
     force: bool
     given: Collection[str]
+    streams: bool
     progress: RichProgress
 
     @classmethod
     def start(cls, values: Mapping[str, Any], given: Collection[str]) -> "Say":
-        """Progress on stderr; libraries' own chatter off; the command line noted for manifests."""
+        """Progress on stderr; libraries' own chatter off; the command line noted for manifests.
+
+        What an earlier run was killed while replacing is put back. Raises OptionError for two documents on stdout.
+        """
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -45,39 +53,43 @@ class Say:
         with contextlib.suppress(ValueError):  # only the main thread may; a server's worker keeps its own
             # Leave as after Ctrl-C, so that nothing half-written stays.
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        COMMAND_LINE.set(shlex.join(["trim", *sys.argv[1:]]))
+        COMMAND_LINE.set(well_formed(shlex.join(["trim", *sys.argv[1:]])))
+        streams = values.get("output") is not None and is_stdout(values["output"])
+        if streams and values["as_json"]:
+            raise OptionError(f"--json and -o {values['output']} both write to standard output; drop one of the two.")
+        for value in values.values():
+            for part in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(part, str | Path):
+                    recover(Path(part), sweep=False)
         quiet = bool(values["quiet"])
-        return cls(quiet, values["as_json"], values["force"], given, RichProgress(quiet=quiet))
+        return cls(quiet, values["as_json"], values["force"], given, streams, RichProgress(quiet=quiet))
 
     def result(self, document: Callable[[], Any], people: Callable[[], None]) -> None:
-        """What was found: `document()` as JSON, or `people()` prints it; neither under --quiet alone."""
+        """What was found: `document()` as JSON, or `people()` prints it; neither under --quiet or -o -."""
         if self.as_json:
             emit_json(document())
-        elif not self.quiet:
+        elif not self.quiet and not self.streams:
             people()
 
     def note(self, text: str) -> None:
         """A line on stderr before long work."""
         if not self.quiet:
-            print(text, file=sys.stderr)
+            print(inert(text, lines=True, stream=sys.stderr), file=sys.stderr)
 
 
 def emit_json(document: Any) -> None:
     """One JSON document on stdout; NaN and infinity become null, paths and enums strings."""
 
     def plain(value: Any) -> Any:
-        return str(value) if isinstance(value, Path | Enum) else list(value)
+        return well_formed(str(value)) if isinstance(value, Path | Enum) else list(value)
 
-    print(json.dumps(finite_or_none(document), indent=1, ensure_ascii=False, default=plain))
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}"
 
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 1.2 GiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024 or unit == "GiB":
-            break
-        nbytes /= 1024
-    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+    # JSON escapes what a terminal obeys, and what another encoding than UTF-8 may lack.
+    ascii_only = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
+    text = json.dumps(finite_or_none(document), indent=1, ensure_ascii=ascii_only, default=plain)
+    print(OBEYED.sub(escaped, text))
 
 
 def memory(document: Mapping[str, int]) -> str:
@@ -95,7 +107,7 @@ def facts(rows: Mapping[str, Any]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows.items():
         if value is not None:
-            table.add_row(Text(name), Text(str(value)))
+            table.add_row(Text(inert(name)), Text(inert(str(value))))
     show(table)
 
 
@@ -106,7 +118,7 @@ def show(*parts: Any) -> None:
     console = Console(emoji=False, markup=False)
     for part in parts:
         if isinstance(part, str):
-            print(part)
+            print(inert(part, lines=True))
             continue
         if not console.is_terminal:
             unlimited = console.options.update(max_width=10_000)
@@ -121,12 +133,13 @@ def rows_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title and Text(title), title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    heading = title and Text(inert(title))
+    table = Table(title=heading, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for place, header in enumerate(headers):
         left = place == 0 or header in ("", *words)
-        table.add_column(Text(header), justify="left" if left else "right", overflow="fold", no_wrap=place > 0)
+        table.add_column(Text(inert(header)), justify="left" if left else "right", overflow="fold", no_wrap=place > 0)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(inert(cell)) for cell in row))
     return table
 
 

@@ -33,7 +33,7 @@ def report(
 
     def people() -> None:
         if output is None:
-            print(made.text)
+            show(made.text)
         else:
             show(summary(made.gathered))
             facts({"report": f"{output} ({size(output.stat().st_size)})"})

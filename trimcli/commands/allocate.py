@@ -10,11 +10,11 @@ from torch import Tensor
 from trimcli.commands.options import AllocateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, OptionError
-from trimcli.files.atomic import refuse_existing
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.documents import write_json
 from trimcli.files.imports import read_keep_ratios, read_metrics
 from trimcli.files.metrics_cache import MetricsCache
+from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.layers.base import spread
 from trimcli.methods.layers.projection import settle, weighted_mean
@@ -33,8 +33,8 @@ def allocate(
 ) -> LayerSparsity:
     """Distribute a target over a model's linears, and write the ratios file, if asked for. UsageError, HubError."""
     options.check()
-    if output is not None:
-        refuse_existing(output, force=force)
+    inputs = inputs_of(options, model)
+    check_outputs(inputs, texts=[output], kept=[options.metrics_cache], force=force)
     chosen = options.allocating
     skeleton = open_model(model, options, weights=not chosen.config_only and options.import_file is None)
     if not skeleton.linears:

@@ -11,11 +11,11 @@ from torch import Tensor
 from trimcli.commands.options import ApplyOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import MismatchError
-from trimcli.files.atomic import refuse_existing
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, masked, parse_size, write_model
 from trimcli.files.manifest import PACKED, PRUNED, check_masks, manifest
 from trimcli.files.masks import MaskFile
+from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.packing import PackedTensors
 from trimcli.model.matrix import Matrix, finite
 from trimcli.model.skeleton import Skeleton
@@ -56,7 +56,7 @@ def apply_masks(
     options = options or ApplyOptions()
     check_fields(options)
     max_shard_size = parse_size(options.max_shard_size) if options.max_shard_size else None
-    refuse_existing(output, force=force)
+    check_outputs(inputs_of(options, model, masks), directories=[output], force=force)
     found = MaskFile.open(masks)
     checkpoint = Checkpoint.open(model, revision=options.revision)
     skeleton = Skeleton(checkpoint, trust_remote_code=options.trust_remote_code)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from trimcli.commands.options import CalibrateOptions
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.files.atomic import refuse_existing
 from trimcli.files.cache import Cache
 from trimcli.files.manifest import CALIBRATION, manifest
+from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.parts import Part, Parts
 from trimcli.files.tensors import TensorSpec, dtype_name, write_artifact
 from trimcli.memory import PeakMemory
@@ -74,7 +74,7 @@ def calibrate(
     """Gather a dense model's statistics into a file (Sun et al. 2023, section 3). Unfinished runs go on. UsageError."""
     options = options or CalibrateOptions()
     options.check()
-    refuse_existing(output, force=force)
+    check_outputs(inputs_of(options, model), files=[output], force=force)
     started = time.monotonic()
     with PeakMemory() as memory:
         skeleton = open_model(model, options)

@@ -10,10 +10,10 @@ from trimcli.commands.options import EvaluateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, MismatchError, OptionError
 from trimcli.evaluation.perplexity import apply_masks_to_layer, perplexity
-from trimcli.files.atomic import refuse_existing
 from trimcli.files.documents import read_mark, write_json
 from trimcli.files.manifest import RESULTS, check_masks, manifest
 from trimcli.files.masks import MaskFile
+from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
 from trimcli.model.skeleton import Skeleton
@@ -32,8 +32,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model, or it under masks; returns the document (`trim.results/1`) that `output` receives, if given."""
     options.check()
-    if output is not None:
-        refuse_existing(output, force=force)
+    inputs = inputs_of(options, model)
+    check_outputs(inputs, texts=[output], folders=[options.log_samples], force=force)
     started = time.monotonic()
     with PeakMemory() as memory:
         skeleton = open_proven(model, options, progress)

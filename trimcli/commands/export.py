@@ -15,11 +15,12 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Advance, Progress
 from trimcli.errors import InputError
-from trimcli.files.atomic import atomic_directory, refuse_existing
+from trimcli.files.atomic import atomic_directory
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import add_small_files, commands_so_far, nbytes_of, numbered, plan_shards
 from trimcli.files.documents import finite_or_none, read_mark
 from trimcli.files.manifest import manifest, sealed
+from trimcli.files.outputs import check_outputs, check_space, inputs_of
 from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
 from trimcli.kernels.exported import EXPORT, device_for
 from trimcli.kernels.forms import SemiStructured, is_two_of_four, parts_of, pruned_names, race, to_csr, was_pruned
@@ -80,7 +81,7 @@ def export(
     semi-structured: every pruned matrix. Raises OptionError (no such device), InputError (none pruned, not 2:4).
     """
     options.check()
-    refuse_existing(output, force=force)
+    check_outputs(inputs_of(options, model), directories=[output], force=force)
     device = device_for(options.to, options.device)
     checkpoint = Checkpoint.open(model, revision=options.revision)
     dtype = compute_dtype(options.dtype, checkpoint, device)
@@ -106,9 +107,17 @@ def export(
     )
     shards = plan_shards(checkpoint)
     total = sum(map(len, shards.values()))
+    check_space({output: _nbytes(checkpoint, shards, linears)})
     with atomic_directory(output, force=force) as directory, progress.task("writing", total) as step:
         nbytes = _write(skeleton, directory, document, linears, packer, list(shards.values()), step)
     return ExportSummary(output, options.to, linears, nbytes_of(checkpoint, shards), nbytes)
+
+
+def _nbytes(checkpoint: Checkpoint, shards: Mapping[str, list[str]], linears: Mapping[str, ExportedLinear]) -> int:
+    """Bytes of the tensors that the directory will hold."""
+    sparse = [one for one in linears.values() if one.form != "dense"]
+    replaced = sum(checkpoint.spec(one.key).nbytes for one in sparse)
+    return nbytes_of(checkpoint, shards) - replaced + sum(spec.nbytes for one in sparse for spec in one.specs.values())
 
 
 def _decide(

@@ -13,14 +13,14 @@ from trimcli.commands.apply import masked_weights, pruned_linear
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.commands.resolve import cached_calibration, cached_ratios, targets_of
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import OptionError
-from trimcli.files.atomic import all_or_none, file_digest, refuse_existing
+from trimcli.files.atomic import all_or_none, file_digest
 from trimcli.files.cache import Cache
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.directory import PrunedTensors, commands_so_far, write_model
 from trimcli.files.documents import read_json, read_mark
 from trimcli.files.manifest import MASKS, PRUNED, manifest
 from trimcli.files.masks import write_masks
+from trimcli.files.outputs import check_outputs, check_space, inputs_of
 from trimcli.files.parts import Part, Parts
 from trimcli.files.ratios import LayerSparsity
 from trimcli.files.rowstats import stats_paths, write_row_stats
@@ -67,13 +67,15 @@ def prune(
 ) -> PruneSummary:
     """Choose a model's masks, one decoder layer resident, and write them; `announce` is given the plan. TrimError."""
     options.check()
-    _refuse_outputs(output, options, force=force)
+    _refuse_outputs(model, output, options, force=force)
     started = time.monotonic()
     with PeakMemory() as memory, contextlib.ExitStack() as stack:
         run = _Run(open_model(model, options), options, progress)
         plan = run.plan()
         if announce:
             announce(plan)
+        saved = {options.save_model: plan.model_bytes or 0} if options.save_model else {}
+        check_space({output: plan.mask_bytes, **saved})
         stages = ["first", "second"] if options.recipe.barber else ["first"]
         passes = [stack.enter_context(Cache(options.cache_dir).parts(run.key(stage))) for stage in stages]
         for parts in [] if options.resume else passes:
@@ -104,16 +106,12 @@ def prune(
     )
 
 
-def _refuse_outputs(output: Path, options: PruneOptions, *, force: bool) -> None:
-    """Raise UsageError for an output that exists already, or that two of them would be written to."""
-    places: list[Path] = []
+def _refuse_outputs(model: str, output: Path, options: PruneOptions, *, force: bool) -> None:
+    """Raise UsageError for an output that cannot be written, that loses an input or that meets another."""
     stats = stats_paths(options.stats_out) if options.stats_out else []
-    for target in filter(None, [output, options.save_model, *stats]):
-        place = target.resolve()
-        if any(place.is_relative_to(other) or other.is_relative_to(place) for other in places):
-            raise OptionError(f"the run would write two outputs to {target}, or one inside the other; name another.")
-        places.append(place)
-        refuse_existing(target, force=force)
+    kept = [options.allocate.metrics_cache] if options.allocate else []
+    inputs, directories = inputs_of(options, model), [options.save_model]
+    check_outputs(inputs, files=[output, *stats], directories=directories, kept=kept, force=force)
 
 
 class _Run:

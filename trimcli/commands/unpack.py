@@ -7,11 +7,12 @@ import torch
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError
-from trimcli.files.atomic import MARK, refuse_existing
+from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import PrunedLinear, PrunedTensors, WrittenModel, commands_so_far, write_model
 from trimcli.files.documents import read_json
 from trimcli.files.manifest import PACKED, PRUNED, ModelFingerprint, manifest
+from trimcli.files.outputs import check_outputs
 from trimcli.model.empty import build_empty
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progress = NO_PROGRESS) -> WrittenModel:
     """Write the ordinary directory of a packed one, one tensor in memory. Raises InputError and OutputExists."""
-    refuse_existing(output, force=force)
+    check_outputs([packed], directories=[output], force=force)
     checkpoint, found = _open_packed(packed)
     more = {"pruning": found["pruning"], "commands": commands_so_far(found)}
     document = manifest(PRUNED, "unpack", {}, ModelFingerprint(**found["model"]), {"packed": packed / MARK}, **more)

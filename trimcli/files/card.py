@@ -1,6 +1,7 @@
 """The model card section of a pruned directory: what was pruned, how, and the commands that did it."""
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,12 +32,13 @@ def model_card_section(document: Mapping[str, Any]) -> str:
     pruning, linears = document.get("pruning") or document, document["linears"]
     model = (pruning.get("model") or {}).get("id")
     what = (
-        f"{len(linears)} weight matrices of `{model}` were pruned: {document['sparsity']:.2%} of their "
+        f"{len(linears)} weight matrices of {_code(model)} were pruned: {document['sparsity']:.2%} of their "
         "weights are zero. Embeddings, head, biases and norms are untouched."
     )
     lines = [BEGIN, "## Pruned with trim", "", what, "", *_settings(pruning), ""]
     if commands := document.get("commands"):
-        lines += ["Commands:", "", "```sh", *commands, "```", ""]
+        fence = _fence("\n".join(commands), 3)
+        lines += ["Commands:", "", f"{fence}sh", *commands, fence, ""]
     lines += [*_table(linears), ""]
     if document["schema"] == PACKED:
         packed = (
@@ -78,7 +80,19 @@ def _spelled(value: Any) -> str:
         return ", ".join(f"{key} {_spelled(part)}" for key, part in parts.items())
     if isinstance(value, list):
         return ", ".join(_spelled(part) for part in value)
-    return "yes" if value is True else f"`{value}`"
+    return "yes" if value is True else _code(value)
+
+
+def _code(value: Any) -> str:
+    """A value as Markdown shows it, letter by letter."""
+    text = " ".join(str(value).split())
+    fence = _fence(text, 1)
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def _fence(text: str, least: int) -> str:
+    """Backticks, `least` or more, that do not stand in the text."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _table(linears: Mapping[str, Mapping[str, Any]]) -> list[str]:

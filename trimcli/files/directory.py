@@ -23,6 +23,7 @@ from trimcli.files.checkpoint import CONFIG, SAFE_INDEX, SAFE_SINGLE, Checkpoint
 from trimcli.files.documents import write_json
 from trimcli.files.manifest import COMMAND_LINE, with_linears
 from trimcli.files.masks import keep_digest
+from trimcli.files.outputs import check_space
 from trimcli.files.tensors import TensorSpec, bit_view, write_tensors
 from trimcli.methods import masks
 
@@ -170,12 +171,13 @@ def write_model(
     max_shard_size: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> WrittenModel:
-    """Write a pruned model directory, one tensor in memory. document: its manifest. Raises OutputExists, InputError."""
+    """Write a pruned model directory, one tensor in memory. document: its manifest. UsageError, ResourceError."""
     checkpoint = tensors.checkpoint
     shards = plan_shards(checkpoint, max_shard_size)
     files = tensors.plan(shards)
     total = sum(len(specs) for specs in files.values())
     with atomic_directory(target, force=force) as directory, progress.task("writing", total) as advance:
+        check_space({target: sum(spec.nbytes for specs in files.values() for spec in specs.values())})
 
         def tensor(name: str) -> Tensor:
             advance()

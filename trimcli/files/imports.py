@@ -1,9 +1,11 @@
 """What the published tools saved as `.npy`: OWL keep ratios per decoder layer, Alpha metrics per linear."""
 
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
+from numpy.lib.format import open_memmap
 from torch import Tensor
 
 from trimcli.errors import InputError, MismatchError
@@ -25,10 +27,12 @@ def read_metrics(path: Path, linears: int) -> Tensor:
 
 def _read(path: Path, expected: int, what: str) -> Tensor:
     try:
-        found = np.load(path, allow_pickle=False)
+        found = open_memmap(path, mode="r")  # no memory for what its header promises
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; check the path.") from None
-    except (OSError, ValueError, EOFError) as problem:
+    except PermissionError:
+        raise InputError(f"there is no permission to read {path}; change its rights.") from None
+    except (OSError, ValueError, EOFError, ArithmeticError, TokenError) as problem:
         raise InputError(f"{path} is not a readable .npy file of numbers ({problem}); give another.") from None
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu" or found.ndim != 1:
         raise InputError(f"{path} does not hold one row of numbers; give a file the published tools saved.")

@@ -78,8 +78,8 @@ def manifest(
 
 def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path) -> None:
     """Raise MismatchError unless the manifest `found` in `path` is of `model`; without content, of any weights."""
-    theirs = found.get("model") or {}
-    structure, content = str(theirs.get("structure")), theirs.get("content")
+    theirs = _model_in(found)
+    structure, content = str(theirs.get("structure")), str(theirs.get("content") or "")
     if structure != model.structure:
         pair = f"{theirs.get('id')!r} (structure {structure[:12]}), not for {model.id!r} ({model.structure[:12]})"
         raise MismatchError(f"{path} was made for the model {pair}; make it anew for this model.")
@@ -90,9 +90,14 @@ def check_model(found: Mapping[str, Any], model: ModelFingerprint, path: Path) -
 
 def check_masks(found: Mapping[str, Any], model: ModelFingerprint, path: Path) -> None:
     """`check_model` for masks: these weights suffice, whatever a config that was saved anew says of them."""
-    content = (found.get("model") or {}).get("content")
+    content = str(_model_in(found).get("content") or "")
     if not (content and model.has_content(content)):
         check_model(found, model, path)
+
+
+def _model_in(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    said = found.get("model")
+    return said if isinstance(said, Mapping) else {}
 
 
 def sealed(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,10 @@
 """Metrics kept between runs: a JSON file of metric -> linear -> value, bound to one model."""
 
 from pathlib import Path
-from typing import Any
 
-from trimcli.errors import InputError
 from trimcli.files.atomic import refuse_existing
 from trimcli.files.documents import read_json, write_json
+from trimcli.files.forms import NUMBER, Each, Must, check_form
 from trimcli.files.manifest import ModelFingerprint, check_model, manifest
 
 SCHEMA = "trim.metrics/1"
@@ -22,7 +21,8 @@ class MetricsCache:
         if path is not None and path.exists():
             document = read_json(path, SCHEMA)
             check_model(document, model, path)
-            self.values = _checked(document.get("metrics"), path)
+            check_form(document, {"metrics": Must(Each(Must(Each(Must(NUMBER)))))}, path, "metrics")
+            self.values = document["metrics"]
 
     def get(self, metric: str, name: str) -> float | None:
         """The metric of the linear `name`, None where it is not known."""
@@ -38,12 +38,3 @@ class MetricsCache:
         if self._path is not None and self._grown:
             write_json(self._path, manifest(SCHEMA, "alloc-layers", {}, self._model, metrics=self.values), force=True)
             self._grown = False
-
-
-def _checked(found: Any, path: Path) -> dict[str, dict[str, float]]:
-    if isinstance(found, dict) and all(
-        isinstance(values, dict) and all(isinstance(value, int | float) for value in values.values())
-        for values in found.values()
-    ):
-        return found
-    raise InputError(f"{path} holds no table of metrics; delete it, so that it is made anew.")

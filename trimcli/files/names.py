@@ -39,5 +39,5 @@ def grouped(items: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
 def _parts(name: str) -> tuple[list[str], list[str]]:
     """The name's parts up to the first number, none where there is no number, and those after it."""
     parts = name.split(".")
-    end = next((end for end, part in enumerate(parts, start=1) if part.isdigit()), 0)
+    end = next((end for end, part in enumerate(parts, start=1) if part.isdecimal() and len(part) < 10), 0)
     return parts[:end], parts[end:]

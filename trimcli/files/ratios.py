@@ -8,7 +8,19 @@ from typing import Any
 
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.documents import read_json
+from trimcli.files.forms import MODEL, NUMBER, OBJECT, SIZE, TEXT, Each, Must, check_form
 from trimcli.files.manifest import LAYER_SPARSITY, ModelFingerprint, check_model, manifest
+
+FORM = {
+    "method": Must(TEXT),
+    "parameters": Must(OBJECT),
+    "target": Must(NUMBER),
+    "numerics": Must(TEXT),
+    "sparsity": Must(Each(Must(NUMBER))),
+    "metric": Each(NUMBER),
+    "pattern": Each(Must((Must(SIZE), Must(SIZE)))),
+    "model": MODEL,
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class LayerSparsity:
     def load(cls, path: Path) -> "LayerSparsity":
         """Read a layer ratios file. Raises InputError (missing, damaged) and MismatchError (schema)."""
         found = read_json(path, LAYER_SPARSITY)
+        check_form(found, FORM, path, "layer ratios")
         try:
             sparsity = {name: float(value) for name, value in found["sparsity"].items()}
             pattern, metric = found.get("pattern"), found.get("metric") or {}

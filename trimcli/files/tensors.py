@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import atomic_file
-from trimcli.files.documents import check_schema, finite_or_none
+from trimcli.files.documents import finite_or_none, parse_json
 
 # What safetensors calls them. The order is the alignment of its layout: widest first, so every tensor starts aligned.
 DTYPES = {
@@ -123,20 +123,20 @@ def read_manifest(path: Path, schema: str | None = None) -> dict[str, Any]:
     if text is None:
         needed = "" if schema is None else f" where {schema!r} is needed"
         raise MismatchError(f"{path} carries no trim manifest{needed}; give the right file.")
-    found: dict[str, Any] = json.loads(text)
-    if schema is not None:
-        check_schema(found, schema, path)
-    return found
+    return parse_json(text, path, schema)
 
 
 def open_tensors(path: Path) -> Any:
-    """Open a safetensors file lazily (mapped, CPU). Raises InputError when missing, truncated or damaged."""
+    """Open a safetensors file lazily (mapped, CPU). Raises InputError when missing, unreadable, truncated, damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        path.open("rb").close()  # what safe_open cannot open it calls missing
         return safe_open(path, "pt")
     except FileNotFoundError:
         raise InputError(f"there is no file {path}; check the path.") from None
+    except PermissionError:
+        raise InputError(f"there is no permission to read {path}; change its rights.") from None
     except (SafetensorError, OSError) as problem:
         raise InputError(f"{path} is not a whole safetensors file ({problem}); fetch or make it anew.") from None
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimcli.errors import OptionError
-from trimcli.files.atomic import atomic_file, refuse_existing
+from trimcli.files.documents import write_text
+from trimcli.files.outputs import check_outputs
 from trimcli.options import one_of
 from trimcli.report import html, markdown
 from trimcli.report.gather import Gathered, gather
@@ -31,13 +32,12 @@ def build_report(files: Sequence[Path], format: str, output: Path | None, *, for
     one_of("--format", format, PAGES)
     if not files:
         raise OptionError("a report needs files; give results, masks, layer ratios, statistics or model directories.")
-    if output is not None:
-        refuse_existing(output, force=force)
-    elif format == "html":
+    if output is None and format == "html":
         raise OptionError("--format html needs --output; give --output report.html, or --format md.")
+    beside = [path.with_suffix(".safetensors") for path in files if path.suffix == ".json"]
+    check_outputs([*files, *beside], texts=[output], force=force)
     gathered = gather(files)
     report = Report(gathered, PAGES[format](gathered))
     if output is not None:
-        with atomic_file(output, force=force) as temporary:
-            temporary.write_text(report.text, encoding="utf-8", newline="\n")
+        write_text(output, report.text, force=force)
     return report

@@ -14,6 +14,7 @@ from trimcli.methods.layers.base import ALLOCATIONS
 from trimcli.methods.named import methods
 from trimcli.methods.rows.base import ROWS
 from trimcli.registry import title_of
+from trimcli.report.forms import check_document
 
 MISSING = "\u2013"
 
@@ -91,7 +92,10 @@ class Table:
 
 def compare(files: Sequence[Path]) -> Table:
     """The table of results files. Raises InputError or MismatchError for a file that is none."""
-    return table_of([(path, read_json(path, RESULTS)) for path in dict.fromkeys(files)])
+    found = [(path, read_json(path, RESULTS)) for path in dict.fromkeys(files)]
+    for path, document in found:
+        check_document(document, RESULTS, path)
+    return table_of(found)
 
 
 def table_of(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> Table:

@@ -1,7 +1,6 @@
 """The figures of a report: results, layers, allocation; those of the rows come from `rows`."""
 
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -10,7 +9,7 @@ from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULT
 from trimcli.files.names import layer_index
 from trimcli.report.compare import Table
 from trimcli.report.gather import Gathered, Source
-from trimcli.report.panels import MUTED, Figure, Panel, colour, grid, integers, series
+from trimcli.report.panels import MUTED, Figure, Panel, colour, grid, integers, named, series
 from trimcli.report.rows import row_figures
 
 LABELLED_LAYERS = 12
@@ -39,10 +38,10 @@ def _perplexity(table: Table) -> Figure | None:
             line = [(row, value) for row, value in points if row.method == method]
             if line:
                 trace = go.Scatter(
-                    **series(escape(method) or "other", index),
+                    **series(named(method) or "other", index),
                     x=[row.sparsity for row, _ in line],
                     y=[value for _, value in line],
-                    customdata=[escape(row.label) for row, _ in line],
+                    customdata=[named(row.label) for row, _ in line],
                     hovertemplate="%{customdata}<br>sparsity %{x:.2%}<br>perplexity %{y:,.2f}<extra></extra>",
                 )
                 traces.append(trace)
@@ -52,11 +51,11 @@ def _perplexity(table: Table) -> Figure | None:
             across = [min(sparsities) - 0.02, max(sparsities) + 0.02]
             look = {"mode": "lines", "name": "dense", "line": MUTED}
             for row, value in (point for point in points if point[0].method == "dense"):
-                hover = f"{escape(row.label)}, dense<br>perplexity %{{y:,.2f}}<extra></extra>"
+                hover = f"{named(row.label)}, dense<br>perplexity %{{y:,.2f}}<extra></extra>"
                 traces.append(go.Scatter(look, x=across, y=[value, value], hovertemplate=hover))
             values = [value for trace in traces for value in trace.y]
             wide = {"type": "log", "dtick": "D2"} if max(values) > 4 * min(values) else {}
-            panels.append(Panel(escape(table.titles[column]), traces, y={"tickformat": ",~r", **wide}))
+            panels.append(Panel(named(table.titles[column]), traces, y={"tickformat": ",~r", **wide}))
     if not panels:
         return None
     plot = grid(panels, per_row=3, height=330)
@@ -73,14 +72,14 @@ def _layers(gathered: Gathered) -> Figure | None:
         values = {name: round(value, 3) for name, value in source.sparsities().items() if value >= 0.001}
         if values and values not in drawn:
             linears, means = source.sparsities(), gathered.layers(source)
-            style = series(escape(source.label), len(drawn))
+            style = series(named(source.label), len(drawn))
             dots = go.Scatter(
                 name=style["name"],
                 mode="markers",
                 showlegend=False,
                 x=[layer_index(name) for name in linears],
                 y=list(linears.values()),
-                customdata=[escape(name) for name in linears],
+                customdata=[named(name) for name in linears],
                 marker={"color": colour(len(drawn)), "size": 5, "opacity": 0.35},
                 hovertemplate="%{customdata}<br>%{y:.2%}<extra></extra>",
             )
@@ -111,7 +110,7 @@ def _allocation(gathered: Gathered) -> Figure | None:
         # Several allocations from one metric have their points above each other: one line of numbers is enough.
         for trace in traces[:-1]:
             trace.mode = "markers"
-    panels = [Panel("", traces, x={"title_text": escape(name)}) for name, traces in series_of.items()]
+    panels = [Panel("", traces, x={"title_text": named(name)}) for name, traces in series_of.items()]
     plot = grid(panels, per_row=2, height=340)
     plot.update_yaxes(title_text="sparsity", tickformat=".0%")
     caption = "A point is a layer, or a matrix where a layer's differ; numbers are layers."
@@ -136,7 +135,7 @@ def _allocation_points(source: Source, index: int, points: Sequence[tuple[Any, .
     if whole:
         points = [(*next(iter(found)), layer, f"layer {layer}") for layer, found in layers.items()]
     metrics, values, numbers, names = zip(*points, strict=True)
-    label = escape(source.label)
+    label = named(source.label)
     return go.Scatter(
         {
             **series(label, index),
@@ -146,7 +145,7 @@ def _allocation_points(source: Source, index: int, points: Sequence[tuple[Any, .
             "text": [str(number) for number in numbers] if whole else None,
             "textposition": "middle right",
             "textfont": {"size": 11, "color": "var(--muted)"},
-            "customdata": [escape(name) for name in names],
+            "customdata": [named(name) for name in names],
             "hovertemplate": f"{label}<br>%{{customdata}}<br>metric %{{x:.4g}}<br>%{{y:.2%}}<extra></extra>",
         }
     )

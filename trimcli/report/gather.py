@@ -12,27 +12,13 @@ import numpy as np
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json
-from trimcli.files.manifest import CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS, is_intact
+from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS, is_intact
 from trimcli.files.names import grouped, layer_index
 from trimcli.report.compare import Table, distinct, table_of
+from trimcli.report.forms import KINDS, check_document
 
-# What a report is made of, and what that is called.
-KINDS = {
-    CALIBRATION: "calibration",
-    LAYER_SPARSITY: "layer ratios",
-    MASKS: "masks",
-    PACKED: "packed model",
-    PRUNED: "pruned model",
-    RESULTS: "results",
-    ROWS: "row statistics",
-}
 # The schemas whose `linears` give shapes and counts of zeros.
 PRUNINGS = (MASKS, PRUNED, PACKED)
-NEEDED = {
-    LAYER_SPARSITY: {"method", "target", "sparsity"},
-    ROWS: {"linears"},
-    **{schema: {"linears", "sparsity"} for schema in PRUNINGS},
-}
 NEEDED_OF_ROWS = {"quality_uniform", "quality_best", "step"}
 # A matrix has thousands of rows; its sparsities are drawn at so many quantiles.
 QUANTILES = 64
@@ -152,13 +138,12 @@ def _document(path: Path) -> Mapping[str, Any]:
     else:
         document = read_json(path / MARK if path.is_dir() else path)
     schema = document.get("schema")
-    if schema not in KINDS:
+    if not isinstance(schema, str) or schema not in KINDS:
         raise MismatchError(f"{path} is of schema {schema!r}; a report is made of {', '.join(KINDS)}.")
     if schema in PRUNINGS and not is_intact(document):
         raise InputError(f"the manifest of {path} was changed after trim wrote it; make the file anew.")
-    missing = NEEDED.get(schema, set()) - document.keys()
-    if schema == ROWS and not missing:
-        missing = {field for entry in document["linears"].values() for field in NEEDED_OF_ROWS - entry.keys()}
-    if missing:
+    check_document(document, schema, path)
+    rows = document["linears"].values() if schema == ROWS else ()
+    if missing := {field for entry in rows for field in NEEDED_OF_ROWS - entry.keys()}:
         raise InputError(f"{path} lacks {', '.join(sorted(missing))}, so it is not whole; make it anew.")
     return document

@@ -10,7 +10,8 @@ from plotly.offline import get_plotlyjs
 
 from trimcli.report.compare import Column, Row, Table, model_of
 from trimcli.report.figures import figures
-from trimcli.report.gather import KINDS, Gathered
+from trimcli.report.forms import KINDS
+from trimcli.report.gather import Gathered
 from trimcli.report.provenance import facts_of
 from trimcli.report.sheets import figure, results
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from html import escape
 from typing import Any
 
 import plotly.graph_objects as go
@@ -83,6 +84,11 @@ def series(name: str, index: int) -> dict[str, Any]:
         "line": {"color": colour(index), "width": 2, "dash": DASHES[index // COLOURS % len(DASHES)]},
         "marker": {"color": colour(index), "size": 7, "symbol": SYMBOLS[index % len(SYMBOLS)]},
     }
+
+
+def named(text: str) -> str:
+    """A name as plotly shows it: neither HTML nor, in a hover template, a place for a value."""
+    return escape(text).replace("%", "&#37;")
 
 
 def colour(index: int) -> str:

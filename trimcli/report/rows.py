@@ -1,7 +1,6 @@
 """The figures of what TRIM found: rows' sparsities, qualities, steps."""
 
 from collections.abc import Collection, Mapping
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import plotly.graph_objects as go
 from trimcli.files.manifest import ROWS
 from trimcli.files.names import grouped, kind_of, layer_index
 from trimcli.report.gather import QUANTILES, Source
-from trimcli.report.panels import MUTED, Figure, Panel, colours, grid, integers
+from trimcli.report.panels import MUTED, Figure, Panel, colours, grid, integers, named
 
 PER_ROW = 4
 LAYERS_APART = 20
@@ -37,7 +36,7 @@ def by_kind(values: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
 def short_names(kinds: Collection[str]) -> list[str]:
     """`q_proj` for `self_attn.q_proj`, but `attn.c_proj` beside `mlp.c_proj`."""
     last = [kind.rpartition(".")[2] for kind in kinds]
-    return [escape(end if last.count(end) == 1 else kind) for kind, end in zip(kinds, last, strict=True)]
+    return [named(end if last.count(end) == 1 else kind) for kind, end in zip(kinds, last, strict=True)]
 
 
 def _row_sparsity(source: Source) -> Figure | None:

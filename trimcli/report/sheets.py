@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from trimcli.files.manifest import LAYER_SPARSITY, ROWS
 from trimcli.files.names import grouped
 from trimcli.report.compare import MISSING, Column, Measure, Row, Table
-from trimcli.report.gather import KINDS, Gathered, Source
+from trimcli.report.forms import KINDS
+from trimcli.report.gather import Gathered, Source
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from trimcli.console import inert
 from trimcli.files.manifest import RESULTS
 from trimcli.report.compare import Table
 from trimcli.report.gather import Gathered
@@ -26,7 +27,7 @@ def comparison(table: Table) -> RenderableType:
     """The main columns of a comparison, and below them how each was measured."""
     sheet = results(table, [column for column in table.columns if column.main])
     drawn = _drawn(sheet)
-    drawn.caption = Text("\n".join([*sheet.notes, *table.notes]), "dim not italic")
+    drawn.caption = Text("\n".join(map(inert, [*sheet.notes, *table.notes])), "dim not italic")
     return drawn
 
 
@@ -35,7 +36,7 @@ def _drawn(sheet: Sheet) -> RichTable:
     drawn = RichTable(box=None, pad_edge=False, header_style="bold", caption_justify="left")
     for place, heading in enumerate(sheet.headings):
         justify: Literal["left", "right"] = "left" if place < sheet.words else "right"
-        drawn.add_column(Text(heading), justify=justify, overflow="fold", no_wrap=heading == "sparsity")
+        drawn.add_column(Text(inert(heading)), justify=justify, overflow="fold", no_wrap=heading == "sparsity")
     for row in sheet.rows:
-        drawn.add_row(*(Text(cell) for cell in row))
+        drawn.add_row(*(Text(inert(cell)) for cell in row))
     return drawn

@@ -23,11 +23,12 @@ from trimcli.commands.resolve import cached_calibration
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, OptionError
 from trimcli.evaluation.perplexity import perplexity
-from trimcli.files.atomic import atomic_file, refuse_existing
+from trimcli.files.atomic import atomic_file
 from trimcli.files.cache import Cache, digest
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.documents import read_json, write_json
 from trimcli.files.manifest import manifest
+from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
 from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
@@ -93,8 +94,8 @@ def sweep(
     stage cache, so that an interrupted sweep goes on. Raises InputError (too short a text), and what prune raises.
     """
     options.check()
-    if output is not None:
-        refuse_existing(output, force=force)
+    inputs = inputs_of(options, model)
+    check_outputs(inputs, texts=[output], kept=[options.metrics_cache], force=force)
     settings = settings_of(options)
     skeleton = open_model(model, options)
     chosen_linears(skeleton, options.only, options.skip, progress)
