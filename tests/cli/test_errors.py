@@ -91,7 +91,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda model: (model / "model.safetensors").unlink(), "has a config.json but no weights"),
     "NaN weight": (spoil(float("nan")), f"the tensor {UP}"),
     "infinite weight": (spoil(float("inf")), f"the tensor {UP}"),
-    "infinite activations": (overflow, "the inputs of model.layers.0.mlp.down_proj hold NaN or infinite values"),
+    "infinite activations": (overflow, "the outputs of model.layers.0 hold NaN or infinite values"),
 }
 
 

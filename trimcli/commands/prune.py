@@ -76,6 +76,8 @@ def prune(
             announce(plan)
         saved = {options.save_model: plan.model_bytes or 0} if options.save_model else {}
         check_space({output: plan.mask_bytes, **saved})
+        if walks(run.recipe) or run.recipe.barber:
+            prove(run.skeleton, options.cache_dir, progress)
         stages = ["first", "second"] if options.recipe.barber else ["first"]
         passes = [stack.enter_context(Cache(options.cache_dir).parts(run.key(stage))) for stage in stages]
         for parts in [] if options.resume else passes:
@@ -131,8 +133,6 @@ class _Run:
         self.targets = targets_of(skeleton, self.linears, options, self.allocation)
         if self.calibration is None and (self.recipe.needs or self.recipe.barber):
             self.calibration = CalibrationFile(self._calibrated())
-        if walks(self.recipe) or self.recipe.barber:
-            prove(skeleton, options.cache_dir, progress)
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
         self.keep_zeros = self._keeps_zeros()

@@ -98,7 +98,8 @@ def _refuse_input(target: Path, place: Path, source: Path, *, folder: bool) -> N
     if there.is_relative_to(place) and (not folder or (there.parent == place and there.suffix == ".jsonl")):
         raise OptionError(f"the output {target} would replace {source}, which the run reads; name another output.")
     inside = place.is_relative_to(there) and not place.is_dir() and _belongs(place, there)
-    if there.is_dir() and (inside or any(child.is_symlink() and child.resolve() == place for child in there.iterdir())):
+    links = there.iterdir() if there.is_dir() and place.is_file() else ()
+    if there.is_dir() and (inside or any(child.is_symlink() and child.resolve() == place for child in links)):
         raise OptionError(f"the output {target} is a file of {source}, which the run reads; name another output.")
 
 

@@ -48,12 +48,22 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
             hooks.enter_context(linear.module.register_forward_pre_hook(partial(note, name)))
         run()
     if unused := [name for name in mine if name not in read]:
-        globs = dict.fromkeys(f"--skip '*.{inside_layer(name)}'" for name in unused)
+        globs = dict.fromkeys(f"--skip '*.{_part(name, mine, unused)}'" for name in unused)
         what = f"{unused[0]} is never called by its layer, so it has no inputs"
         raise TrimError(f"{what}; leave it dense with {' '.join(globs)}.")
     # What is called several times reads what no other linear does, even where it begins with the same tensor.
     groups = grouped(read, lambda name: read[name][0] if len(read[name]) == 1 else name)
     return [InputGroup(tuple(mine[name] for name in mine if name in names)) for names in groups.values()]
+
+
+def _part(name: str, linears: Collection[str], unused: Collection[str]) -> str:
+    """The linear by its place inside the layer, or as a glob the module that holds it and other unused ones alone."""
+    place = inside_layer(name)
+    holder = name.removesuffix(place) + place.rpartition(".")[0] + "."
+    held = [other for other in linears if other.startswith(holder)]
+    if len(held) > 1 and "." in place and all(other in unused for other in held):
+        return place.rpartition(".")[0] + ".*"
+    return place
 
 
 @dataclass

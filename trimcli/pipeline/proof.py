@@ -25,7 +25,7 @@ from trimcli.methods.masks import slices
 from trimcli.model.forward import Forward, first_output, form_of, split_call
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton, open_model
 from trimcli.options import RunOptions
-from trimcli.pipeline.walk import Walk, max_positions
+from trimcli.pipeline.walk import Walk, max_positions, not_finite
 
 PROOF = "trim.proof/1"
 SAMPLES, LENGTH = 5, 24
@@ -163,6 +163,9 @@ def _refuse_unusual(skeleton: Skeleton, own: _Own) -> None:
     logits = own.logits
     if logits is None or logits.device.type == "meta" or logits.ndim != 3:
         raise _outside(skeleton)
+    for layer, states in zip(skeleton.layers, own.arrived[1:], strict=True):
+        if not bool(torch.isfinite(states).all()):
+            raise not_finite(layer)
     if not bool(torch.isfinite(logits).all()):
         raise InputError(f"the predictions of {id} hold NaN or infinite values; try --dtype float32.")
     gaps, exact = _gaps(logits[-1, :-1], logits[-2, :-1]), logits.dtype == torch.float32

@@ -1,9 +1,10 @@
 """LLM-Barber's second pass over one decoder layer: attention first, then, with the attention rebuilt, the MLP."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimcli.methods.blocks.barber import rebuild
 from trimcli.methods.blocks.structure import Block, Call, block_gradients, find_blocks
@@ -48,7 +49,14 @@ def rebuild_layer(
 
 def blocks_of(walk: Walk, layer: DecoderLayer) -> list[Block]:
     """The attention and the MLP of the loaded layer at which the walk is. Raises OptionError as `find_blocks` does."""
-    modules = {linear.name: linear.module for linear in layer.linears}
+    called: set[nn.Module] = set()
+    with ExitStack() as hooks:
+        for linear in layer.linears:
+            hooks.enter_context(linear.module.register_forward_pre_hook(lambda module, _args: called.add(module)))
+        walk.call(layer, slice(0, 1))
+    # What nobody asked for and nobody calls is in no block; an expert that is pruned may be idle at one sample.
+    mine = [one for one in layer.linears if one.module in called or walk.wanted is None or one.name in walk.wanted]
+    modules = {linear.name: linear.module for linear in mine}
     return find_blocks(layer.module, modules, partial(_run, walk, layer, 0), _states(walk, 0), layer.name)
 
 

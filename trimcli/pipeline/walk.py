@@ -115,8 +115,7 @@ class Walk:
                 step(rows.stop - rows.start)
         # What a collector gathers is checked by its reader, who can name the linear.
         if collector is None and not bool(sound):
-            what = f"the outputs of {layer.name} hold NaN or infinite values (the model overflows or is damaged)"
-            raise InputError(f"{what}; try --dtype float32, or another checkpoint.")
+            raise not_finite(layer)
 
     def _fits(self, layer: DecoderLayer, rows: slice, sound: Tensor, *, advance: bool) -> bool:
         """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way."""
@@ -141,6 +140,12 @@ class Walk:
             torch.get_device_module(self.skeleton.device).empty_cache()
         self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {size}.")
         self.stream.shrink(size, {size, left % size, self.nsamples % size} - {0})
+
+
+def not_finite(layer: DecoderLayer) -> InputError:
+    """The error for a layer whose outputs are not finite."""
+    what = f"the outputs of {layer.name} hold NaN or infinite values (the model overflows or is damaged)"
+    return InputError(f"{what}; try --dtype float32, or another checkpoint.")
 
 
 def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:

@@ -64,21 +64,15 @@ class Block:
 def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, probe: Tensor, name: str) -> list[Block]:
     """The attention block and the MLP block of a decoder layer, in order of execution.
 
-    layer: loaded. linears: all its prunable ones, by any name; those that a pass never calls are in no block. run:
-    calls it without a cache of past tokens. probe: hidden states [1, L, D], on which it runs a few times. name: the
-    layer's, for messages. Raises OptionError unless it runs two modules with linears (or one, and a chain of its own
-    linears with modules between them), one fed by the other.
+    layer: loaded. linears: all its prunable ones, by any name. run: calls it without a cache of past tokens. probe:
+    hidden states [1, L, D], on which it runs a few times. name: the layer's, for messages. Raises OptionError unless it
+    runs two modules with linears (or one, and a chain of its own linears with modules between them), one fed by the
+    other.
     """
 
     def unfit(reason: str) -> OptionError:
         return OptionError(f"--prune-barber cannot work on {name}: {reason}; prune without --prune-barber.")
 
-    order: list[nn.Module] = []  # the layer's modules in the order in which one pass calls them, as often as it does
-    with torch.no_grad(), ExitStack() as hooks:
-        for module in layer.modules():
-            hooks.enter_context(module.register_forward_pre_hook(lambda called, _args: order.append(called)))
-        run(probe)
-    linears = {name: linear for name, linear in linears.items() if linear in order}
     # By the child of the linears' common owner that holds them; under the owner those that it holds itself.
     owner = _holder(layer, linears.values(), lambda module: module not in linears.values()) or layer
     groups: dict[nn.Module, list[str]] = {}
@@ -88,6 +82,11 @@ def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, pr
     if len(groups) != 2:
         places = f"{len(groups)} ({', '.join(map(_short, groups.values())) or 'none'})"
         raise unfit(f"it needs linears in two blocks, attention and MLP, and this layer has them in {places}")
+    order: list[nn.Module] = []  # the layer's modules in the order in which one pass calls them, as often as it does
+    with torch.no_grad(), ExitStack() as hooks:
+        for module in layer.modules():
+            hooks.enter_context(module.register_forward_pre_hook(lambda called, _args: order.append(called)))
+        run(probe)
     blocks = []
     for place, group in groups.items():
         block = _block(layer, owner if place is owner else None, {one: linears[one] for one in group}, order)
