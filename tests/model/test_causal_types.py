@@ -1,17 +1,27 @@
 """Every causal-LM type of transformers: trim's perplexity is the model's own at any batch size, or it is refused."""
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tests.causal_survey import BATCHES, DOCUMENT, TABLE, TOLERANCE, Finding, survey
-from tests.causal_types import NOT_BUILT, causal_types, save_causal_type
+from tests.causal_survey import BATCHES, DOCUMENT, TABLE, TOLERANCE, Finding, own_loss, sample_windows, survey
+from tests.causal_types import NOT_BUILT, VOCABULARY, causal_types, save_causal_type
+from tests.trim_cli import COMPUTE, save_tokens, trim
+from trimcli.evaluation.perplexity import perplexity
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.masks import MaskFile
+from trimcli.model.skeleton import Skeleton
+from trimcli.pipeline.proof import prove
 
 KNOWN = json.loads(TABLE.read_text(encoding="utf-8"))
 if transformers.__version__ != KNOWN["transformers"]:
@@ -61,6 +71,27 @@ def test_the_models_own_perplexity_is_one_whatever_the_batch(finding: Finding) -
 
 def test_the_verdict_is_the_tables(finding: Finding) -> None:
     assert finding.row() == KNOWN["types"][finding.type]
+
+
+def test_masks_measure_what_the_directory_written_with_them_does(finding: Finding, tmp_path: Path) -> None:
+    """Half of every type's weights go; an encoder's attention that a decoder alone never calls is skipped as advised."""
+    if finding.refusal is not None:
+        return
+    masks, pruned, cache = tmp_path / "masks", tmp_path / "pruned", tmp_path / "cache"
+    tokens = save_tokens(tmp_path / "tokens", vocabulary=VOCABULARY, nsamples=3)
+    command: list[object] = ["prune", finding.directory, "-o", masks, "--save-model", pruned, "--sparsity", 0.5]
+    command += ["--tokens", tokens, "--cache-dir", cache, *COMPUTE]
+    done = trim(*command)
+    if (skips := re.findall(r"--skip '([^']*)'", done.err)) and done.status:
+        assert "is never called by its layer" in done.err or "is not given every token" in done.err
+        done = trim(*command, *(word for glob in skips for word in ("--skip", glob)))
+    assert done.status == 0, done.err
+    skeleton, windows = Skeleton(Checkpoint.open(finding.directory)), sample_windows()
+    prove(skeleton, cache)
+    model = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.float32).eval()
+    assert perplexity(skeleton, windows, mask=MaskFile.open(masks)) == pytest.approx(
+        math.exp(own_loss(model, windows)), rel=TOLERANCE
+    )
 
 
 def test_table_and_page_hold_every_type() -> None:

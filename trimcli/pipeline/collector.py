@@ -106,7 +106,7 @@ class Collector:
         inputs = args[0].detach()
         if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
             what = f"{name} is not given every token (a routed expert, perhaps), so its inputs have no samples"
-            raise TrimError(f"{what}; leave it dense with --skip '{name}'.")
+            raise TrimError(f"{what}; leave it dense with --skip '*.{inside_layer(name)}'.")
         if inputs.ndim != 3 or len(inputs) != count:  # some layers flatten samples and tokens, or add a dimension
             inputs = inputs.reshape(count, -1, inputs.shape[-1])
         for statistic, gathered in self._gathered[name].items():
