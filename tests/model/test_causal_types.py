@@ -74,7 +74,7 @@ def test_the_verdict_is_the_tables(finding: Finding) -> None:
 
 
 def test_masks_measure_what_the_directory_written_with_them_does(finding: Finding, tmp_path: Path) -> None:
-    """Half of every type's weights go; an encoder's attention that a decoder alone never calls is skipped as advised."""
+    """Half of every type's weights go; an encoder's attention, which a decoder never calls, is skipped as advised."""
     if finding.refusal is not None:
         return
     masks, pruned, cache = tmp_path / "masks", tmp_path / "pruned", tmp_path / "cache"
