@@ -221,9 +221,10 @@ def test_what_is_chosen_and_with_which_options() -> None:
 
 
 def test_what_a_method_is_called() -> None:
-    assert list(methods())[:4] == ["wanda", "magnitude", "obs", "sparsegpt"]
-    assert (methods()["sparsegpt"].score, methods()["sparsegpt"].update) == ("obs", "obs")
-    assert all((one.score, one.update) == (name, "none") for name, one in methods().items() if name != "sparsegpt")
+    named = {name: (one.score, one.update) for name, one in methods().items()}
+    assert list(named)[:5] == ["wanda", "magnitude", "obs", "sparsegpt", "admm"]
+    assert (named.pop("sparsegpt"), named.pop("admm")) == (("obs", "obs"), ("wanda", "admm"))
+    assert all(made == (name, "none") for name, made in named.items())
     assert method_called("wanda").title == "Wanda"
     with pytest.raises(OptionError, match=r"--method 'sparsgpt' is none of .*; did you mean 'sparsegpt'"):
         method_called("sparsgpt")
@@ -242,10 +243,10 @@ def test_which_recipes_change_the_kept_weights() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], bool, str]] = [
-    ({"method": "wands"}, False, "--method 'wands' is none of wanda, magnitude, obs, sparsegpt; did you mean 'wanda'"),
+    ({"method": "wands"}, False, "--method 'wands' is none of wanda, magnitude, obs, sparsegpt, admm; did you mean 'wanda'"),
     ({"numerics": "exat"}, False, "--numerics 'exat' is none of exact, reference; did you mean 'exact'"),
-    ({"rows": "trm"}, False, "--rows 'trm' is none of even, trim, variant; did you mean 'trim'"),
-    ({"update": "osb"}, False, "--update 'osb' is none of none, obs; did you mean 'obs'"),
+    ({"rows": "trm"}, False, "--rows 'trm' is none of even, free, trim, variant; did you mean 'trim'"),
+    ({"update": "osb"}, False, "--update 'osb' is none of none, obs, cg, admm; did you mean 'obs'"),
     ({"rows": "trim"}, True, "--use-trim with an N:M pattern"),
     ({"rows": "variant"}, True, "--use-variant with an N:M pattern"),
     ({"rows": "variant", "method": "magnitude"}, False, "--use-variant with --method magnitude: it is made for wanda"),

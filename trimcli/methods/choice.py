@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from trimcli.errors import OptionError
 from trimcli.methods.stats import LinearStats
@@ -29,6 +29,7 @@ class Choice:
     """What goes: all but a row allocation's `keep`, bool [D_out, D_in], or, without one, by score and target.
 
     free: bool [D_out, D_in], False for weights that go in any case, before all others; None where there are none.
+    compare: the comparison group, None for the score's own.
     """
 
     score: Score
@@ -38,6 +39,7 @@ class Choice:
     options: object = None
     keep: Tensor | None = None
     free: Tensor | None = None
+    compare: Literal["row", "matrix"] | None = None
 
     @property
     def pattern(self) -> tuple[int, int] | None:
@@ -52,19 +54,29 @@ class Choice:
 
     def of_matrix(self, weight: Tensor) -> Tensor:
         """The keep mask of the whole matrix, bool [D_out, D_in]."""
+        if self.keep is not None:
+            return self.keep if self.free is None else self.keep & self.free
+        return self.of_scores(self.scores(weight))
+
+    def of_scores(self, scores: Tensor, share: float = 1.0) -> Tensor:
+        """The keep mask, bool [D_out, D_in], by other scores under this budget, or under a `share` of what goes.
+
+        Of a row allocation's mask the rows' counts are the budget.
+        """
         from trimcli.methods import masks
 
-        sparsity, pattern = self.target
+        (d_out, d_in), (sparsity, pattern) = scores.shape, self.target
+        if self.free is not None:
+            scores = scores.masked_fill(~self.free, float("-inf"))
         if self.keep is not None:
-            keep = self.keep
+            keep = masks.lowest_per_row(scores, (~self.keep).sum(dim=1).double().mul_(share).round_().long())
         elif pattern is not None:
-            keep = masks.n_of_m(self.scores(weight), *pattern)
-        elif self.score.compare == "row":
-            d_out, d_in = weight.shape
-            counts = masks.even_row_counts(d_out, d_in, sparsity, self.numerics, weight.device)
-            keep = masks.lowest_per_row(self.scores(weight), counts)
+            keep = masks.n_of_m(scores, *pattern)
+        elif (self.compare or self.score.compare) == "row":
+            counts = masks.even_row_counts(d_out, d_in, share * sparsity, self.numerics, scores.device)
+            keep = masks.lowest_per_row(scores, counts)
         else:
-            keep = masks.lowest_overall(self.scores(weight), sparsity, self.numerics)
+            keep = masks.lowest_overall(scores, share * sparsity, self.numerics)
         return keep if self.free is None else keep & self.free
 
     def of_columns(self, weight: Tensor, start: int) -> Tensor:
@@ -82,7 +94,7 @@ class Choice:
             keep = masks.n_of_m(scores, *pattern, check=False)
         elif self.numerics == "reference":
             keep = masks.lowest_overall(scores, sparsity, "reference", check=False)
-        elif self.score.compare == "row":
+        elif (self.compare or self.score.compare) == "row":
             before = masks.even_row_counts(d_out, start, sparsity, "exact", weight.device)
             after = masks.even_row_counts(d_out, end, sparsity, "exact", weight.device)
             keep = masks.lowest_per_row(scores, after - before, check=False)

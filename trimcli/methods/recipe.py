@@ -153,7 +153,7 @@ class Recipe:
         choice = Choice(self.scoring, stats, target, self.numerics, self.options_of(self.scoring))
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
         free = weight != 0 if keep_zeros and self.updating.changes else None
-        choice = replace(choice, keep=rows.keep, free=free)
+        choice = replace(choice, keep=rows.keep, free=free, compare=rows.compare)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
         return Outcome(made.keep, made.weight, made.remarks, rows.found)
 

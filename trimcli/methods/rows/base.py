@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from trimcli.registry import Entry, Registry
 
@@ -35,10 +35,14 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Rows:
-    """The mask that a row allocation chose, None: the score's comparison group decides. found: for `--stats-out`."""
+    """What a row allocation chose: the mask, or None and the comparison group that decides, None for the score's own.
+
+    found: for `--stats-out`.
+    """
 
     keep: Tensor | None = None
     found: RowResult | None = None
+    compare: Literal["row", "matrix"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

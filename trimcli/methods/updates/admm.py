@@ -1,0 +1,36 @@
+"""ADMM: mask and weights of a matrix chosen together, against the dense outputs (Boža 2024; ALPS, Meng et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from trimcli.methods.named import method
+from trimcli.methods.stats import GRAM
+from trimcli.methods.updates.base import Updated, update
+from trimcli.methods.updates.cg import FitOptions
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trimcli.methods.choice import Choice
+
+
+@update("admm", needs={GRAM}, title="ADMM", source="Boža 2024; Meng et al. 2024, section 3", options=FitOptions)
+def admm(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
+    """Mask and weights together, by alternating directions; then the weights by conjugate gradients."""
+    from trimcli.methods.updates.admm_solver import alternated
+    from trimcli.methods.updates.cg_solver import fitted
+
+    gram = choice.stats.gram
+    keep, start = alternated(weight, choice, ridge=options.ridge, steps=options.admm_steps)
+    return Updated(keep, fitted(weight, keep, gram, ridge=options.ridge, steps=options.cg_steps, start=start))
+
+
+method(
+    "admm",
+    score="wanda",
+    update="admm",
+    title="ADMM",
+    help="Mask and weights of a matrix together, by ADMM and conjugate gradients, which changes the kept weights",
+    source="Boža 2024; Meng et al. 2024",
+)

@@ -1,0 +1,45 @@
+"""CG: under any mask, the kept weights that reproduce the dense outputs best, row by row to the optimum."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trimcli.errors import OptionError
+from trimcli.methods.stats import GRAM
+from trimcli.methods.updates.base import Updated, update
+from trimcli.options import check_fields, option, positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trimcli.methods.choice import Choice
+
+PANEL = "Conjugate gradients and ADMM"
+
+
+def _ridge(flag: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise OptionError(f"{flag} {value:g} must be a positive number; the default is 0.01.")
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """How the kept weights are fitted. ridge: of the Gram's mean diagonal. Raises OptionError for unusable values."""
+
+    cg_steps: int = option(50, "Steps of conjugate gradients.", panel=PANEL, check=positive)
+    ridge: float = option(0.01, "How strongly kept weights are held near the dense ones.", panel=PANEL, check=_ridge)
+    admm_steps: int = option(30, "Steps of ADMM before the mask is final.", panel=PANEL, check=positive)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@update("cg", needs={GRAM}, title="CG", source="Hestenes & Stiefel 1952; Meng et al. 2024", options=FitOptions)
+def cg(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
+    """The kept weights become the best under their mask, all rows at once, by conjugate gradients."""
+    from trimcli.methods.updates.cg_solver import fitted
+
+    keep = choice.of_matrix(weight)
+    return Updated(keep, fitted(weight, keep, choice.stats.gram, ridge=options.ridge, steps=options.cg_steps))
