@@ -243,7 +243,11 @@ def test_which_recipes_change_the_kept_weights() -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], bool, str]] = [
-    ({"method": "wands"}, False, "--method 'wands' is none of wanda, magnitude, obs, sparsegpt, admm; did you mean 'wanda'"),
+    (
+        {"method": "wands"},
+        False,
+        "--method 'wands' is none of wanda, magnitude, obs, sparsegpt, admm; did you mean 'wanda'",
+    ),
     ({"numerics": "exat"}, False, "--numerics 'exat' is none of exact, reference; did you mean 'exact'"),
     ({"rows": "trm"}, False, "--rows 'trm' is none of even, free, trim, variant; did you mean 'trim'"),
     ({"update": "osb"}, False, "--update 'osb' is none of none, obs, cg, admm; did you mean 'obs'"),

@@ -131,7 +131,7 @@ class _Run:
             self.ratios = cached_ratios(skeleton, self._allocation(options.allocate), options.cache_dir, progress)
         self.allocation = LayerSparsity.load(self.ratios) if self.ratios else None
         self.targets = targets_of(skeleton, self.linears, options, self.allocation)
-        if self.calibration is None and (self.recipe.needs or self.recipe.barber):
+        if self.calibration is None and (self.recipe.needs or self.recipe.barber or self.recipe.reconstructs):
             self.calibration = CalibrationFile(self._calibrated())
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
@@ -216,6 +216,7 @@ class _Run:
             numerics=self.recipe.numerics,
             remarks=[remark for _, part in layers for remark in part.facts["remarks"]],
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
+            reconstruction={layer.name: part.facts.get("errors") for layer, part in layers},
             compute_dtype=dtype_name(self.skeleton.dtype),
         )
 
@@ -228,7 +229,10 @@ class _Run:
         with all_or_none():  # where it fails, the same command writes them from the part files, which stay
             complete = write_masks(output, document, shapes, keep, force=force)
             if options.save_model:
-                self._write_model(options.save_model, complete, homes, keep, force=force)
+                fitted = {
+                    f"{layer.name}.{name}": part for layer, part in layers for name in part.facts.get("fitted", ())
+                }
+                self._write_model(options.save_model, complete, {**homes, **fitted}, keep, force=force)
             if options.stats_out:
                 write_row_stats(options.stats_out, complete, facts, rows, len(layers), force=force)
         return complete, improved
@@ -238,7 +242,12 @@ class _Run:
     ) -> None:
         checkpoint = self.skeleton.checkpoint
         linears = {linear.name: pruned_linear(linear, document["linears"][linear.name]) for linear in self.linears}
-        weights = masked_weights(checkpoint, self.linears, keep, lambda name: homes[name].weight(name))
+        masked = masked_weights(checkpoint, self.linears, keep, lambda name: homes[name].weight(name))
+        fitted = {self.skeleton.key_of(name): name for name in homes if name not in linears}
+
+        def weights(key: str) -> Tensor | None:
+            return homes[fitted[key]].load(fitted[key]) if key in fitted else masked(key)
+
         tensors = PrunedTensors(checkpoint, weights, linears)
         described = manifest(
             PRUNED,

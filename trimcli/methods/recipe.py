@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from trimcli.errors import OptionError
 from trimcli.methods.blocks.options import BarberOptions
@@ -16,13 +16,21 @@ from trimcli.methods.scores import SCORES, Score
 from trimcli.methods.stats import STATISTICS, LinearStats
 from trimcli.methods.updates.base import UPDATES, Update, Updated
 from trimcli.methods.updates.obs import ObsOptions
-from trimcli.options import Numerics, check_fields, option
+from trimcli.options import Numerics, check_fields, option, positive
 from trimcli.registry import Entry, misplaced
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from trimcli.methods.rows.base import RowResult
+
+
+RECONSTRUCTION = "Reconstruction"
+
+
+def _rate(flag: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.0005.")
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,14 @@ class Recipe:
     input_recalc: bool = option(
         False, "Collect last-token inputs anew once the linears before are pruned.", panel="TRIM rows"
     )
+    reconstruct: Literal["none", "layer"] = option(
+        "none",
+        "layer: once a decoder layer is pruned, its surviving weights, norms and biases are trained, layer by layer, "
+        "towards the dense layer's outputs (Guo et al. 2024).",
+        panel=RECONSTRUCTION,
+    )
+    reconstruct_steps: int = option(64, "Steps of Adam a layer, a batch each.", panel=RECONSTRUCTION, check=positive)
+    reconstruct_lr: float = option(0.0005, "Their first learning rate.", panel=RECONSTRUCTION, check=_rate)
     barber: BarberOptions | None = None
     options: tuple[Any, ...] = ()
 
@@ -99,7 +115,14 @@ class Recipe:
     @property
     def changes_weights(self) -> bool:
         """Whether kept weights end with other values than the dense ones: then masks alone do not carry the result."""
+        if self.reconstructs:
+            return True
         return self.updating.changes and (self.barber is None or self.barber.retain_reconstruction)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether whole layers are fitted once they are pruned."""
+        return self.reconstruct != "none"
 
     def document(self) -> dict[str, Any]:
         """The choices as a manifest records them, each with the options that it was given."""
@@ -112,8 +135,14 @@ class Recipe:
             "propagate": self.propagate,
             "input_recalc": self.input_recalc,
             "barber": asdict(self.barber) if self.barber else None,
+            "reconstruct": self._reconstruction(),
             "options": {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options},
         }
+
+    def _reconstruction(self) -> dict[str, Any] | None:
+        if not self.reconstructs:
+            return None
+        return {"unit": self.reconstruct, "steps": self.reconstruct_steps, "lr": self.reconstruct_lr}
 
     def check(self, *, pattern: bool = False) -> None:
         """Raise OptionError for choices that do not go together. pattern: whether an N:M pattern is asked for."""
@@ -134,6 +163,10 @@ class Recipe:
         refuse(on_dense and needy, f"--no-propagate with {named}: its {' and '.join(needy)} comes from a forward pass")
         refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
         refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
+        refuse(on_dense and self.reconstructs, "--no-propagate with --reconstruct: it works on hidden states")
+        refuse(
+            self.barber and self.reconstructs, "--prune-barber with --reconstruct: each rebuilds what the other made"
+        )
         for flag, value, owner in misplaced(self.options, self.entries):
             refuse(True, f"{flag} {value} with {named}: it belongs to {owner}, as in sparsegpt")
         by_block = uneven and self._obs.mask_update == "block"
@@ -152,7 +185,7 @@ class Recipe:
             return Outcome(torch.ones_like(weight, dtype=torch.bool))
         choice = Choice(self.scoring, stats, target, self.numerics, self.options_of(self.scoring))
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
-        free = weight != 0 if keep_zeros and self.updating.changes else None
+        free = weight != 0 if keep_zeros and (self.updating.changes or self.reconstructs) else None
         choice = replace(choice, keep=rows.keep, free=free, compare=rows.compare)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
         return Outcome(made.keep, made.weight, made.remarks, rows.found)

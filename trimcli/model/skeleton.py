@@ -161,6 +161,10 @@ class Skeleton:
         """Which model this is."""
         return fingerprint_of(self.checkpoint, self._shapes)
 
+    def key_of(self, parameter: str) -> str | None:
+        """The checkpoint tensor that a parameter, by full name, alone is; None where several parameters use it."""
+        return None if parameter in self._kept or parameter in self._tied else self._names.plain.get(parameter)
+
     def load_layer(self, layer: DecoderLayer) -> None:
         """Put a layer's parameters on the compute device in the compute dtype. Raises InputError on NaN or infinity."""
         self._fill(layer.name, layer.module, copy=True)

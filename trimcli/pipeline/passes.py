@@ -12,6 +12,7 @@ from trimcli.files.calibration import CalibrationFile
 from trimcli.files.parts import Part, Parts
 from trimcli.files.rowstats import row_facts, row_tensors
 from trimcli.methods import masks
+from trimcli.methods.blocks.reconstruct import Reconstructed
 from trimcli.methods.choice import Target
 from trimcli.methods.recipe import Outcome, Recipe
 from trimcli.methods.stats import INPUTS, SQNORM, LinearStats
@@ -20,6 +21,7 @@ from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
 from trimcli.pipeline.plan import walks
 from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
+from trimcli.pipeline.reconstruct import reconstruct_layer
 from trimcli.pipeline.walk import Walk
 
 
@@ -52,20 +54,27 @@ class Passes:
         """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber). Returns the like of `first`."""
         return self._along_walk("rebuilding layers", second, partial(self._rebuild, first))
 
-    def _along_walk(self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer], "PartWriter"]) -> int:
+    def _walk(self) -> Walk:
+        assert self.calibration is not None, "a recipe that walks has been given tokens"
+        tokens, batch_size = self.calibration.tokens, self.batch_size
+        return Walk(self.skeleton, tokens, batch_size=batch_size, wanted=self.targets, progress=self.progress)
+
+    def _along_walk(
+        self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer, Walk | None], "PartWriter"]
+    ) -> int:
         """`work` on the layers that have no part file yet, each with the outputs of the sparse layers before it."""
         done, total = parts.finished(), len(self.skeleton.layers)
         if done == total:
             return done
-        assert self.calibration is not None, "a recipe that walks has been given tokens"
         with self.progress.task(title, total) as step:
-            tokens = self.calibration.tokens
-            walk = Walk(self.skeleton, tokens, batch_size=self.batch_size, wanted=self.targets, progress=self.progress)
+            walk, dense = self._walk(), self._walk() if self.recipe.reconstructs else None
             for layer in walk.layers():
+                if dense is not None:
+                    dense.advance(layer)
                 if layer.index < done:
                     self._replay(layer, parts.read(layer.index))
                 else:
-                    work(walk, layer).finish(parts, layer)
+                    work(walk, layer, dense).finish(parts, layer)
                 if layer.index + 1 < total:
                     walk.advance(layer)
                 step()
@@ -92,9 +101,9 @@ class Passes:
             writer.add(linear, self._choose(linear, stats))
         return writer
 
-    def _prune_layer(self, walk: Walk, layer: DecoderLayer) -> "PartWriter":
-        """With propagation: dense weights, pruned inputs."""
-        writer = PartWriter(self)
+    def _prune_layer(self, walk: Walk, layer: DecoderLayer, dense: Walk | None) -> "PartWriter":
+        """With propagation: dense weights, pruned inputs. dense: the dense model past this layer, to reconstruct it."""
+        writer, keep = PartWriter(self), dict[str, Tensor]()
         if not self.mine(layer):
             return writer
         if self.recipe.barber and layer.index == 0:
@@ -108,8 +117,11 @@ class Passes:
                 outcome = self._choose(linear, stats[linear.name])
                 writer.add(linear, outcome)
                 linear.write(writer.weight(linear), outcome.keep)
+                keep[linear.name] = outcome.keep
             for linear in group.linears:
                 stats.pop(linear.name, None)
+        if dense is not None:
+            writer.refit(layer, reconstruct_layer(walk, dense, layer, keep, self.recipe))
         return writer
 
     def _choose(self, linear: Matrix, stats: LinearStats) -> Outcome:
@@ -144,9 +156,11 @@ class Passes:
             keep = masks.unpack(part.load(f"{linear.name}.keep"), linear.d_in)
             found[linear.name] = part.weight(linear.name), keep
             linear.write(*found[linear.name])
+        for name in part.facts.get("fitted", ()):
+            layer.module.get_parameter(name).copy_(part.load(f"{layer.name}.{name}"))
         return found
 
-    def _rebuild(self, first: Parts, walk: Walk, layer: DecoderLayer) -> "PartWriter":
+    def _rebuild(self, first: Parts, walk: Walk, layer: DecoderLayer, _: Walk | None) -> "PartWriter":
         writer = PartWriter(self)
         if not (mine := self.mine(layer)):
             return writer
@@ -171,6 +185,8 @@ class PartWriter:
         self._passes = passes
         self._tensors: dict[str, Tensor] = {}
         self._rows: dict[str, Any] = {}
+        self._fitted: list[str] = []
+        self._errors: tuple[float, float] | None = None
         self._remarks: list[str] = []
 
     def add(self, linear: Matrix, outcome: Outcome) -> None:
@@ -187,10 +203,28 @@ class PartWriter:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])
 
+    def refit(self, layer: DecoderLayer, made: Reconstructed) -> None:
+        """Take what a reconstruction made of the layer's parameters, which the layer then holds as they are stored."""
+        checkpoint, values = self._passes.skeleton.checkpoint, dict(made.values)
+        self._errors = made.before, made.after
+        for linear in self._passes.mine(layer):
+            assert linear.key is not None
+            value = values.pop(f"{linear.name}.{linear.parameter_name}".removeprefix(f"{layer.name}."))
+            weight = linear.within(value).to("cpu", checkpoint.spec(linear.key).dtype).contiguous()
+            self._tensors[f"{linear.name}.weight"] = weight
+            linear.weight.copy_(weight)
+        for name, value in values.items():
+            key = self._passes.skeleton.key_of(f"{layer.name}.{name}")
+            assert key is not None
+            self._tensors[f"{layer.name}.{name}"] = value.to("cpu", checkpoint.spec(key).dtype)
+            layer.module.get_parameter(name).copy_(self._tensors[f"{layer.name}.{name}"])
+            self._fitted.append(name)
+
     def weight(self, linear: Matrix) -> Tensor | None:
         """The new weight [D_out, D_in] in the stored dtype, None where the dense values stay."""
         return self._tensors.get(f"{linear.name}.weight")
 
     def finish(self, parts: Parts, layer: DecoderLayer) -> None:
         """Write the part: the layer is finished."""
-        parts.write(layer.index, self._tensors, {"rows": self._rows, "remarks": self._remarks})
+        facts = {"rows": self._rows, "remarks": self._remarks, "fitted": self._fitted, "errors": self._errors}
+        parts.write(layer.index, self._tensors, facts)

@@ -22,6 +22,9 @@ LIBRARIES = 320 << 20
 WORKED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
 REBUILT = 16
+# Bytes a weight of a layer while it is fitted: two float32 copies, the gradient, Adam's moments, the best so far; and
+# what a batch's backward pass needs of its activations, by what a forward pass holds of them.
+FITTED, GRAPH = 28, 4
 # Linears of one layer with equal inputs are at most so many groups: of attention, its output, the MLP.
 GROUPS = 3
 
@@ -133,7 +136,7 @@ def make_plan(
         dense={**dense, **skeleton.left_dense()},
         compute_dtype=dtype_name(skeleton.dtype),
         device=str(skeleton.device),
-        forward_passes=forward_passes(recipe, len(skeleton.layers)),
+        forward_passes=forward_passes(recipe, len(skeleton.layers), _batches(skeleton, nsamples, seqlen)),
         host_bytes=host,
         device_bytes=device,
         mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in shapes.values()),
@@ -143,16 +146,25 @@ def make_plan(
 
 def walks(recipe: Recipe) -> bool:
     """Whether choosing the masks of the first pass needs hidden states."""
-    return recipe.propagate and bool(recipe.needs)
+    return recipe.propagate and (bool(recipe.needs) or recipe.reconstructs)
 
 
-def forward_passes(recipe: Recipe, layers: int) -> float:
-    """Forward passes through the model that the recipe needs: two a layer when propagating, but one in the last."""
+def _batches(skeleton: Skeleton, nsamples: int, seqlen: int) -> float:
+    return nsamples / max(1, min(batch_tokens(skeleton.device) // seqlen, nsamples))
+
+
+def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
+    """Forward passes through the model that the recipe needs: two a layer when propagating, but one in the last.
+
+    A step of training counts as three of its batch. batches: that the samples are.
+    """
     passes = 2 - 1 / layers if walks(recipe) else 0.0
     if recipe.input_recalc:
         passes += 3
     if recipe.barber:
         passes += 3 - 1 / layers if recipe.barber.needs_gradients else 1 - 1 / layers
+    if recipe.reconstructs:
+        passes += 1 + 3 * recipe.reconstruct_steps / max(1.0, batches)
     return passes
 
 
@@ -181,6 +193,9 @@ def estimate_memory(
         inputs = Counter(one.d_in for one in skeleton.layers[0].linears)
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
-        states = nsamples * seqlen * embedding.embedding_dim * size
+        states = (1 + recipe.reconstructs) * nsamples * seqlen * embedding.embedding_dim * size
+        if recipe.reconstructs:
+            layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
+            rebuilt = FITTED * max(layers) + GRAPH * activations
         needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
     return (0, LIBRARIES + needed) if cpu else (needed, 4 * LIBRARIES)

@@ -76,12 +76,17 @@ class Recorded(Stream):
         """The hidden states [b, L, H] of samples `rows`, on the compute device."""
         return self.hidden[rows].to(self.skeleton.device, non_blocking=True)
 
-    def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
-        """All that the loaded layer returns for samples `rows`, or for other hidden states [b, L, H] in their place."""
+    def arguments(self, layer: DecoderLayer, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer is called with for samples `rows`: positional arguments and named ones."""
         recording = self._own.get(rows.start) or self._recordings[rows.stop - rows.start]
         args, kwargs = recording[layer.index]
+        return (self.states(rows), *args), kwargs
+
+    def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
+        """All that the loaded layer returns for samples `rows`, or for other hidden states [b, L, H] in their place."""
+        args, kwargs = self.arguments(layer, rows)
         with torch.no_grad():
-            return layer.module(self.states(rows) if hidden is None else hidden, *args, **kwargs)
+            return layer.module(args[0] if hidden is None else hidden, *args[1:], **kwargs)
 
     def put(self, layer: DecoderLayer, rows: slice, result: Any) -> None:
         """Let samples `rows` go on to the next layer with `result`, what this one returned for them."""

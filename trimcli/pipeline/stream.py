@@ -28,6 +28,10 @@ class Stream(ABC):
         """The hidden states [b, L, H] of samples `rows`, on the compute device."""
 
     @abstractmethod
+    def arguments(self, layer: DecoderLayer, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer is called with for samples `rows`: positional arguments and named ones."""
+
+    @abstractmethod
     def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
         """All that the loaded layer returns for samples `rows`, or for other hidden states [b, L, H] in their place."""
 

@@ -74,11 +74,17 @@ class Suspended(Stream):
         hidden: Tensor = split_call(args, kwargs)[0]
         return hidden
 
-    def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
-        """All that the loaded layer returns for the sample `rows`, or for other hidden states [1, L, H]."""
+    def arguments(self, layer: DecoderLayer, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the layer is called with for the sample `rows`: positional arguments and named ones."""
         _, args, kwargs = self._calls[rows.start]
         # A copy: a layer that adds to what it is given may be run again.
-        args, kwargs = called_with(self.states(rows).clone() if hidden is None else hidden, args, kwargs)
+        return called_with(self.states(rows).clone(), args, kwargs)
+
+    def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
+        """All that the loaded layer returns for the sample `rows`, or for other hidden states [1, L, H]."""
+        args, kwargs = self.arguments(layer, rows)
+        if hidden is not None:
+            args, kwargs = called_with(hidden, args, kwargs)
         with torch.no_grad():
             return layer.module(*args, **kwargs)
 

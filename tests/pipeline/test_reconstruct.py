@@ -1,0 +1,172 @@
+"""Reconstruction: masks held to the bit, never worse than its start, norms and biases saved, resumed, and refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from tests.families import save_family
+from tests.interrupt import InterruptAt
+from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
+from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
+from trimcli import PruneOptions, Recipe, prune
+from trimcli.errors import OptionError
+from trimcli.files.masks import MaskFile
+from trimcli.files.tensors import read_manifest
+from trimcli.methods.blocks.reconstruct import Batch, reconstruct
+
+REC: tuple[object, ...] = ("--reconstruct", "layer", "--reconstruct-steps", 16, "--reconstruct-lr", 0.002)
+
+
+class Toy(nn.Module):
+    """A linear and a norm's gain, which gives back a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+        self.gain = nn.Parameter(torch.ones(8))
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> tuple[Tensor, None]:
+        return hidden + scale * torch.tanh(self.linear(hidden)) * self.gain, None
+
+
+def batches(dense: Toy, count: int, seed: int = 0) -> list[Batch]:
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(
+        3, 8, generator=torch.Generator().manual_seed(5)
+    )  # of inputs that are alike nothing is made up
+    inputs = [torch.randn(2, 5, 3, generator=generator) @ mixing for _ in range(count)]
+    targets = [dense(one)[0].detach() for one in inputs]
+    return [
+        Batch(lambda one=one: ((one,), {"scale": 1.0}), lambda target=target: target)  # type: ignore[misc]
+        for one, target in zip(inputs, targets, strict=True)
+    ]
+
+
+def toy(steps: int, lr: float = 0.02) -> tuple[Any, Tensor, Toy]:
+    dense, pruned = Toy(), Toy().requires_grad_(False)
+    keep = torch.rand(8, 8, generator=torch.Generator().manual_seed(3)) > 0.6
+    pruned.linear.weight.mul_(keep)
+    made = reconstruct(
+        pruned, {"linear.weight": keep, "linear.bias": None, "gain": None}, batches(dense, 40), batches(dense, 3, 9),
+        steps=steps, lr=lr,
+    )  # fmt: skip
+    return made, keep, pruned
+
+
+def test_the_surviving_weights_come_nearer_and_the_others_stay_zero() -> None:
+    made, keep, pruned = toy(80)
+    assert made.after < 0.8 * made.before
+    assert not made.values["linear.weight"][~keep].count_nonzero()
+    assert made.values["linear.weight"][keep].all()
+    assert not torch.equal(made.values["gain"], torch.ones(8))
+    assert torch.equal(pruned.gain, torch.ones(8)), "the layer is left as it was"
+
+
+def test_the_errors_are_those_of_the_values() -> None:
+    """By hand: squared error relative to the target's, token by token, on the held-out batches."""
+    made, _, pruned = toy(40)
+    for name, value in (("linear.weight", made.values["linear.weight"]), ("gain", made.values["gain"])):
+        pruned.get_parameter(name).copy_(value)
+    pruned.linear.bias.copy_(made.values["linear.bias"])
+    errors = []
+    for batch in batches(Toy(), 3, 9):
+        (args, kwargs), target = batch.call(), batch.target()
+        gap = (pruned(*args, **kwargs)[0] - target).square().sum(dim=-1)
+        errors.append((gap / target.square().sum(dim=-1)).mean())
+    assert made.after == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
+
+
+def test_it_is_never_worse_than_its_start() -> None:
+    made, _, pruned = toy(8, lr=0.9)
+    assert made.after <= made.before
+    if made.after == made.before:
+        assert torch.equal(made.values["linear.weight"], pruned.linear.weight)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models of three forms, and tokens for them."""
+    home = tmp_path_factory.mktemp("reconstruct")
+    save(random_model(llama_config(), dtype=torch.float16), home / "llama")
+    save(random_model(gpt2_config()), home / "gpt2")
+    save_family("opt", home / "opt")
+    save_family("gpt-neox", home / "gpt-neox")
+    save_tokens(home / "tokens", vocabulary=64, nsamples=9)
+    return home
+
+
+@pytest.mark.parametrize("method", ["wanda", "admm", "magnitude"])
+@pytest.mark.parametrize("form", ["llama", "gpt2", "opt", "gpt-neox"])
+def test_masks_hold_and_the_directory_is_whole(form: str, method: str, home: Path, tmp_path: Path) -> None:
+    masks, pruned, plain = tmp_path / "masks", tmp_path / "pruned", tmp_path / "plain"
+    shared = ("--method", method, "--sparsity", 0.5, "--tokens", home / "tokens", "--batch-size", 2, *COMPUTE)
+    run = ("--cache-dir", tmp_path / "cache", *shared)
+    found = trim_json("prune", home / form, "-o", masks, "--save-model", pruned, *run, *REC)
+    assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    trim_json("verify", pruned, "--masks", masks)
+    trim_json("prune", home / form, "-o", tmp_path / "m", "--save-model", plain, *run)
+    dense, keep = load_file(home / form / "model.safetensors"), MaskFile.open(masks)
+    before, after = load_file(plain / "model.safetensors"), load_file(pruned / "model.safetensors")
+    assert {key: one.dtype for key, one in dense.items()} == {key: one.dtype for key, one in after.items()}
+    skeleton = skeleton_of(home / form)
+    moved = 0
+    for name in keep.names:
+        linear = skeleton.linears[name]
+        assert linear.key is not None
+        assert not linear.within(after[linear.key])[~keep.keep(name)].count_nonzero()
+        moved += not torch.equal(after[linear.key], before[linear.key])
+    assert moved or method == "admm", "which leaves little to random models"
+    vectors = [
+        key
+        for key, one in dense.items()
+        if one.ndim == 1 and any(layer.name.split(".")[-2] in key for layer in skeleton.layers)
+    ]
+    assert bool(moved) == any(not torch.equal(after[key], dense[key]) for key in vectors)
+    errors = read_manifest(masks)["reconstruction"]
+    assert set(errors) == {layer.name for layer in skeleton.layers}
+    assert all(after <= before for before, after in errors.values())
+    assert bool(moved) == any(after < before for before, after in errors.values())
+    AutoModelForCausalLM.from_pretrained(pruned)
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(home: Path, tmp_path: Path) -> None:
+    def run(place: str, progress: Any = None) -> Path:
+        recipe = Recipe(method="admm", reconstruct="layer", reconstruct_steps=6)
+        options = PruneOptions(
+            recipe=recipe, sparsity=0.5, calibration=home / "calib", save_model=tmp_path / place / "model",
+            cache_dir=tmp_path / "cache" / place, batch_size=2, device="cpu", dtype="float32",
+        )  # fmt: skip
+        more = {} if progress is None else {"progress": progress}
+        prune(str(home / "llama"), tmp_path / place / "masks", options, **more)
+        return tmp_path / place / "model" / "model.safetensors"
+
+    trim_json(
+        "calibrate", home / "llama", "-o", home / "calib", "--tokens", home / "tokens", "--cache-dir", tmp_path / "c"
+    )
+    for place in ("whole", "cut"):
+        (tmp_path / place).mkdir()
+    expected = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", InterruptAt("layer 2/2 reconstruct"))
+    assert run("cut").read_bytes() == expected.read_bytes()
+
+
+def test_what_does_not_go_with_it_is_refused(home: Path, tmp_path: Path) -> None:
+    base = ("prune", home / "llama", "-o", tmp_path / "m", "--sparsity", 0.5, "--reconstruct", "layer")
+    for more, sentence in (
+        ((), "--save-model"),
+        (("--save-model", tmp_path / "d", "--no-propagate"), "--no-propagate with --reconstruct"),
+        (("--save-model", tmp_path / "d", "--prune-barber"), "--prune-barber with --reconstruct"),
+        (("--save-model", tmp_path / "d", "--reconstruct-lr", 2), "--reconstruct-lr 2 is no learning rate"),
+    ):
+        done = trim(*base, *more)
+        assert done.status == 2
+        assert sentence in done.err
+    with pytest.raises(OptionError, match="--reconstruct 'halvs' is none of none, layer"):
+        Recipe(reconstruct="halvs").check()  # type: ignore[arg-type]

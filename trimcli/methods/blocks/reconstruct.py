@@ -1,0 +1,94 @@
+"""Reconstruction: a pruned decoder layer's surviving weights follow the dense layer's outputs (EBFT, Guo et al. 2024).
+
+Nothing is trained end to end: one layer at a time learns, by a few steps of Adam, to give on the pruned model's hidden
+states what the dense layer gives on the dense model's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a layer is called with for some samples, and the hidden states [b, L, H] that the dense layer gives."""
+
+    call: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
+    target: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Float32 values of the parameters, zero where masked; the error on held-out batches before and after."""
+
+    values: dict[str, Tensor]
+    before: float
+    after: float
+
+
+def reconstruct(
+    layer: nn.Module,
+    keep: Mapping[str, Tensor | None],
+    training: Sequence[Batch],
+    heldout: Sequence[Batch],
+    *,
+    steps: int,
+    lr: float,
+    advance: Callable[[], object] = lambda: None,
+) -> Reconstructed:
+    """Fit the parameters `keep` names, as the layer holds them; those of a mask, of its parameter's shape, stay zero.
+
+    steps: of Adam, one batch each, with learning rates that fall linearly from `lr` to nothing. The values are those of
+    least error on `heldout` at any quarter of the steps, the first ones included: never worse than at the start.
+    """
+    order = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False), torch.enable_grad():
+        masters = {name: layer.get_parameter(name).detach().float().clone().requires_grad_() for name in keep}
+        dtypes = {name: layer.get_parameter(name).dtype for name in keep}
+
+        def values() -> dict[str, Tensor]:
+            return {name: _under(one, keep[name]).to(dtypes[name]) for name, one in masters.items()}
+
+        def loss(batch: Batch) -> Tensor:
+            args, kwargs = batch.call()
+            result = functional_call(layer, values(), args, kwargs)
+            found = result[0] if isinstance(result, tuple | list) else result
+            return _error(found, batch.target())
+
+        def on_heldout() -> float:
+            with torch.no_grad():
+                return float(torch.stack([loss(batch) for batch in heldout]).mean())
+
+        optimizer = torch.optim.Adam(masters.values(), lr=lr, betas=BETAS)
+        falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+        best, before = {name: one.detach().clone() for name, one in masters.items()}, on_heldout()
+        least, queue = before, list[int]()
+        for step in range(1, steps + 1):
+            queue = queue or torch.randperm(len(training), generator=order).tolist()
+            optimizer.zero_grad(set_to_none=True)
+            loss(training[queue.pop()]).backward()
+            optimizer.step()
+            falling.step()
+            advance()
+            if step % max(1, steps // 4) == 0 and (error := on_heldout()) < least:
+                least, best = error, {name: one.detach().clone() for name, one in masters.items()}
+    with torch.no_grad():
+        final = {name: _under(one, keep[name]) for name, one in best.items()}
+    return Reconstructed(final, before, least)
+
+
+def _under(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values * mask
+
+
+def _error(found: Tensor, target: Tensor) -> Tensor:
+    """Squared error relative to the target's square norm, token by token: else few tokens were all that is fitted."""
+    found, target = found.float(), target.float()
+    gaps = (found - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)
+    return gaps.mean()
