@@ -31,6 +31,7 @@ BUILT_IN = (
     "trimcli.methods.updates.admm",
     "trimcli.methods.layers.uniform",
     "trimcli.methods.layers.owl",
+    "trimcli.methods.layers.dlp",
     "trimcli.methods.layers.alpha",
 )
 
