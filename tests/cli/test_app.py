@@ -110,7 +110,7 @@ def test_the_help_of_a_command_imports_nothing_heavy(command: str) -> None:
 def test_what_typer_refuses_it_refuses_at_once() -> None:
     status, out, err = started("prune", "model", "-o", "masks", "--method", "wandaa", "--sparsity", "0.5")
     assert (status, out) == (2, "")
-    assert err == "trim: --method 'wandaa' is none of wanda, magnitude, obs, sparsegpt; did you mean 'wanda'?\n"
+    assert err == "trim: --method 'wandaa' is none of wanda, magnitude, obs, sparsegpt, admm; did you mean 'wanda'?\n"
     assert started("--version")[0] == 0
 
 

@@ -155,6 +155,10 @@ def test_methods_are_named_where_the_manifest_names_rows_and_update() -> None:
         ({"method": "wanda", "rows": "free", "update": "cg"}, "Wanda + free rows + cg update"),
         ({"method": "sparsegpt", "rows": "even", "update": "obs"}, "SparseGPT"),
         ({"method": "mine", "rows": "trim", "update": "obs"}, "mine + TRIM + obs update"),
+        (
+            {"method": "admm", "rows": "free", "update": "admm", "reconstruct": {"steps": 64}},
+            "ADMM + free rows + reconstruction",
+        ),
     ):
         assert method_of({"options": {"recipe": recipe}}) == name
     assert method_of(pruning(recipe={"update": {"damping": 0.01}})) == "Wanda"

@@ -22,9 +22,11 @@ from trimcli.commands.prune import prune
 from trimcli.errors import InputError, OptionError
 from trimcli.evaluation.perplexity import perplexity
 from trimcli.methods.layers.alpha import AlphaOptions
+from trimcli.methods.layers.dlp import DlpOptions
 from trimcli.methods.layers.owl import OwlOptions
 from trimcli.methods.rows.options import TrimOptions
 from trimcli.methods.stats import GramOptions
+from trimcli.methods.updates.cg import FitOptions
 from trimcli.methods.updates.obs import ObsOptions
 from trimcli.options import declared
 from trimcli.sweep.grid import SweepOptions, axes, settings_of
@@ -118,7 +120,7 @@ def test_the_axes_are_the_options_of_every_method_and_allocation() -> None:
     assert len(names) == len(set(names))
     own = {one.field for one in declared(SweepOptions)}
     assert not own & set(names)
-    assert {TrimOptions, ObsOptions, GramOptions, OwlOptions, AlphaOptions} == set(axes())
+    assert {TrimOptions, ObsOptions, FitOptions, GramOptions, OwlOptions, DlpOptions, AlphaOptions} == set(axes())
 
 
 def test_a_setting_named_twice_is_tried_once() -> None:

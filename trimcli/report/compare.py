@@ -149,8 +149,11 @@ def method_of(pruning: Mapping[str, Any] | None) -> str:
     allocation = (pruning.get("allocation") or {}).get("method") or ""
     shared = "" if rows in ("even", "variant") else ROWS[rows].title if rows in ROWS else f"{rows} rows"
     parts = [name, title_of(ALLOCATIONS, allocation), shared]
-    if isinstance(update, str) and update != "none" and recipe["method"] != "sparsegpt":
+    known = methods().get(str(recipe["method"]))
+    if isinstance(update, str) and update not in ("none", known.update if known else None):
         parts.append(f"{update} update")
+    if recipe.get("reconstruct"):
+        parts.append("reconstruction")
     if recipe.get("barber"):
         parts.append("Barber")
     return " + ".join(part for part in parts if part)
