@@ -539,6 +539,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sparsity": 0.5, "calibrate": CalibrateOptions()}, "--calibration with --dataset"),
     ({"sparsity": 0.5, "stats_out": Path("rows.json")}, "--stats-out without --use-trim"),
     ({"sparsity": 0.5, "recipe": Recipe(method="sparsegpt")}, "--method sparsegpt without --save-model"),
+    ({"sparsity": 0.5, "recipe": Recipe(update="cg")}, "--update cg without --save-model"),
+    ({"sparsity": 0.5, "recipe": Recipe(reconstruct="layer")}, "--reconstruct layer without --save-model"),
     ({"sparsity": 0.5, "batch_size": 0}, "--batch-size 0 must be at least 1"),
     ({"allocate": AllocateOptions(method="owll", sparsity=0.5)}, "--alloc 'owll' is none of .*did you mean 'owl'"),
 ]

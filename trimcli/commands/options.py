@@ -176,7 +176,7 @@ class PruneOptions(RunOptions):
             (self.stats_out and self.recipe.rows == "even", "--stats-out without --use-trim: it holds what TRIM found"),
             (
                 self.recipe.changes_weights and not self.save_model,
-                f"--method {self.recipe.method} without --save-model: it changes the kept weights, so masks alone do "
+                f"{_changing(self.recipe)} without --save-model: it changes the kept weights, so masks alone do "
                 "not carry its result; give --save-model DIR",
             ),
         ]
@@ -188,6 +188,13 @@ class PruneOptions(RunOptions):
             self.allocate.check(calibrates=True)
         elif not self.ratios:
             uniform_target(self.sparsity, self.sparsity_type)
+
+
+def _changing(recipe: Recipe) -> str:
+    """The option that makes a recipe change the kept weights."""
+    if recipe.reconstructs:
+        return f"--reconstruct {recipe.reconstruct}"
+    return f"--method {recipe.method}" if recipe.named.update != "none" else f"--update {recipe.updating.name}"
 
 
 def prune_words(options: PruneOptions) -> list[str]:

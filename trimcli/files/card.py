@@ -66,7 +66,8 @@ def _settings(pruning: Mapping[str, Any]) -> list[str]:
         chosen = [(SCORES, options["score"]), (ROWS, options["rows"]), (UPDATES, options["update"])]
         chosen.append((ALLOCATIONS, (pruning.get("allocation") or {}).get("method")))
         sources = dict.fromkeys(registry[name].source for registry, name in chosen if name in registry)
-        found.append(f"- sources: {'; '.join(sources)}" + ("; Su et al. 2024" if options.get("barber") else ""))
+        more = {"barber": "Su et al. 2024", "reconstruct": "Guo et al. 2024"}
+        found.append(f"- sources: {'; '.join([*sources, *(more[key] for key in more if options.get(key))])}")
     return found
 
 
