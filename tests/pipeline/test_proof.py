@@ -101,6 +101,29 @@ def test_what_was_found_is_kept_for_models_of_the_structure(tmp_path: Path, monk
         prove(skeleton_of(save(random_model(llama_config(head_dim=4)), tmp_path / "third")), tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "garbage", ["", "[]", "{}", '{"schema": "trim.proof/1"}', '{"schema": "trim.proof/1", "form": 5, "returns": null}']
+)
+def test_a_kept_proof_that_is_not_whole_is_made_anew(garbage: str, tmp_path: Path) -> None:
+    skeleton = skeleton_of(save_family("llama", tmp_path / "llama"))
+    prove(skeleton, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache" / "proofs").iterdir()
+    whole, returns = kept.read_text(), skeleton.returns
+    for damaged in (garbage, whole.replace("recorded", "suspended")):
+        kept.write_text(damaged)
+        again = skeleton_of(tmp_path / "llama")
+        prove(again, tmp_path / "cache")
+        assert (again.form, again.returns) == ("recorded", returns)
+        assert kept.read_text() == whole
+
+
+def test_a_model_is_proven_without_a_cache_that_can_be_used(tmp_path: Path) -> None:
+    skeleton = skeleton_of(save_family("llama", tmp_path / "llama"))
+    (tmp_path / "file").touch()
+    prove(skeleton, tmp_path / "file")
+    assert skeleton.returns is not None
+
+
 def test_the_samples_avoid_tokens_with_a_meaning(tmp_path: Path) -> None:
     config = llama_config(bos_token_id=7, eos_token_id=[8, 9], pad_token_id=10)
     tokens = probe_tokens(skeleton_of(save(random_model(config), tmp_path / "llama")))

@@ -20,7 +20,7 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, TrimError, first_line
 from trimcli.files.cache import Cache
 from trimcli.files.documents import read_json, write_json
-from trimcli.files.manifest import LIBRARIES
+from trimcli.files.manifest import LIBRARIES, is_intact, sealed
 from trimcli.methods.masks import slices
 from trimcli.model.forward import Forward, first_output, form_of, split_call
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton, open_model
@@ -58,20 +58,34 @@ def prove(skeleton: Skeleton, cache_dir: Path | None = None, progress: Progress 
 
     Raises InputError for a model that is not causal, whose own forward pass fails, or with which no form agrees.
     """
-    # Whatever its weights, a model of this structure is called alike; but of code that it brings nothing is known.
-    path = None
-    if "auto_map" not in skeleton.checkpoint.config_document:
-        versions = [version(name) for name in LIBRARIES]
-        key = [skeleton.fingerprint.structure, str(skeleton.dtype), skeleton.device.type, versions]
-        path = Cache(cache_dir).file("proofs", key, ".json")
-    if path is not None and path.is_file():
-        found = read_json(path, PROOF)
-        skeleton.form, skeleton.returns = found["form"], tuple(found["returns"])
+    path = _kept_at(skeleton, cache_dir)
+    if path is not None and (known := _kept(path)):
+        skeleton.form, skeleton.returns = known["form"], tuple(known["returns"])
         return
     skeleton.form = _form(skeleton, progress)
     if path is not None:
         found = {"model": skeleton.checkpoint.id, "form": skeleton.form, "returns": skeleton.returns}
-        write_json(path, {"schema": PROOF, **found}, force=True)  # two runs may find the same at once
+        with contextlib.suppress(TrimError, OSError):
+            write_json(path, sealed({"schema": PROOF, **found}), force=True)  # two runs may find the same at once
+
+
+def _kept_at(skeleton: Skeleton, cache_dir: Path | None) -> Path | None:
+    """Where the proof lies or will lie; None where it cannot be kept."""
+    # Whatever its weights, a model of this structure is called alike; but of code that it brings nothing is known.
+    if "auto_map" in skeleton.checkpoint.config_document:
+        return None
+    key = [skeleton.fingerprint.structure, str(skeleton.dtype), skeleton.device.type, *map(version, LIBRARIES)]
+    with contextlib.suppress(OSError):  # a cache that cannot be used is no reason not to go on
+        return Cache(cache_dir).file("proofs", key, ".json")
+    return None
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The proof in `path`, empty unless there is a whole one."""
+    with contextlib.suppress(TrimError):
+        found = read_json(path, PROOF)
+        return found if is_intact(found) else {}
+    return {}
 
 
 def _form(skeleton: Skeleton, progress: Progress) -> Form:
