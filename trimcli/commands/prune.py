@@ -217,6 +217,7 @@ class _Run:
             remarks=[remark for _, part in layers for remark in part.facts["remarks"]],
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
             compute_dtype=dtype_name(self.skeleton.dtype),
+            bos=self.calibration.manifest.get("bos") if self.calibration else None,
         )
 
         def keep(name: str) -> Tensor:
