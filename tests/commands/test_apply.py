@@ -89,7 +89,7 @@ def test_a_config_that_was_saved_anew_is_no_other_model(base: Path, tmp_path: Pa
     apply_masks(str(same), base / "masks", tmp_path / "pruned")
     verify(tmp_path / "pruned", VerifyOptions(masks=base / "masks")).check()
     tuned = saved_anew(base / "tuned", tmp_path / "tuned")
-    with pytest.raises(MismatchError, match="made for the model"):
+    with pytest.raises(MismatchError, match="made for the model" if CONVERTS else "made for other weights"):
         apply_masks(str(tuned), base / "masks", tmp_path / "no")
     apply_masks(str(tuned), base / "masks", tmp_path / "other", ApplyOptions(other_weights=True))
     verify(tmp_path / "other", VerifyOptions(masks=base / "masks")).check()
