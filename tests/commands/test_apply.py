@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.families import CONVERTS
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli.commands.apply import apply_masks
 from trimcli.commands.options import ApplyOptions, VerifyOptions
@@ -83,11 +84,12 @@ def saved_anew(source: Path, target: Path, **fields: object) -> Path:
 def test_a_config_that_was_saved_anew_is_no_other_model(base: Path, tmp_path: Path) -> None:
     """Without a word where the weights are the same, and as other weights where they are not."""
     same = saved_anew(base / "dense", tmp_path / "same")
-    assert skeleton_of(same).fingerprint.structure != skeleton_of(base / "dense").fingerprint.structure
+    if CONVERTS:  # transformers 4 writes the config in this way itself
+        assert skeleton_of(same).fingerprint.structure != skeleton_of(base / "dense").fingerprint.structure
     apply_masks(str(same), base / "masks", tmp_path / "pruned")
     verify(tmp_path / "pruned", VerifyOptions(masks=base / "masks")).check()
     tuned = saved_anew(base / "tuned", tmp_path / "tuned")
-    with pytest.raises(MismatchError, match="made for the model"):
+    with pytest.raises(MismatchError, match="made for the model" if CONVERTS else "made for other weights"):
         apply_masks(str(tuned), base / "masks", tmp_path / "no")
     apply_masks(str(tuned), base / "masks", tmp_path / "other", ApplyOptions(other_weights=True))
     verify(tmp_path / "other", VerifyOptions(masks=base / "masks")).check()

@@ -277,12 +277,14 @@ def test_reference_numerics_keep_the_published_protocol(with_bos: Path, text: Pa
         (("--numerics", "reference"), "once"),
         ((), "each"),
         (("--numerics", "reference", "--bos", "none"), "none"),
-        (("--bos", "once"), None),
-        (("--numerics", "reference", "--bos", "each"), None),
+        (("--bos", "once"), "once"),
+        (("--numerics", "reference", "--bos", "each"), "each"),
     ):
+        known = {one.manifest["bos"] for one in cached(tmp_path / "cache")}
         trim_json("prune", with_bos, "-o", tmp_path / "masks", "--force", *drawn, *more)
+        assert read_manifest(tmp_path / "masks")["bos"] == bos
         fresh = [one for one in cached(tmp_path / "cache") if one.path not in seen]
-        assert [one.manifest["bos"] for one in fresh] == ([bos] if bos else [])
+        assert [one.manifest["bos"] for one in fresh] == ([] if bos in known else [bos])
         seen |= {one.path for one in fresh}
     by_bos = {one.manifest["bos"]: one.tokens for one in cached(tmp_path / "cache")}
     trim_json("calibrate", with_bos, "-o", tmp_path / "calib", "--dataset", text, "--bos", "once", *DRAWN)

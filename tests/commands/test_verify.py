@@ -180,6 +180,18 @@ def test_an_edited_manifest_is_caught(copy: Callable[[str], Path]) -> None:
     fails(verify(directory), "trim.json is not what trim wrote: its manifest was edited")
 
 
+@pytest.mark.parametrize("field", ["shape", "zeros", "keep_sha256", "target", "pattern", "key", "pruned"])
+def test_a_claim_that_is_none_is_named(field: str, copy: Callable[[str], Path]) -> None:
+    directory = copy("pruned")
+
+    def garbage(document: Any) -> None:
+        document["linears"][UP][field] = {"a": "[red]"}
+
+    edit_record(directory, garbage)
+    with pytest.raises(InputError, match=rf"{MARK} is not a whole manifest file: linears\.{UP}\.{field} is "):
+        verify(directory)
+
+
 def test_an_edited_packed_manifest_is_caught(copy: Callable[[str], Path]) -> None:
     directory = copy("packed")
 

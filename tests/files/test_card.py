@@ -53,6 +53,8 @@ def test_samples_that_were_given_were_not_drawn() -> None:
     drawn = {**ran, "dataset": "c4", "nsamples": 256, "seqlen": None, "seed": 0, "tokens": None}
     shown = model_card_section(document(options={"calibrate": drawn}))
     assert "\n- calibrate: stats `norms`, dataset `c4`, nsamples `256`, seed `0`\n" in shown
+    shown = model_card_section(document(options={"calibrate": {**drawn, "bos": "auto"}}, bos="each"))
+    assert ", seed `0`, bos `each`\n" in shown
     shown = model_card_section(document(options={"calibrate": {**drawn, "tokens": "t.safetensors"}}))
     assert "\n- calibrate: stats `norms`, tokens `t.safetensors`\n" in shown
 

@@ -97,6 +97,8 @@ def test_a_config_alone_is_taken_for_what_it_would_hold(plain: Path, tmp_path: P
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_float8_without_scales_is_cast_as_transformers_does(dtype: torch.dtype, plain: Path, tmp_path: Path) -> None:
+    if dtype is E4M3 and not CONVERTS:
+        pytest.skip("transformers 4 leaves this dtype as it is, and cannot run it")
     model = changed(plain, tmp_path / "model", lambda key, weight: {key: weight.to(dtype)}, None)
     expected = own(model)
     assert expected[f"{UP}.weight"].unique().numel() < 256

@@ -245,3 +245,19 @@ def test_routers_and_gates_stay_dense(name: str, fields: dict[str, Any], gates: 
     assert {dense[gate] for gate in gates & dense.keys()} <= {"it routes or gates", "it is no linear's"}
     assert gates & dense.keys()
     assert "self_attn.q_proj" in pruned
+
+
+def test_filters_of_a_convolution_are_no_experts(tmp_path: Path) -> None:
+    """A linear with as many outputs as a convolution beside it has filters routes nothing."""
+    fields: dict[str, Any] = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "state_size": 8,
+        "time_step_rank": 4,
+    }
+    config = transformers.MambaConfig(**fields)
+    skeleton = skeleton_of(save_random(config, tmp_path / "mamba"))
+    pruned = {inside_layer(linear) for linear in skeleton.linears}
+    assert pruned == {f"mixer.{name}" for name in ("in_proj", "x_proj", "dt_proj", "out_proj")}
+    assert "it routes or gates" not in {left.why for left in skeleton.left_dense().values()}

@@ -1,5 +1,6 @@
 """The walk proves itself: which form a model has, what is refused, and that nobody looks twice."""
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from tests.families import COMMON, SPECIAL, save_family
-from tests.small_models import llama_config, random_model, save, save_random, skeleton_of
+from tests.small_models import llama_config, random_model, save, save_random, skeleton_of, with_tensors
 from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
 from trimcli.errors import InputError
 from trimcli.evaluation.perplexity import perplexity
@@ -101,6 +103,29 @@ def test_what_was_found_is_kept_for_models_of_the_structure(tmp_path: Path, monk
         prove(skeleton_of(save(random_model(llama_config(head_dim=4)), tmp_path / "third")), tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    "garbage", ["", "[]", "{}", '{"schema": "trim.proof/1"}', '{"schema": "trim.proof/1", "form": 5, "returns": null}']
+)
+def test_a_kept_proof_that_is_not_whole_is_made_anew(garbage: str, tmp_path: Path) -> None:
+    skeleton = skeleton_of(save_family("llama", tmp_path / "llama"))
+    prove(skeleton, tmp_path / "cache")
+    (kept,) = (tmp_path / "cache" / "proofs").iterdir()
+    whole, returns = kept.read_text(), skeleton.returns
+    for damaged in (garbage, whole.replace("recorded", "suspended")):
+        kept.write_text(damaged)
+        again = skeleton_of(tmp_path / "llama")
+        prove(again, tmp_path / "cache")
+        assert (again.form, again.returns) == ("recorded", returns)
+        assert kept.read_text() == whole
+
+
+def test_a_model_is_proven_without_a_cache_that_can_be_used(tmp_path: Path) -> None:
+    skeleton = skeleton_of(save_family("llama", tmp_path / "llama"))
+    (tmp_path / "file").touch()
+    prove(skeleton, tmp_path / "file")
+    assert skeleton.returns is not None
+
+
 def test_the_samples_avoid_tokens_with_a_meaning(tmp_path: Path) -> None:
     config = llama_config(bos_token_id=7, eos_token_id=[8, 9], pad_token_id=10)
     tokens = probe_tokens(skeleton_of(save(random_model(config), tmp_path / "llama")))
@@ -108,6 +133,23 @@ def test_the_samples_avoid_tokens_with_a_meaning(tmp_path: Path) -> None:
     assert not set(range(7, 11)) & set(tokens.flatten().tolist())
     differ = tokens[3] != tokens[4]
     assert differ.tolist() == [False] * 11 + [True]
+
+
+def test_rows_of_tokens_that_no_text_has_may_hold_anything(tmp_path: Path) -> None:
+    """In the embedding, and, tied or not, in the head: what measures sees what reaches its figure."""
+    for tied in (True, False):
+        source = save(random_model(llama_config(tie_word_embeddings=tied)), tmp_path / f"{tied}")
+        tensors = load_file(source / "model.safetensors")
+        for key in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+            tensors[key][[*range(30), 63]] = torch.nan
+        skeleton = skeleton_of(with_tensors(source, tmp_path / f"{tied}-damaged", **tensors))
+        assert 29 < int(probe_tokens(skeleton).min()) < int(probe_tokens(skeleton).max()) < 63
+        prove(skeleton, tmp_path / f"{tied}-cache")
+        assert skeleton.returns is not None
+        assert math.isnan(perplexity(skeleton, torch.arange(30, 60).view(2, 15)))  # which `eval` refuses
+    tensors["model.embed_tokens.weight"][:] = torch.nan
+    with pytest.raises(InputError, match="has no finite row"):
+        prove(skeleton_of(with_tensors(source, tmp_path / "all", **tensors)), tmp_path / "cache")
 
 
 def test_an_encoder_is_no_causal_model(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.families import CONVERTS
 from tests.simulated_device import Counts, SimulatedDevice
 from tests.small_models import llama_config, masks_for, random_model, save
 from tests.trim_cli import save_tokens, trim_json
@@ -89,6 +90,9 @@ class Home:
     def on(self, device: torch.device) -> Skeleton:
         """The model's skeleton on a device."""
         return Skeleton(Checkpoint.open(self.model), device=device)
+
+
+walks = pytest.mark.skipif(not CONVERTS, reason="transformers 4 makes its masks with vmap, which knows no such device")
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +202,7 @@ def test_memory_is_what_is_still_held(sim: SimulatedDevice) -> None:
 # --- the stages ------------------------------------------------------------------------------------------
 
 
+@walks
 @pytest.mark.usefixtures("_several_of_all")
 @pytest.mark.parametrize("name", PRUNES)
 def test_prune(name: str, homes: dict[str, Home], sim: SimulatedDevice, tmp_path: Path) -> None:
@@ -217,6 +222,7 @@ def test_prune(name: str, homes: dict[str, Home], sim: SimulatedDevice, tmp_path
             torch.testing.assert_close(weight, weights[key], rtol=1e-4, atol=1e-5)
 
 
+@walks
 @pytest.mark.usefixtures("_several_of_all")
 def test_calibrate(homes: dict[str, Home], sim: SimulatedDevice, tmp_path: Path) -> None:
     def calibrate(size: str, home: Home) -> None:
@@ -230,6 +236,7 @@ def test_calibrate(homes: dict[str, Home], sim: SimulatedDevice, tmp_path: Path)
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
 
 
+@walks
 @pytest.mark.usefixtures("_several_of_all")
 @pytest.mark.parametrize("method", ["owl", "alpha"])
 def test_allocate(method: str, homes: dict[str, Home], sim: SimulatedDevice, tmp_path: Path) -> None:
@@ -245,6 +252,7 @@ def test_allocate(method: str, homes: dict[str, Home], sim: SimulatedDevice, tmp
     assert len(set(mine.values())) > 1
 
 
+@walks
 @pytest.mark.usefixtures("_several_of_all")
 def test_perplexity(homes: dict[str, Home], sim: SimulatedDevice, tmp_path: Path) -> None:
     """One copy to the host for all windows; besides, transformers waits in each forward pass of its own, 13 here."""
@@ -263,6 +271,7 @@ def test_perplexity(homes: dict[str, Home], sim: SimulatedDevice, tmp_path: Path
         assert values[size] == pytest.approx(expected, rel=1e-5)
 
 
+@walks
 def test_the_embedded_model(nano_qwen2: Path, sim: SimulatedDevice, tmp_path: Path) -> None:
     """A pruned directory and the masks behind it, measured by the command line, on either device."""
     tokens = save_tokens(tmp_path / "tokens", vocabulary=2048, nsamples=2)
@@ -293,6 +302,7 @@ def walked(home: Home, device: torch.device, batch_size: int) -> Walk:
     return walk
 
 
+@walks
 def test_recovery_finds_the_failed_batch_gone(homes: dict[str, Home], sim: SimulatedDevice) -> None:
     """What half a batch takes is there, but not besides what the whole one held when its memory ran out."""
     home, peaks = homes["large"], {}
@@ -310,6 +320,7 @@ def test_recovery_finds_the_failed_batch_gone(homes: dict[str, Home], sim: Simul
     torch.testing.assert_close(walk.states(slice(0, 4)).cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
+@walks
 def test_hidden_states_that_do_not_fit_stay_on_the_cpu(homes: dict[str, Home], sim: SimulatedDevice) -> None:
     before = walked(homes["small"], sim.device, 2).stream
     sim.total = sim.live + 2000

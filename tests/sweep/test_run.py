@@ -347,7 +347,9 @@ def test_bos_stands_where_the_best_ones_command_line_puts_it(
     )
     assert options.calibrate().bos == bos
     assert replace(options, tokens=Path("t")).calibrate().bos == "auto"
-    [run] = sweep(str(model_copy), options).runs
+    result = sweep(str(model_copy), options)
+    [run], where = result.runs, {"auto": "each", "once": "once"}
+    assert result.document["bos"] == where[bos]
     [calibration] = (tmp_path / "cache" / "calibration").glob("*.safetensors")
     seen = CalibrationFile(calibration).tokens
     heldout = held_out(skeleton_of(model_copy), options, seen)

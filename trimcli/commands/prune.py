@@ -13,11 +13,12 @@ from trimcli.commands.apply import masked_weights, pruned_linear
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.commands.resolve import cached_calibration, cached_ratios, targets_of
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.files.atomic import all_or_none, file_digest
+from trimcli.files.atomic import MARK, all_or_none, file_digest
 from trimcli.files.cache import Cache
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.directory import PrunedTensors, commands_so_far, write_model
 from trimcli.files.documents import read_json, read_mark
+from trimcli.files.forms import COUNT, Each, Must, check_form
 from trimcli.files.manifest import MASKS, PRUNED, manifest
 from trimcli.files.masks import write_masks
 from trimcli.files.outputs import check_outputs, check_space, inputs_of
@@ -141,7 +142,10 @@ class _Run:
 
     def _keeps_zeros(self) -> bool:
         """Whether weights that are zero already stay so; warns where an earlier prune's may not."""
-        earlier = read_mark(self.skeleton.checkpoint.directory).get("linears") or {}
+        directory = self.skeleton.checkpoint.directory
+        mark = read_mark(directory)
+        check_form(mark, {"linears": Each(Must({"zeros": Must(COUNT)}))}, directory / MARK, "manifest")
+        earlier = mark.get("linears") or {}
         chosen = bool(earlier) if self.options.keep_zeros is None else self.options.keep_zeros
         if earlier and self.recipe.updating.changes and not chosen:
             zeros = sum(entry["zeros"] for entry in earlier.values())
@@ -218,6 +222,7 @@ class _Run:
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
             reconstruction={layer.name: part.facts.get("errors") for layer, part in layers},
             compute_dtype=dtype_name(self.skeleton.dtype),
+            bos=self.calibration.manifest.get("bos") if self.calibration else None,
         )
 
         def keep(name: str) -> Tensor:

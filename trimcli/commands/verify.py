@@ -15,6 +15,7 @@ from trimcli.errors import CheckFailed, InputError, MismatchError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_json
+from trimcli.files.forms import ANY, COUNT, OBJECT, SHARE, SIZE, TEXT, Each, Must, check_form
 from trimcli.files.manifest import MASKS, PACKED, PRUNED, ModelFingerprint, check_masks, is_intact
 from trimcli.files.masks import MaskFile, keep_digest
 from trimcli.files.names import grouped, layer_of
@@ -23,6 +24,22 @@ from trimcli.methods import masks
 from trimcli.model.skeleton import Skeleton
 
 BINS = 20
+# What the claims have to be to be held against anything; an edited manifest is read, too.
+CLAIM = {
+    "shape": Must((Must(SIZE), Must(SIZE))),
+    "zeros": Must(COUNT),
+    "keep_sha256": Must(TEXT),
+    "target": SHARE,
+    "pattern": (Must(SIZE), Must(SIZE)),
+    "pruned": COUNT,
+}
+MANIFEST = {"numerics": TEXT, "options": OBJECT, "pruning": {"numerics": TEXT, "options": OBJECT}}
+OF_MASKS = {**MANIFEST, "linears": Must(Each(Must(CLAIM)))}
+OF_MODEL = {
+    **MANIFEST,
+    "linears": Must(Each(Must({**CLAIM, "key": Must(TEXT), "transposed": Must(ANY)}))),
+    "model": Must({"id": Must(TEXT), "structure": Must(TEXT), "content": TEXT}),
+}
 
 
 @dataclass(frozen=True)
@@ -134,10 +151,12 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
         report.failures.append(f"{MARK} is not what trim wrote: its manifest was edited")
         if schema == PACKED:  # what the tensors are is in there, so nothing can be read by it
             return report
+    check_form(document, OF_MODEL, path / MARK, "manifest")
     found = MaskFile.open(options.masks) if options.masks else None
     if found is not None:
-        theirs = ModelFingerprint(**document["model"])
-        other_weights = document["options"].get("other_weights") or found.manifest.get("changes_weights")
+        said = document["model"]
+        theirs = ModelFingerprint(said["id"], said["structure"], said.get("content"))
+        other_weights = (document.get("options") or {}).get("other_weights") or found.manifest.get("changes_weights")
         if not other_weights:
             check_masks(found.manifest, theirs, found.path)
         missing = [name for name in found.names if name not in document["linears"]]
@@ -169,6 +188,7 @@ def _verify_plain(path: Path, options: VerifyOptions, progress: Progress) -> Ver
 
 def _verify_masks(path: Path, progress: Progress) -> VerifyReport:
     document = read_manifest(path, MASKS)
+    check_form(document, OF_MASKS, path, "masks")
     handle = open_tensors(path)
     stored = set(handle.keys())
 

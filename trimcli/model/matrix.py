@@ -130,6 +130,8 @@ def _experts(name: str, module: nn.Module) -> int:
     """How many experts a module holds, as a list or as stacks [E, ., .], 1 by its name alone; 0 for any other."""
     if isinstance(module, nn.ModuleList):
         return len(module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # whose weights are as many filters, and no experts
+        return 0
     stacked = max((len(one) for one in module.parameters(recurse=False) if one.ndim == 3), default=0)
     return stacked or int(name == "experts")
 

@@ -20,7 +20,7 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, TrimError, first_line
 from trimcli.files.cache import Cache
 from trimcli.files.documents import read_json, write_json
-from trimcli.files.manifest import LIBRARIES
+from trimcli.files.manifest import LIBRARIES, is_intact, sealed
 from trimcli.methods.masks import slices
 from trimcli.model.forward import Forward, first_output, form_of, split_call
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton, open_model
@@ -39,11 +39,15 @@ CAUSAL = 1e-3
 
 @dataclass
 class _Own:
-    """What the model's own forward pass gave. arrived: hidden states by layer, and after the last; order: of calls."""
+    """What the model's own forward pass gave. arrived: hidden states by layer, and after the last; order: of calls.
+
+    usable: bool [vocabulary], the predictions that are finite everywhere; others are for what measures to refuse.
+    """
 
     arrived: list[Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     logits: Tensor | None = None
+    usable: Tensor | None = None
 
 
 def open_proven(model: str, options: RunOptions, progress: Progress = NO_PROGRESS) -> Skeleton:
@@ -58,20 +62,34 @@ def prove(skeleton: Skeleton, cache_dir: Path | None = None, progress: Progress 
 
     Raises InputError for a model that is not causal, whose own forward pass fails, or with which no form agrees.
     """
-    # Whatever its weights, a model of this structure is called alike; but of code that it brings nothing is known.
-    path = None
-    if "auto_map" not in skeleton.checkpoint.config_document:
-        versions = [version(name) for name in LIBRARIES]
-        key = [skeleton.fingerprint.structure, str(skeleton.dtype), skeleton.device.type, versions]
-        path = Cache(cache_dir).file("proofs", key, ".json")
-    if path is not None and path.is_file():
-        found = read_json(path, PROOF)
-        skeleton.form, skeleton.returns = found["form"], tuple(found["returns"])
+    path = _kept_at(skeleton, cache_dir)
+    if path is not None and (known := _kept(path)):
+        skeleton.form, skeleton.returns = known["form"], tuple(known["returns"])
         return
     skeleton.form = _form(skeleton, progress)
     if path is not None:
         found = {"model": skeleton.checkpoint.id, "form": skeleton.form, "returns": skeleton.returns}
-        write_json(path, {"schema": PROOF, **found}, force=True)  # two runs may find the same at once
+        with contextlib.suppress(TrimError, OSError):
+            write_json(path, sealed({"schema": PROOF, **found}), force=True)  # two runs may find the same at once
+
+
+def _kept_at(skeleton: Skeleton, cache_dir: Path | None) -> Path | None:
+    """Where the proof lies or will lie; None where it cannot be kept."""
+    # Whatever its weights, a model of this structure is called alike; but of code that it brings nothing is known.
+    if "auto_map" in skeleton.checkpoint.config_document:
+        return None
+    key = [skeleton.fingerprint.structure, str(skeleton.dtype), skeleton.device.type, *map(version, LIBRARIES)]
+    with contextlib.suppress(OSError):  # a cache that cannot be used is no reason not to go on
+        return Cache(cache_dir).file("proofs", key, ".json")
+    return None
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """The proof in `path`, empty unless there is a whole one."""
+    with contextlib.suppress(TrimError):
+        found = read_json(path, PROOF)
+        return found if is_intact(found) else {}
+    return {}
 
 
 def _form(skeleton: Skeleton, progress: Progress) -> Form:
@@ -105,9 +123,14 @@ def _form(skeleton: Skeleton, progress: Progress) -> Form:
 
 def probe_tokens(skeleton: Skeleton) -> Tensor:
     """The samples, int64 [5, L]: tokens without a meaning of their own, the last the fourth with another last one."""
-    vocabulary = skeleton.model.get_input_embeddings().num_embeddings
+    embedding = skeleton.model.get_input_embeddings()
     special = {value for config in _configs(skeleton.config) for value in _token_ids(config)}
-    plain = [token for token in range(min(vocabulary, 4096)) if token not in special]
+    with skeleton.filled_on_use():  # rows of tokens that no text has may hold anything
+        sound = torch.isfinite(embedding.weight[: min(embedding.num_embeddings, 4096)]).all(dim=1).tolist()
+    plain = [token for token, finite in enumerate(sound) if finite and token not in special]
+    if not plain:
+        what = f"the embedding of {skeleton.checkpoint.id} has no finite row for a token without a meaning of its own"
+        raise InputError(f"{what}; fetch or train it anew.")
     length = min(LENGTH, max_positions(skeleton.config) or LENGTH)
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(plain), (SAMPLES, length), generator=generator)
@@ -166,8 +189,10 @@ def _refuse_unusual(skeleton: Skeleton, own: _Own) -> None:
     for layer, states in zip(skeleton.layers, own.arrived[1:], strict=True):
         if not bool(torch.isfinite(states).all()):
             raise not_finite(layer)
-    if not bool(torch.isfinite(logits).all()):
+    own.usable = torch.isfinite(logits).all(dim=1).all(dim=0)
+    if not bool(own.usable.any()):
         raise InputError(f"the predictions of {id} hold NaN or infinite values; try --dtype float32.")
+    own.logits = logits = logits[..., own.usable]
     gaps, exact = _gaps(logits[-1, :-1], logits[-2, :-1]), logits.dtype == torch.float32
     if float(gaps.max()) > TOLERANCE[torch.float32] if exact else float(gaps.median()) > CAUSAL:
         what = f"{id} is no causal language model: another last token changes what it predicts before it"
@@ -206,7 +231,7 @@ def _difference(skeleton: Skeleton, tokens: Tensor, own: _Own, form: Form) -> st
         for walk in walks:
             with walk.head() as head:
                 for rows in slices(SAMPLES, walk.batch_size):
-                    found = head(rows, slice(0, tokens.shape[1]))
+                    found = head(rows, slice(0, tokens.shape[1]))[..., own.usable]
                     if gap := _apart(found, own.logits[rows]):
                         return f"differs from its own forward pass after the last layer by {gap:.1%}"
     return ""

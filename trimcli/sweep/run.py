@@ -118,7 +118,7 @@ def sweep(
     runs.sort(key=lambda run: (math.isnan(run.perplexity), run.perplexity))
     found: dict[str, Any] = {"dense": asdict(dense), "runs": [asdict(run) for run in runs]}
     found["heldout"] = {"samples": len(heldout), "seqlen": heldout.shape[1], "sha256": digest(heldout.tolist())}
-    found["compute_dtype"] = dtype_name(skeleton.dtype)
+    found |= {"compute_dtype": dtype_name(skeleton.dtype), "bos": CalibrationFile(path).manifest.get("bos")}
     document = manifest(SWEEP, "sweep", options.document(), skeleton.fingerprint, **found)
     if output is not None:
         write_json(output, document, force=force)
