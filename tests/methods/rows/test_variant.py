@@ -155,4 +155,4 @@ def test_the_row_allocation_goes_by_wanda_scores(numerics: Numerics) -> None:
 def test_even_rows_leave_the_choice_to_the_score() -> None:
     rows = ROWS["even"](torch.ones(2, 2), Choice(SCORES["magnitude"], LinearStats(), Target(0.5)))
     assert (rows.keep, rows.found) == (None, None)
-    assert list(ROWS)[:3] == ["even", "trim", "variant"]
+    assert list(ROWS)[:4] == ["even", "free", "trim", "variant"]
