@@ -190,6 +190,12 @@ def at_least(least: int) -> Check:
 positive = at_least(1)
 
 
+def above_zero(option: str, value: float) -> None:
+    """Raise OptionError unless the value is a finite number above 0."""
+    if not (math.isfinite(value) and value > 0):
+        raise OptionError(f"{option} {value:g} must be a positive number, such as 0.01.")
+
+
 def not_negative(option: str, value: float) -> None:
     """Raise OptionError unless the value is a finite number from 0 on."""
     if not (math.isfinite(value) and value >= 0):

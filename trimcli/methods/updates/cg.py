@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimcli.errors import OptionError
 from trimcli.methods.stats import GRAM
 from trimcli.methods.updates.base import Updated, update
-from trimcli.options import check_fields, option, positive
+from trimcli.options import above_zero, check_fields, option, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,17 +17,12 @@ if TYPE_CHECKING:
 PANEL = "Conjugate gradients and ADMM"
 
 
-def _ridge(flag: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"{flag} {value:g} must be a positive number; the default is 0.01.")
-
-
 @dataclass(frozen=True)
 class FitOptions:
     """How the kept weights are fitted. ridge: of the Gram's mean diagonal. Raises OptionError for unusable values."""
 
     cg_steps: int = option(50, "Steps of conjugate gradients.", panel=PANEL, check=positive)
-    ridge: float = option(0.01, "How strongly kept weights are held near the dense ones.", panel=PANEL, check=_ridge)
+    ridge: float = option(0.01, "How strongly kept weights are held near dense ones.", panel=PANEL, check=above_zero)
     admm_steps: int = option(30, "Steps of ADMM before the mask is final.", panel=PANEL, check=positive)
 
     def __post_init__(self) -> None:

@@ -6,7 +6,6 @@ right, a weight that goes is set to zero and the weights to its right are moved 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +14,7 @@ from trimcli.methods.named import method
 from trimcli.methods.scores import SCORES, score
 from trimcli.methods.stats import GRAM, LinearStats
 from trimcli.methods.updates.base import Updated, update
-from trimcli.options import check_fields, option, positive
+from trimcli.options import above_zero, check_fields, option, positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,11 +23,6 @@ if TYPE_CHECKING:
     from trimcli.methods.updates.obs_solver import Factor
 
 PANEL = "SparseGPT"
-
-
-def _damping(option: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"{option} {value:g} must be a positive number; the default is 0.01.")
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class ObsOptions:
         "As published if not given: block for the score obs, once for others.",
         panel=PANEL,
     )
-    damping: float = option(0.01, "Damping, relative to the mean of the Gram's diagonal.", panel=PANEL, check=_damping)
+    damping: float = option(0.01, "Damping, relative to the Gram's mean diagonal.", panel=PANEL, check=above_zero)
     block_size: int = option(128, "Columns updated together.", panel=PANEL, check=positive)
 
     def __post_init__(self) -> None:
