@@ -48,6 +48,16 @@ def shared_keys(directory: Path) -> Path:
     return save_random(config, directory)
 
 
+def assert_both_ways_measure_alike(model: Path, masks: Path, folder: Path) -> None:
+    """The model, and it under masks, measure what transformers makes of it and of the directory `pruned`."""
+    tokens = torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(1))
+    skeleton = skeleton_of(model)
+    prove(skeleton, folder / "cache")
+    assert perplexity(skeleton, tokens) == pytest.approx(own_perplexity(model, tokens), rel=1e-5)
+    masked = perplexity(skeleton, tokens, mask=MaskFile.open(masks))
+    assert masked == pytest.approx(own_perplexity(folder / "pruned", tokens), rel=1e-5)
+
+
 @five
 def test_state_that_layers_hand_on_is_the_models_own(tmp_path: Path) -> None:
     """Keys and values shared between layers, and hidden states in four streams, at every batch size."""
@@ -67,11 +77,7 @@ def test_a_suspended_model_is_pruned_calibrated_and_measured(tmp_path: Path) -> 
     shared = ("--tokens", tokens, "--cache-dir", tmp_path / "cache", *COMPUTE)
     trim_json("prune", model, "-o", masks, "--sparsity", 0.5, "--use-trim", "--alloc", "owl", *shared)
     trim_json("apply-masks", model, masks, "-o", tmp_path / "pruned")
-    samples = torch.randint(2, 97, (3, 16), generator=torch.Generator().manual_seed(1))
-    skeleton = skeleton_of(model)
-    prove(skeleton, tmp_path / "cache")
-    masked = perplexity(skeleton, samples, mask=MaskFile.open(masks))
-    assert masked == pytest.approx(own_perplexity(tmp_path / "pruned", samples), rel=1e-5)
+    assert_both_ways_measure_alike(model, masks, tmp_path)
 
 
 def test_a_pass_that_was_cut_short_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -231,9 +237,4 @@ def test_what_several_layers_use_stays_dense_and_is_said(tmp_path: Path) -> None
     assert not any("shared_transformer" in linear["name"] for linear in plan["linears"])
     trim_json("prune", model, "-o", masks, "--sparsity", 0.5, "--method", "magnitude")
     trim_json("apply-masks", model, masks, "-o", tmp_path / "pruned")
-    tokens = torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(1))
-    skeleton = skeleton_of(model)
-    prove(skeleton, tmp_path / "cache")
-    masked = perplexity(skeleton, tokens, mask=MaskFile.open(masks))
-    assert masked == pytest.approx(own_perplexity(tmp_path / "pruned", tokens), rel=1e-5)
-    assert perplexity(skeleton, tokens) == pytest.approx(own_perplexity(model, tokens), rel=1e-5)
+    assert_both_ways_measure_alike(model, masks, tmp_path)
