@@ -96,7 +96,8 @@ def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
         (Recipe(barber=BarberOptions(metric="W")), 2.5),
         (Recipe(barber=BarberOptions()), 4.5),
         (Recipe(update="obs", propagate=True), 1.75),
-        (Recipe(method="magnitude", reconstruct="layer", reconstruct_steps=8), 1.75 + 1 + 24),
+        (Recipe(method="magnitude", reconstruct="layer", reconstruct_steps=8), 0.75 + 1 + 24),
+        (Recipe(reconstruct="layer", reconstruct_steps=8), 1.75 + 1 + 24),
         (Recipe(rows="trim", propagate=False), 0),
     ],
 )

@@ -131,6 +131,8 @@ class Passes:
     def _collect(
         self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[str]
     ) -> dict[str, LinearStats]:
+        if not needs:  # magnitude, in a walk that is there for the reconstruction
+            return {linear.name: LinearStats() for group in groups for linear in group.linears}
         device = self.skeleton.device
         collector = Collector(groups, needs, walk.nsamples, walk.seqlen, device, self.recipe.options_of)
         walk.collect(layer, collector)

@@ -158,7 +158,7 @@ def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
 
     A step of training counts as three of its batch. batches: that the samples are.
     """
-    passes = 2 - 1 / layers if walks(recipe) else 0.0
+    passes = (1 if recipe.needs else 0) + 1 - 1 / layers if walks(recipe) else 0.0
     if recipe.input_recalc:
         passes += 3
     if recipe.barber:
