@@ -8,11 +8,12 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c '$(IN_RANGE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo demo-real test test-all lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo      prune the embedded model and compare, offline, in a minute'
+	@echo 'make demo-real prune a real model of 135M weights, which the package index holds, by the recommended recipe'
 	@echo 'make test      linters, types and tests'
 	@echo 'make test-all  the same with the slow tests: every model type of transformers'
 	@echo 'make lint      linters, types, and which room imports which'
@@ -30,6 +31,19 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/trim demo
+
+# SmolLM2-135M, calibrated on Python's help topics and measured on those that calibration left out.
+REAL := .demo/SmolLM2-135M
+demo-real: $(STAMP)
+	@mkdir -p .demo
+	$(BIN)/python -m benchmarks.smollm2 -o $(REAL)
+	@$(BIN)/python -c 'import pathlib, trimcli.demo as demo; demo.write_texts(pathlib.Path(".demo"))'
+	$(BIN)/trim prune $(REAL) --sparsity 0.6 --preset best --save-model $(REAL)-60 --force \
+		--dataset .demo/topics.calibration.txt --nsamples 64 --seqlen 256
+	$(BIN)/trim verify $(REAL)-60
+	$(BIN)/trim eval $(REAL) -o .demo/dense.json --ppl .demo/topics.measurement.txt --seqlen 256 --force
+	$(BIN)/trim eval $(REAL)-60 -o .demo/pruned.json --ppl .demo/topics.measurement.txt --seqlen 256 --force
+	$(BIN)/trim compare .demo/dense.json .demo/pruned.json
 
 lint: $(STAMP)
 	@$(BIN)/ruff check

@@ -24,6 +24,7 @@ class Study:
     model: its directory. source: calibration text, or a safetensors file of `tokens`. nsamples: samples
     drawn from a text. texts: files to measure on, `windows` windows of `seqlen` tokens each, the length of
     the samples too. work: directory for what is made once (calibration, ratios). seed: of the draw of samples.
+    compute: the computation's dtype, `auto` or by name.
     """
 
     model: Path
@@ -34,6 +35,7 @@ class Study:
     seqlen: int
     work: Path
     seed: int = 0
+    compute: Any = "auto"
 
     @property
     def name(self) -> str:
@@ -48,7 +50,9 @@ class Study:
     @property
     def dtype(self) -> str:
         """The computation's dtype on this machine."""
-        return str(compute_dtype("auto", Checkpoint.open(self.model), compute_device("auto"))).removeprefix("torch.")
+        return str(compute_dtype(self.compute, Checkpoint.open(self.model), compute_device("auto"))).removeprefix(
+            "torch."
+        )
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -60,6 +64,7 @@ class Study:
             "texts": {path.name: file_digest(path) for path in self.texts},
             "nsamples": None if self.fixed else self.nsamples,
             **({"seed": self.seed} if self.seed and not self.fixed else {}),
+            **({"dtype": self.compute} if self.compute != "auto" else {}),
             "windows": self.windows,
             "seqlen": self.seqlen,
         }
@@ -86,6 +91,7 @@ class Study:
             nsamples=self.nsamples,
             seqlen=self.seqlen,
             seed=self.seed,
+            dtype=self.compute,
             cache_dir=self.cache,
         )
         with FileLock(self.folder / "calibration.lock"):
@@ -103,6 +109,7 @@ class Study:
             calibration=self.calibration() if method == "owl" else None,
             metrics_cache=self.folder / "metrics.json" if method == "alpha" else None,
             numerics=numerics,
+            dtype=self.compute,
             cache_dir=self.cache,
         )
         with FileLock(self.folder / "ratios.lock"):
@@ -117,6 +124,7 @@ class Study:
             ppl=tuple(map(str, self.texts)),
             seqlen=self.seqlen,
             max_windows=self.windows,
+            dtype=self.compute,
             cache_dir=self.cache,
         )
         found = evaluate(str(model), options)

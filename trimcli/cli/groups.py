@@ -10,7 +10,9 @@ from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOpt
 from trimcli.errors import OptionError
 from trimcli.methods.blocks.options import PANEL as BARBER
 from trimcli.methods.blocks.options import BarberOptions
+from trimcli.methods.choice import parse_pattern
 from trimcli.methods.layers.base import ALLOCATIONS
+from trimcli.methods.presets import PRESETS, Preset
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.rows.base import ROWS
 from trimcli.methods.rows.options import PANEL as TRIM
@@ -51,9 +53,19 @@ class _Alloc:
     metrics_cache: Path | None = option(None, "Alpha's metrics file.")
 
 
+@dataclass(frozen=True)
+class _Preset:
+    """A recipe by one word."""
+
+    preset: str | None = option(
+        None, "A whole recipe by one word, of which every option given here replaces its part.", choices=lambda: PRESETS
+    )
+
+
 def _prune_parameters() -> list[inspect.Parameter]:
     return [
-        *parameters(Recipe),
+        *parameters(_Preset),
+        *parameters(Recipe, unset=True),
         *parameters(PruneOptions),
         flag("use_variant", "--use-variant", "The Wanda paper's variant: rows' counts by running score sums."),
         flag("use_trim", "--use-trim", "Search row-wise sparsities (Beck et al. 2025).", TRIM),
@@ -75,20 +87,29 @@ def _prune(values: Values) -> PruneOptions:
     elif drawn:
         named = ", ".join(f"--{name}" for name in drawn)
         raise OptionError(f"--calibration with {named}: the calibration file holds its samples; drop {named}.")
-    if values["alloc"] is not None:
-        shared = {name: values[name] for name in ("sparsity", "metrics_cache", "numerics")}
+    preset, pattern = _preset(values), parse_pattern(values["sparsity_type"]) is not None
+    recipe, alloc = _recipe(values, preset, pattern=pattern), values["alloc"]
+    if alloc is None and preset is not None and not pattern and values["ratios"] is None:
+        alloc = preset.alloc
+    if alloc is not None:
+        shared = {name: values[name] for name in ("sparsity", "metrics_cache")}
         own = chosen_options(_allocation_options(), values)
         linears: dict[str, Any] = {name: tuple(values[name] or ()) for name in ("only", "skip")}
-        allocate = AllocateOptions(**run, **shared, **linears, method=values["alloc"], options=own)
-    return PruneOptions(
-        **fields_of(PruneOptions, values), recipe=_recipe(values), calibrate=calibrate, allocate=allocate
-    )
+        shared |= {"numerics": recipe.numerics}
+        allocate = AllocateOptions(**run, **shared, **linears, method=alloc, options=own)
+    return PruneOptions(**fields_of(PruneOptions, values), recipe=recipe, calibrate=calibrate, allocate=allocate)
 
 
-def _recipe(values: Values) -> Recipe:
-    chosen = fields_of(Recipe, values)
+def _preset(values: Values) -> Preset | None:
+    return None if values["preset"] is None else PRESETS[values["preset"]]
+
+
+def _recipe(values: Values, preset: Preset | None, *, pattern: bool) -> Recipe:
+    """The recipe that was asked for, over the preset's. pattern: whether the target is N:M."""
+    given = fields_of(Recipe, values)
+    chosen = {**(preset.fields(pattern=pattern) if preset else {}), **given}
     asked = [rows for rows in ("trim", "variant") if values[f"use_{rows}"]]
-    if len({*asked, *({chosen["rows"]} - {"even"})}) > 1:
+    if len({*asked, *({given.get("rows", "even")} - {"even"})}) > 1:
         raise OptionError(
             "these options do not go together: --use-variant with --use-trim or other --rows: each chooses the "
             "rows' counts; drop one of the two."

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from trimcli.commands.prune import PruneSummary
 
 
-def prune(model: Model, output: Annotated[Path, output("masks file")], options: "PruneOptions", say: Say) -> None:
+def prune(
+    model: Model,
+    options: "PruneOptions",
+    say: Say,
+    output: Annotated[Path | None, output("masks file (default, with --save-model DIR: DIR.masks.safetensors)")] = None,
+) -> None:
     """Choose which weights go, one decoder layer in memory, and write the masks.
 
     Later layers see what the already pruned ones produce; --no-propagate uses the dense model's cached statistics
@@ -21,10 +26,15 @@ def prune(model: Model, output: Annotated[Path, output("masks file")], options: 
 
     Example: trim prune Qwen/Qwen2.5-3B -o m.safetensors --calibration calib.safetensors --ratios owl70.json --use-trim
 
-    In one go: trim prune Qwen/Qwen2.5-3B -o m.safetensors --sparsity 0.7 --alloc owl --use-trim --save-model pruned
+    In one go: trim prune Qwen/Qwen2.5-3B --sparsity 0.7 --preset best --save-model pruned
     """
     from trimcli.commands.prune import prune as run
+    from trimcli.errors import OptionError
 
+    if output is None:
+        if options.save_model is None:
+            raise OptionError("no output was given; give -o FILE for the masks, --save-model DIR, or both.")
+        output = options.save_model.with_name(f"{options.save_model.name}.masks.safetensors")
     found = run(
         model, output, options, force=say.force, progress=say.progress, announce=lambda plan: say.note(head(plan))
     )
