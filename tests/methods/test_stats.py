@@ -6,13 +6,16 @@ from torch import Tensor
 
 from trimcli.errors import OptionError
 from trimcli.methods.stats import (
+    FITTING,
     GRAM,
+    HELDOUT,
     INPUTS,
     SQNORM,
     STATISTICS,
     GramOptions,
     LinearStats,
     Statistic,
+    fitting_samples,
     statistic,
     stored_statistics,
 )
@@ -32,19 +35,25 @@ def gathered(one: Statistic, x: Tensor, batches: list[slice], options: object = 
 
 
 def expected_of(x: Tensor) -> dict[str, Tensor]:
-    flat = x.reshape(-1, x.shape[2])
+    flat, count = x.reshape(-1, x.shape[2]), len(x) - max(1, len(x) // 8)
+    first, last = x[:count].reshape(-1, x.shape[2]), x[count:].reshape(-1, x.shape[2])
     return {
         "sqnorm": x.double().square().sum(dim=(0, 1)).div(len(x)).float(),
         "inputs": torch.stack([sample[-1] for sample in x], dim=1),
         "gram": 2 / len(x) * flat.T @ flat,
+        "fitting": 2 / count * first.T @ first,
+        "heldout": 2 / (len(x) - count) * last.T @ last,
     }
 
 
 def test_the_statistics_that_there_are() -> None:
-    assert dict(STATISTICS) == {"sqnorm": SQNORM, "inputs": INPUTS, "gram": GRAM}
+    named = {"sqnorm": SQNORM, "inputs": INPUTS, "gram": GRAM, "fitting": FITTING, "heldout": HELDOUT}
+    assert dict(STATISTICS) == named
     assert stored_statistics() == {"norms": SQNORM, "inputs": INPUTS}
-    assert {name for name, one in STATISTICS.items() if one.copies} == {"gram"}
-    with pytest.raises(OptionError, match="--stats 'sqnrm' is none of sqnorm, inputs, gram; did you mean 'sqnorm'"):
+    assert {name for name, one in STATISTICS.items() if one.copies} == {"gram", "fitting"}
+    with pytest.raises(
+        OptionError, match="--stats 'sqnrm' is none of sqnorm, inputs, gram, fitting, heldout; did you mean 'sqnorm'"
+    ):
         STATISTICS["sqnrm"]
     with pytest.raises(ValueError, match="a statistic named 'gram' is registered already"):
         statistic(
@@ -57,7 +66,7 @@ def test_the_statistics_that_there_are() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+@pytest.mark.parametrize("name", STATISTICS)
 def test_each_is_its_formula_whatever_the_batches(name: str) -> None:
     x = samples()
     for batches in ([slice(0, 5)], [slice(0, 2), slice(2, 5)], [slice(i, i + 1) for i in range(5)]):
@@ -73,24 +82,37 @@ def test_what_is_kept_by_sample_may_come_again_and_in_any_order(name: str) -> No
     assert torch.equal(gathered(one, x, [slice(3, 5), slice(0, 3), slice(0, 3), slice(2, 4)]), plain)
 
 
+@pytest.mark.parametrize(("nsamples", "fitted"), [(1, 1), (2, 1), (7, 6), (8, 7), (15, 14), (16, 14), (128, 112)])
+def test_an_eighth_of_the_samples_is_held_out(nsamples: int, fitted: int) -> None:
+    assert fitting_samples(nsamples) == fitted
+    x = samples(nsamples)
+    for size in (1, 3, nsamples):
+        batches = [slice(start, min(start + size, nsamples)) for start in range(0, nsamples, size)]
+        fitting, heldout = (gathered(one, x, batches) for one in (FITTING, HELDOUT))
+        whole = (fitting * fitted + heldout * (nsamples - fitted)) / nsamples
+        torch.testing.assert_close(whole, 2 / nsamples * x.flatten(0, 1).T @ x.flatten(0, 1))
+        last = x[fitted:].flatten(0, 1)
+        torch.testing.assert_close(heldout * (nsamples - fitted), 2 * last.T @ last)
+
+
 def test_the_gram_is_accumulated_in_the_dtype_asked_for() -> None:
     x = samples()
     wide = gathered(GRAM, x, [slice(0, 5)], GramOptions("float64"))
     assert wide.dtype == torch.float64
     flat = x.double().reshape(-1, 6)
     torch.testing.assert_close(wide, 2 / 5 * flat.T @ flat)
-    assert GRAM.options is GramOptions
+    assert {one.options for one in (GRAM, FITTING, HELDOUT)} == {GramOptions}
     with pytest.raises(OptionError, match="--gram-dtype 'float16' is none of float32, float64"):
         GramOptions("float16")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+@pytest.mark.parametrize("name", STATISTICS)
 def test_memory_while_it_is_gathered(name: str) -> None:
     one = STATISTICS[name]
     assert one(7, 3, CPU).nbytes == one.nbytes(7, 3)
 
 
-@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+@pytest.mark.parametrize("name", STATISTICS)
 def test_the_part_of_some_columns(name: str) -> None:
     x = samples()
     columns = slice(1, 4)

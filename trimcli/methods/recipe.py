@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimcli.errors import OptionError
 from trimcli.methods.blocks.options import BarberOptions
 from trimcli.methods.choice import Choice, Target
+from trimcli.methods.heldout import Judged
 from trimcli.methods.named import Method, method_called, methods
+from trimcli.methods.refine.swaps import swapped
 from trimcli.methods.rows.base import ROWS, RowAllocation, Rows
 from trimcli.methods.scores import SCORES, Score
-from trimcli.methods.stats import STATISTICS, LinearStats
+from trimcli.methods.stats import FITTING, HELDOUT, STATISTICS, LinearStats
 from trimcli.methods.updates.base import UPDATES, Update, Updated
 from trimcli.methods.updates.obs import ObsOptions
 from trimcli.options import Numerics, check_fields, option, positive
@@ -58,6 +60,11 @@ class Recipe:
     )
     input_recalc: bool = option(
         False, "Collect last-token inputs anew once the linears before are pruned.", panel="TRIM rows"
+    )
+    refine: Literal["none", "swaps"] = option(
+        "none",
+        "swaps: inside each row, weights go and return in pairs as long as the outputs come nearer to the dense ones.",
+        panel="Refinement",
     )
     reconstruct: Literal["none", "layer"] = option(
         "none",
@@ -110,7 +117,8 @@ class Recipe:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Names of the statistics that choosing reads."""
-        return self.scoring.needs | self.allocating.needs | self.updating.needs
+        refining = {FITTING.name, HELDOUT.name} if self.refine == "swaps" else set()
+        return self.scoring.needs | self.allocating.needs | self.updating.needs | refining
 
     @property
     def changes_weights(self) -> bool:
@@ -135,6 +143,7 @@ class Recipe:
             "propagate": self.propagate,
             "input_recalc": self.input_recalc,
             "barber": asdict(self.barber) if self.barber else None,
+            "refine": None if self.refine == "none" else self.refine,
             "reconstruct": self._reconstruction(),
             "options": {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options},
         }
@@ -160,6 +169,10 @@ class Recipe:
         refuse(only not in (None, self.scoring.name), f"{rows} with {named}: it is made for {only}")
         idle = again and "inputs" not in self.allocating.needs
         refuse(idle, "--input-recalc without --use-trim: only TRIM reads the inputs again")
+        refining = f"--refine {self.refine}"
+        refuse(on_dense and self.refine == "swaps", f"--no-propagate with {refining}: it works on pruned inputs")
+        chooses = self.refine == "swaps" and self.updating.chooses
+        refuse(chooses, f"{refining} with --update {self.updating.name}: it chooses which weights stay by itself")
         refuse(on_dense and needy, f"--no-propagate with {named}: its {' and '.join(needy)} comes from a forward pass")
         refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
         refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
@@ -187,8 +200,13 @@ class Recipe:
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
         free = weight != 0 if keep_zeros and (self.updating.changes or self.reconstructs) else None
         choice = replace(choice, keep=rows.keep, free=free, compare=rows.compare)
+        refined: tuple[Judged, ...] = ()
+        if self.refine == "swaps":
+            choice, judged = swapped(weight, choice)
+            refined = (judged,)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
-        return Outcome(made.keep, made.weight, made.remarks, rows.found)
+        remarks = (*(remark for one in refined for remark in one.remarks), *made.remarks)
+        return Outcome(made.keep, made.weight, remarks, (*refined, *made.judged), rows.found)
 
 
 def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# One sample in so many is held out of what is fitted.
+HELDOUT_SHARE = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic(Entry):
@@ -124,6 +127,26 @@ def _add_gram(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -
     gathered.addmm_(flat.T, flat, alpha=2.0 / nsamples)
 
 
+def fitting_samples(nsamples: int) -> int:
+    """How many samples, the first ones, are fitted on; the others, an eighth and at least one, are held out.
+
+    All where there is one only.
+    """
+    return nsamples - max(1, nsamples // HELDOUT_SHARE) if nsamples > 1 else nsamples
+
+
+def _add_fitting(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
+    count = fitting_samples(nsamples)
+    if samples.start < count:
+        _add_gram(gathered, inputs[: count - samples.start], samples, count)
+
+
+def _add_heldout(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
+    count = fitting_samples(nsamples)
+    if samples.stop > count:
+        _add_gram(gathered, inputs[max(0, count - samples.start) :], samples, nsamples - count)
+
+
 @dataclass(frozen=True)
 class GramOptions:
     """How the Gram is accumulated. Raises OptionError for another dtype."""
@@ -166,4 +189,26 @@ GRAM = statistic(
     columns=lambda tensor, place: tensor[place, place],
     options=GramOptions,
     copies=5,
+)
+# A sample is in one of the two, so that together they take no longer to gather than the Gram.
+FITTING = statistic(
+    "fitting",
+    lambda d_in, nsamples, device, options: _zeros((d_in, d_in), device, options.gram_dtype),
+    help="Gram of the samples that are fitted on, all but those held out, [D_in, D_in]",
+    source="Frantar & Alistarh 2023, section 3",
+    add=_add_fitting,
+    nbytes=lambda d_in, nsamples: 4 * d_in * d_in,
+    columns=lambda tensor, place: tensor[place, place],
+    options=GramOptions,
+    copies=5,
+)
+HELDOUT = statistic(
+    "heldout",
+    lambda d_in, nsamples, device, options: _zeros((d_in, d_in), device, options.gram_dtype),
+    help="Gram of the held-out samples, the last eighth and at least one of several, [D_in, D_in]",
+    source="Frantar & Alistarh 2023, section 3",
+    add=_add_heldout,
+    nbytes=lambda d_in, nsamples: 4 * d_in * d_in,
+    columns=lambda tensor, place: tensor[place, place],
+    options=GramOptions,
 )

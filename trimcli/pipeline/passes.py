@@ -190,6 +190,7 @@ class PartWriter:
         self._fitted: list[str] = []
         self._errors: tuple[float, float] | None = None
         self._remarks: list[str] = []
+        self._judged: dict[str, dict[str, tuple[float, float]]] = {}
 
     def add(self, linear: Matrix, outcome: Outcome) -> None:
         """Take one matrix's masks, and its weights as the checkpoint will store them."""
@@ -201,6 +202,8 @@ class PartWriter:
         if outcome.rows is not None:
             self._rows[linear.name] = row_facts(outcome.rows, self._passes.targets[linear.name].sparsity)
             self._tensors.update(row_tensors(linear.name, outcome.rows))
+        if outcome.judged:
+            self._judged[linear.name] = {one.step: (one.before, one.after) for one in outcome.judged}
         for remark in outcome.remarks:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])
@@ -229,4 +232,5 @@ class PartWriter:
     def finish(self, parts: Parts, layer: DecoderLayer) -> None:
         """Write the part: the layer is finished."""
         facts = {"rows": self._rows, "remarks": self._remarks, "fitted": self._fitted, "errors": self._errors}
+        facts["judged"] = self._judged
         parts.write(layer.index, self._tensors, facts)

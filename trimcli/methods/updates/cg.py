@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimcli.methods.stats import GRAM
+from trimcli.methods.heldout import judge
+from trimcli.methods.stats import FITTING, HELDOUT, LinearStats
 from trimcli.methods.updates.base import Updated, update
 from trimcli.options import above_zero, check_fields, option, positive
 
@@ -29,10 +30,20 @@ class FitOptions:
         check_fields(self)
 
 
-@update("cg", needs={GRAM}, title="CG", source="Hestenes & Stiefel 1952; Meng et al. 2024", options=FitOptions)
+@update(
+    "cg", needs={FITTING, HELDOUT}, title="CG", source="Hestenes & Stiefel 1952; Meng et al. 2024", options=FitOptions
+)
 def cg(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
     """The kept weights become the best under their mask, all rows at once, by conjugate gradients."""
     from trimcli.methods.updates.cg_solver import fitted
 
     keep = choice.of_matrix(weight)
-    return Updated(keep, fitted(weight, keep, choice.stats.gram, ridge=options.ridge, steps=options.cg_steps))
+    found = fitted(weight, keep, choice.stats[FITTING], ridge=options.ridge, steps=options.cg_steps)
+    return never_worse("cg", weight, keep, found, choice.stats)
+
+
+def never_worse(step: str, weight: Tensor, keep: Tensor, found: Tensor, stats: LinearStats) -> Updated:
+    """`found`, zero outside `keep`, where it is no worse on held-out samples than the weights as they were there."""
+    before = weight * keep
+    judged = judge(step, weight, before, found, stats)
+    return Updated(keep, found if judged.better else before, judged.remarks, (judged,))

@@ -1,0 +1,45 @@
+"""Held-out samples: what was fitted on the others is kept only where it is no worse on these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trimcli.methods.stats import HELDOUT, LinearStats
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What held-out samples say of a `step`: squared errors of the outputs, over the dense outputs' square norm."""
+
+    step: str
+    before: float
+    after: float
+
+    @property
+    def better(self) -> bool:
+        """Whether what the step made is kept: it is no worse than what was there before."""
+        return self.after <= self.before
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a report says: something only where the step was in vain."""
+        if self.better:
+            return ()
+        errors = f"{self.after:.4g} on held-out samples, {self.before:.4g} before"
+        return (f"{self.step} would have raised the error ({errors}), so what was before it stays",)
+
+
+def judge(step: str, dense: Tensor, before: Tensor, after: Tensor, stats: LinearStats) -> Judged:
+    """Compare two sparse weights float32 [D_out, D_in] in the place of a dense one. Without held-out samples, equal."""
+    gram = stats[HELDOUT].to(dense.dtype)
+    whole = float(squared(dense, gram)) or 1.0
+    return Judged(step, *(float(squared(one - dense, gram)) / whole for one in (before, after)))
+
+
+def squared(weight: Tensor, gram: Tensor) -> Tensor:
+    """Square norm of the outputs, tr(W G W^T), a scalar. weight: float32 [D_out, D_in]. gram: G, [D_in, D_in]."""
+    return ((weight @ gram) * weight).double().sum()
