@@ -25,12 +25,10 @@ class Judged:
         return self.after <= self.before
 
     @property
-    def remarks(self) -> tuple[str, ...]:
-        """What a report says: something only where the step was in vain."""
-        if self.better:
-            return ()
+    def remark(self) -> str:
+        """What a report says of a step that was undone."""
         errors = f"{self.after:.4g} on held-out samples, {self.before:.4g} before"
-        return (f"{self.step} would have raised the error ({errors}), so what was before it stays",)
+        return f"{self.step} would have raised the error ({errors}), so what was before it stays"
 
 
 def judge(step: str, dense: Tensor, before: Tensor, after: Tensor, stats: LinearStats) -> Judged:

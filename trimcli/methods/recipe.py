@@ -205,8 +205,7 @@ class Recipe:
             choice, judged = swapped(weight, choice)
             refined = (judged,)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
-        remarks = (*(remark for one in refined for remark in one.remarks), *made.remarks)
-        return Outcome(made.keep, made.weight, remarks, (*refined, *made.judged), rows.found)
+        return Outcome(made.keep, made.weight, made.remarks, (*refined, *made.judged), rows.found)
 
 
 def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, int]]) -> None:

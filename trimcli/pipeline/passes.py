@@ -204,6 +204,7 @@ class PartWriter:
             self._tensors.update(row_tensors(linear.name, outcome.rows))
         if outcome.judged:
             self._judged[linear.name] = {one.step: (one.before, one.after) for one in outcome.judged}
+            self._remarks += [f"{linear.name}: {one.remark}" for one in outcome.judged if not one.better]
         for remark in outcome.remarks:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])

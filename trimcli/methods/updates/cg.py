@@ -46,4 +46,4 @@ def never_worse(step: str, weight: Tensor, keep: Tensor, found: Tensor, stats: L
     """`found`, zero outside `keep`, where it is no worse on held-out samples than the weights as they were there."""
     before = weight * keep
     judged = judge(step, weight, before, found, stats)
-    return Updated(keep, found if judged.better else before, judged.remarks, (judged,))
+    return Updated(keep, found if judged.better else before, judged=(judged,))
