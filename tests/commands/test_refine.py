@@ -72,3 +72,21 @@ def test_what_is_printed_and_planned(nano_qwen2: Path, tokens: Path, tmp_path: P
     assert planned - plain >= 2 * 4 * 11_008**2, "two Grams of the widest inputs"
     refused = trim("prune", *shared, "-o", tmp_path / "n", "--refine", "swaps", "--no-propagate")
     assert (refused.status, "--no-propagate with --refine swaps" in refused.err) == (2, True)
+
+
+@pytest.mark.parametrize("more", [("--update", "cg"), ("--method", "admm", "--reconstruct", "layer")])
+def test_the_dense_target(more: Args, nano_qwen2: Path, tokens: Path, tmp_path: Path) -> None:
+    """How far towards it is said by matrix; in the first layer, both models have the same inputs."""
+    found = run(nano_qwen2, tokens, tmp_path / "one", *more, "--target", "dense", "--save-model", tmp_path / "model")
+    document = read_manifest(tmp_path / "one" / "masks")
+    shares = {name: float(next(iter(steps)).rpartition(" ")[2]) for name, steps in document["heldout"].items()}
+    assert len(shares) == 28
+    assert set(shares.values()) <= {0, 0.25, 0.5, 0.75, 1}
+    assert any(share > 0 for name, share in shares.items() if ".layers.0." not in name)
+    for steps in document["heldout"].values():
+        aim = next(pair for step, pair in steps.items() if step.startswith("dense target at"))
+        assert aim[1] <= aim[0]
+    told = {step: of for step, (_, of) in found["heldout"].items() if step.startswith("dense target at")}
+    assert sum(told.values()) == 28
+    assert document["options"]["recipe"]["target"] == "dense"
+    trim_json("verify", tmp_path / "model", "--masks", tmp_path / "one" / "masks")

@@ -6,9 +6,12 @@ from torch import Tensor
 
 from trimcli.errors import OptionError
 from trimcli.methods.stats import (
+    CROSS,
     FITTING,
     GRAM,
     HELDOUT,
+    HELDOUT_CROSS,
+    HELDOUT_DENSE,
     INPUTS,
     SQNORM,
     STATISTICS,
@@ -27,17 +30,29 @@ def samples(count: int = 5, seqlen: int = 4, d_in: int = 6) -> Tensor:
     return torch.randn(count, seqlen, d_in, generator=torch.Generator().manual_seed(0))
 
 
+def dense_inputs(x: Tensor) -> Tensor:
+    """What the dense model's inputs would be: near by."""
+    return x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+
 def gathered(one: Statistic, x: Tensor, batches: list[slice], options: object = None) -> Tensor:
     tensor: Tensor = one(x.shape[2], len(x), CPU, options=options)
     for batch in batches:
-        one.add(tensor, x[batch], batch, len(x))
+        one.add(tensor, x[batch], batch, len(x), *([dense_inputs(x)[batch]] if one.paired else []))
     return one.finish(tensor)
 
 
-def expected_of(x: Tensor) -> dict[str, Tensor]:
+def expected_of(x: Tensor, columns: slice = slice(None)) -> dict[str, Tensor]:
+    whole, x = x, x[:, :, columns]
     flat, count = x.reshape(-1, x.shape[2]), len(x) - max(1, len(x) // 8)
     first, last = x[:count].reshape(-1, x.shape[2]), x[count:].reshape(-1, x.shape[2])
+    dense, last_dense = (
+        dense_inputs(whole)[part, :, columns].flatten(0, 1) for part in (slice(count), slice(count, None))
+    )
     return {
+        "cross": 2 / count * dense.T @ first,
+        "heldout_cross": 2 / (len(x) - count) * last_dense.T @ last,
+        "heldout_dense": 2 / (len(x) - count) * last_dense.T @ last_dense,
         "sqnorm": x.double().square().sum(dim=(0, 1)).div(len(x)).float(),
         "inputs": torch.stack([sample[-1] for sample in x], dim=1),
         "gram": 2 / len(x) * flat.T @ flat,
@@ -47,12 +62,14 @@ def expected_of(x: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_statistics_that_there_are() -> None:
-    named = {"sqnorm": SQNORM, "inputs": INPUTS, "gram": GRAM, "fitting": FITTING, "heldout": HELDOUT}
-    assert dict(STATISTICS) == named
+    known = (SQNORM, INPUTS, GRAM, FITTING, HELDOUT, CROSS, HELDOUT_CROSS, HELDOUT_DENSE)
+    assert dict(STATISTICS) == {one.name: one for one in known}
+    assert [one for one in known if one.paired] == [CROSS, HELDOUT_CROSS, HELDOUT_DENSE]
     assert stored_statistics() == {"norms": SQNORM, "inputs": INPUTS}
-    assert {name for name, one in STATISTICS.items() if one.copies} == {"gram", "fitting"}
+    assert {name for name, one in STATISTICS.items() if one.copies} == {"gram", "fitting", "cross"}
     with pytest.raises(
-        OptionError, match="--stats 'sqnrm' is none of sqnorm, inputs, gram, fitting, heldout; did you mean 'sqnorm'"
+        OptionError,
+        match=r"--stats 'sqnrm' is none of sqnorm, inputs, gram, fitting, heldout, cross, .*; did you mean 'sqnorm'",
     ):
         STATISTICS["sqnrm"]
     with pytest.raises(ValueError, match="a statistic named 'gram' is registered already"):
@@ -118,7 +135,7 @@ def test_the_part_of_some_columns(name: str) -> None:
     columns = slice(1, 4)
     whole = LinearStats(**{name: expected_of(x)[name]})
     part = whole.of(columns)
-    torch.testing.assert_close(part[STATISTICS[name]], expected_of(x[:, :, columns])[name])
+    torch.testing.assert_close(part[STATISTICS[name]], expected_of(x, columns)[name])
     assert part.place == columns
     assert whole.place == slice(None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimcli.methods.stats import HELDOUT, LinearStats
+from trimcli.methods.stats import HELDOUT, HELDOUT_CROSS, HELDOUT_DENSE, LinearStats
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,9 +33,20 @@ class Judged:
 
 def judge(step: str, dense: Tensor, before: Tensor, after: Tensor, stats: LinearStats) -> Judged:
     """Compare two sparse weights float32 [D_out, D_in] in the place of a dense one. Without held-out samples, equal."""
+    return Judged(step, *(error(dense, one, stats) for one in (before, after)))
+
+
+def error(dense: Tensor, found: Tensor, stats: LinearStats) -> float:
+    """Squared error of held-out outputs over the dense ones' square norm; both weights float32 [D_out, D_in].
+
+    Dense outputs are those on the same inputs, or on the dense model's where the statistics tell of them, too.
+    """
     gram = stats[HELDOUT].to(dense.dtype)
-    whole = float(squared(dense, gram)) or 1.0
-    return Judged(step, *(float(squared(one - dense, gram)) / whole for one in (before, after)))
+    if HELDOUT_CROSS not in stats:
+        return float(squared(found - dense, gram)) / (float(squared(dense, gram)) or 1.0)
+    both = ((dense @ stats[HELDOUT_CROSS].to(dense.dtype)) * found).double().sum()
+    whole = squared(dense, stats[HELDOUT_DENSE].to(dense.dtype))
+    return float(squared(found, gram) - 2 * both + whole) / (float(whole) or 1.0)
 
 
 def squared(weight: Tensor, gram: Tensor) -> Tensor:

@@ -22,16 +22,14 @@ if TYPE_CHECKING:
     source="Boža 2024; Meng et al. 2024, section 3",
     options=FitOptions,
     chooses=True,
+    aims=True,
 )
 def admm(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
     """Mask and weights together, by alternating directions; then the weights by conjugate gradients."""
     from trimcli.methods.updates.admm_solver import alternated
-    from trimcli.methods.updates.cg_solver import fitted
 
-    gram = choice.stats[FITTING]
     keep, start = alternated(weight, choice, ridge=options.ridge, steps=options.admm_steps)
-    found = fitted(weight, keep, gram, ridge=options.ridge, steps=options.cg_steps, start=start)
-    return never_worse("admm", weight, keep, found, choice.stats)
+    return never_worse("admm", weight, keep, choice.stats, options, start)
 
 
 method(

@@ -29,11 +29,13 @@ class Updated:
 class Update(Entry):
     """An update: function(weight float32 [D_out, D_in], choice[, options]) gives Updated.
 
-    changes: the kept weights. chooses: which ones, too, so that a mask refined beforehand would be lost.
+    changes: the kept weights. chooses: which ones, too, so that a mask refined beforehand would be lost. aims: at the
+    dense model's own outputs, where statistics tell of its inputs.
     """
 
     changes: bool = True
     chooses: bool = False
+    aims: bool = False
 
 
 UPDATES = Registry("update", "--update", Update)

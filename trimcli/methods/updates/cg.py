@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimcli.methods.heldout import judge
-from trimcli.methods.stats import FITTING, HELDOUT, LinearStats
+from trimcli.methods.heldout import Judged, judge
+from trimcli.methods.stats import CROSS, FITTING, HELDOUT, LinearStats
 from trimcli.methods.updates.base import Updated, update
 from trimcli.options import above_zero, check_fields, option, positive
 
@@ -31,19 +31,34 @@ class FitOptions:
 
 
 @update(
-    "cg", needs={FITTING, HELDOUT}, title="CG", source="Hestenes & Stiefel 1952; Meng et al. 2024", options=FitOptions
+    "cg",
+    needs={FITTING, HELDOUT},
+    title="CG",
+    source="Hestenes & Stiefel 1952; Meng et al. 2024",
+    options=FitOptions,
+    aims=True,
 )
 def cg(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
     """The kept weights become the best under their mask, all rows at once, by conjugate gradients."""
+    return never_worse("cg", weight, choice.of_matrix(weight), choice.stats, options)
+
+
+def never_worse(
+    step: str, weight: Tensor, keep: Tensor, stats: LinearStats, options: FitOptions, start: Tensor | None = None
+) -> Updated:
+    """The weights fitted under `keep`, or as they were there where that is better on held-out samples.
+
+    start: where the fit begins. Where the statistics tell of the dense model's inputs, its own outputs are aimed at.
+    """
+    from trimcli.methods.updates.aim import aimed
     from trimcli.methods.updates.cg_solver import fitted
 
-    keep = choice.of_matrix(weight)
-    found = fitted(weight, keep, choice.stats[FITTING], ridge=options.ridge, steps=options.cg_steps)
-    return never_worse("cg", weight, keep, found, choice.stats)
+    def fit(target: Tensor, start: Tensor | None) -> Tensor:
+        return fitted(target, keep, stats[FITTING], ridge=options.ridge, steps=options.cg_steps, start=start)
 
-
-def never_worse(step: str, weight: Tensor, keep: Tensor, found: Tensor, stats: LinearStats) -> Updated:
-    """`found`, zero outside `keep`, where it is no worse on held-out samples than the weights as they were there."""
-    before = weight * keep
-    judged = judge(step, weight, before, found, stats)
-    return Updated(keep, found if judged.better else before, judged=(judged,))
+    found, before, judged = fit(weight, start), weight * keep, list[Judged]()
+    if CROSS in stats:
+        found, chosen = aimed(weight, found, stats, options.ridge, lambda target: fit(target, found))
+        judged.append(chosen)
+    judged.append(judge(step, weight, before, found, stats))
+    return Updated(keep, found if judged[-1].better else before, judged=tuple(judged))
