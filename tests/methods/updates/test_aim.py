@@ -9,7 +9,7 @@ from trimcli.errors import OptionError
 from trimcli.methods.choice import Target
 from trimcli.methods.heldout import error
 from trimcli.methods.recipe import Recipe
-from trimcli.methods.stats import LinearStats
+from trimcli.methods.stats import FITTING, LinearStats
 from trimcli.methods.updates.aim import SHARES, aimed, dense_target
 from trimcli.methods.updates.cg_solver import fitted
 
@@ -58,7 +58,10 @@ def test_held_out_samples_say_how_far(heldout: float | None, share: float) -> No
     """Where these lose what the others lose, all the way; where they lose nothing or the contrary, not at all."""
     weight, stats, (_, _, x, z) = paired(heldout=heldout)
     keep = weight.abs() > 0.1
-    fit = lambda target: fitted(target, keep, stats.tensors["fitting"], ridge=0.01, steps=200)  # noqa: E731
+
+    def fit(target: Tensor) -> Tensor:
+        return fitted(target, keep, stats[FITTING], ridge=0.01, steps=200)
+
     found, judged = aimed(weight, fit(weight), stats, 0.01, fit)
     target = dense_target(weight, stats, 0.01)
     errors = {}

@@ -6,7 +6,7 @@ from torch import Tensor
 from trimcli.methods.masks import slices
 
 # A pair is looked for among so many weights that alone would cost least, and as many that would bring most.
-CANDIDATES = 16
+CANDIDATES = 8
 # Swaps of a row: at most this share of its weights.
 SHARE = 0.25
 # Swaps between looks at which rows are still at it, for each of which the host waits for an accelerator.
@@ -49,32 +49,32 @@ def search(
 def _rows(
     weight: Tensor, keep: Tensor, gram: Tensor, allowed: Tensor, group: int | None, candidates: int, swaps: int
 ) -> Tensor:
-    result, keep = keep.clone(), keep.clone()
-    diagonal = gram.diagonal()
-    gone = weight * ~keep
+    result = keep.clone()
+    alone, gone = weight.square() * gram.diagonal(), weight * ~keep
     pulls = gone @ gram
     least = -LEAST * (gone * pulls).sum(dim=1)
+    # What each weight alone adds to the error, infinite where it cannot go, or return: adding is faster than masking.
+    going, coming = alone.masked_fill(~keep, torch.inf), alone.masked_fill_(keep | ~allowed, torch.inf)
     left = torch.arange(len(weight), device=weight.device)  # the rows still at it, as places in the result
     for step in range(1, swaps + 1):
-        alone, linear = weight.square() * diagonal, 2 * weight * pulls
-        costs = (alone + linear).masked_fill_(~keep, torch.inf)
-        gains = (alone - linear).masked_fill_(keep | ~allowed, torch.inf)
+        linear = 2 * weight * pulls
+        costs, gains = going + linear, coming - linear
         if group is None:
-            change, going, coming = _among_candidates(weight, costs, gains, gram, candidates)
+            change, out, back = _among_candidates(weight, costs, gains, gram, candidates)
         else:
-            change, going, coming = _inside_groups(weight, costs, gains, gram, group)
-        moves = change < least
-        rows = torch.arange(len(weight), device=weight.device)
-        keep[rows, going] &= ~moves
-        keep[rows, coming] |= moves
-        for places, sign in ((going, 1), (coming, -1)):
-            pulls.addcmul_(gram[places], (weight[rows, places] * moves).unsqueeze(1), value=sign)
+            change, out, back = _inside_groups(weight, costs, gains, gram, group)
+        moves, rows = change < least, torch.arange(len(weight), device=weight.device)
+        for place, source, target, sign in ((out, going, coming, 1), (back, coming, going, -1)):
+            own = source[rows, place]
+            target[rows, place] = torch.where(moves, own, target[rows, place])
+            source[rows, place] = own.masked_fill(moves, torch.inf)
+            pulls.addcmul_(gram.index_select(0, place), (weight[rows, place] * moves).unsqueeze(1), value=sign)
         if step % LOOK == 0 or step == swaps:
-            result[left] = keep
+            result[left] = going.isfinite()
             if not bool(moves.any()):
                 break
-            left, weight, keep, pulls = left[moves], weight[moves], keep[moves], pulls[moves]
-            allowed, least = allowed[moves], least[moves]
+            left, weight, pulls, going = left[moves], weight[moves], pulls[moves], going[moves]
+            coming, least = coming[moves], least[moves]
     return result
 
 
