@@ -18,7 +18,7 @@ from trimcli.demo import write_texts
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.tensors import read_manifest
-from trimcli.methods.stats import INPUTS, SQNORM, STATISTICS
+from trimcli.methods.stats import INPUTS, SQNORM, STATISTICS, stored_statistics
 from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.walk import Walk
 
@@ -49,7 +49,8 @@ def test_the_file_holds_tokens_and_statistics(base: Path) -> None:
     skeleton = skeleton_of(base / "model")
     walk = Walk(skeleton, tokens, batch_size=2)
     for layer in walk.layers():
-        collector = Collector(walk.groups(layer), frozenset(STATISTICS), 5, 16, skeleton.device)
+        needs = frozenset(one.name for one in stored_statistics().values())
+        collector = Collector(walk.groups(layer), needs, 5, 16, skeleton.device)
         walk.advance(layer, collector)
         for name, expected in collector.by_linear().items():
             stats = found.statistics(name)

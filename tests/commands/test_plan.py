@@ -98,6 +98,8 @@ def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
         (Recipe(update="obs", propagate=True), 1.75),
         (Recipe(method="magnitude", reconstruct="layer", reconstruct_steps=8), 0.75 + 1 + 24),
         (Recipe(reconstruct="layer", reconstruct_steps=8), 1.75 + 1 + 24),
+        (Recipe(update="cg"), 1.75),
+        (Recipe(update="cg", target="dense"), 1.75 + 2),
         (Recipe(rows="trim", propagate=False), 0),
     ],
 )

@@ -59,7 +59,10 @@ RECIPES: dict[str, Recipe] = {
     "obs, no update": Recipe(method="obs"),
     "wanda + obs": Recipe(update="obs", options=(ObsOptions(block_size=24),)),
     "variant + obs": Recipe(rows="variant", update="obs"),
+    "wanda + swaps": Recipe(refine="swaps"),
+    "wanda + trim + swaps, cg": Recipe(**TRIM, refine="swaps", update="cg"),
 }
+PATTERNED = ["wanda", "wanda + swaps", "magnitude", "wanda + barber", "sparsegpt", "sparsegpt + barber"]
 ALLOCATIONS: dict[str, AllocateOptions] = {
     "uniform": AllocateOptions(sparsity=0.613),
     "owl": AllocateOptions(method="owl", sparsity=0.55, options=(OwlOptions(hyper_m=3.0),)),
@@ -151,7 +154,7 @@ def test_the_ends_of_the_range(recipe: Recipe, sparsity: float, base: Path, tmp_
         assert zeros(found.keep(name)) == matrix_budget(*found.shape(name), sparsity)
 
 
-@pytest.mark.parametrize("recipe", ["wanda", "magnitude", "wanda + barber", "sparsegpt", "sparsegpt + barber"])
+@pytest.mark.parametrize("recipe", PATTERNED)
 def test_n_of_m_patterns(recipe: str, base: Path, tmp_path: Path) -> None:
     chosen = replace(RECIPES[recipe], options=())
     found = run(base, tmp_path, recipe=chosen, sparsity_type="2:4", save_model=tmp_path / "pruned")

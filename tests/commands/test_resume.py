@@ -28,6 +28,8 @@ CASES: dict[str, tuple[Recipe, str, int, int]] = {
     "trim": (Recipe(**TRIM), "layer 3/3", 1, 2),
     "trim, inputs anew": (Recipe(**TRIM, input_recalc=True), "layer 2/3 collect", 3, 1),
     "sparsegpt": (Recipe(method="sparsegpt"), "layer 3/3", 1, 2),
+    "towards the dense model": (Recipe(method="admm", target="dense"), "layer 3/3", 2, 2),
+    "swaps and cg": (Recipe(refine="swaps", update="cg"), "layer 3/3", 1, 2),
     "the second pass": (Recipe(barber=BarberOptions(threshold=0.5)), "gradients of", 3, LAYERS + 1),
     "the second pass at its start": (Recipe(barber=BarberOptions()), "rebuilding layers", 1, LAYERS),
     "writing the model": (Recipe(), "writing", 1, LAYERS),
@@ -112,6 +114,7 @@ def test_no_resume_starts_over(base: Path, tmp_path: Path) -> None:
         {"skip": ("*.q_proj",)},
         {"recipe": Recipe(propagate=False)},
         {"recipe": Recipe(rows="trim")},
+        {"recipe": Recipe(refine="swaps")},
     ],
 )
 def test_another_command_does_not_take_over(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:

@@ -6,13 +6,19 @@ from torch import Tensor
 
 from trimcli.errors import OptionError
 from trimcli.methods.stats import (
+    CROSS,
+    FITTING,
     GRAM,
+    HELDOUT,
+    HELDOUT_CROSS,
+    HELDOUT_DENSE,
     INPUTS,
     SQNORM,
     STATISTICS,
     GramOptions,
     LinearStats,
     Statistic,
+    fitting_samples,
     statistic,
     stored_statistics,
 )
@@ -24,27 +30,47 @@ def samples(count: int = 5, seqlen: int = 4, d_in: int = 6) -> Tensor:
     return torch.randn(count, seqlen, d_in, generator=torch.Generator().manual_seed(0))
 
 
+def dense_inputs(x: Tensor) -> Tensor:
+    """What the dense model's inputs would be: near by."""
+    return x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+
+
 def gathered(one: Statistic, x: Tensor, batches: list[slice], options: object = None) -> Tensor:
     tensor: Tensor = one(x.shape[2], len(x), CPU, options=options)
     for batch in batches:
-        one.add(tensor, x[batch], batch, len(x))
+        one.add(tensor, x[batch], batch, len(x), *([dense_inputs(x)[batch]] if one.paired else []))
     return one.finish(tensor)
 
 
-def expected_of(x: Tensor) -> dict[str, Tensor]:
-    flat = x.reshape(-1, x.shape[2])
+def expected_of(x: Tensor, columns: slice = slice(None)) -> dict[str, Tensor]:
+    whole, x = x, x[:, :, columns]
+    flat, count = x.reshape(-1, x.shape[2]), len(x) - max(1, len(x) // 8)
+    first, last = x[:count].reshape(-1, x.shape[2]), x[count:].reshape(-1, x.shape[2])
+    dense, last_dense = (
+        dense_inputs(whole)[part, :, columns].flatten(0, 1) for part in (slice(count), slice(count, None))
+    )
     return {
+        "cross": 2 / count * dense.T @ first,
+        "heldout_cross": 2 / (len(x) - count) * last_dense.T @ last,
+        "heldout_dense": 2 / (len(x) - count) * last_dense.T @ last_dense,
         "sqnorm": x.double().square().sum(dim=(0, 1)).div(len(x)).float(),
         "inputs": torch.stack([sample[-1] for sample in x], dim=1),
         "gram": 2 / len(x) * flat.T @ flat,
+        "fitting": 2 / count * first.T @ first,
+        "heldout": 2 / (len(x) - count) * last.T @ last,
     }
 
 
 def test_the_statistics_that_there_are() -> None:
-    assert dict(STATISTICS) == {"sqnorm": SQNORM, "inputs": INPUTS, "gram": GRAM}
+    known = (SQNORM, INPUTS, GRAM, FITTING, HELDOUT, CROSS, HELDOUT_CROSS, HELDOUT_DENSE)
+    assert dict(STATISTICS) == {one.name: one for one in known}
+    assert [one for one in known if one.paired] == [CROSS, HELDOUT_CROSS, HELDOUT_DENSE]
     assert stored_statistics() == {"norms": SQNORM, "inputs": INPUTS}
-    assert {name for name, one in STATISTICS.items() if one.copies} == {"gram"}
-    with pytest.raises(OptionError, match="--stats 'sqnrm' is none of sqnorm, inputs, gram; did you mean 'sqnorm'"):
+    assert {name for name, one in STATISTICS.items() if one.copies} == {"gram", "fitting", "cross"}
+    with pytest.raises(
+        OptionError,
+        match=r"--stats 'sqnrm' is none of sqnorm, inputs, gram, fitting, heldout, cross, .*; did you mean 'sqnorm'",
+    ):
         STATISTICS["sqnrm"]
     with pytest.raises(ValueError, match="a statistic named 'gram' is registered already"):
         statistic(
@@ -57,7 +83,7 @@ def test_the_statistics_that_there_are() -> None:
         )
 
 
-@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+@pytest.mark.parametrize("name", STATISTICS)
 def test_each_is_its_formula_whatever_the_batches(name: str) -> None:
     x = samples()
     for batches in ([slice(0, 5)], [slice(0, 2), slice(2, 5)], [slice(i, i + 1) for i in range(5)]):
@@ -73,30 +99,43 @@ def test_what_is_kept_by_sample_may_come_again_and_in_any_order(name: str) -> No
     assert torch.equal(gathered(one, x, [slice(3, 5), slice(0, 3), slice(0, 3), slice(2, 4)]), plain)
 
 
+@pytest.mark.parametrize(("nsamples", "fitted"), [(1, 1), (2, 1), (7, 6), (8, 7), (15, 14), (16, 14), (128, 112)])
+def test_an_eighth_of_the_samples_is_held_out(nsamples: int, fitted: int) -> None:
+    assert fitting_samples(nsamples) == fitted
+    x = samples(nsamples)
+    for size in (1, 3, nsamples):
+        batches = [slice(start, min(start + size, nsamples)) for start in range(0, nsamples, size)]
+        fitting, heldout = (gathered(one, x, batches) for one in (FITTING, HELDOUT))
+        whole = (fitting * fitted + heldout * (nsamples - fitted)) / nsamples
+        torch.testing.assert_close(whole, 2 / nsamples * x.flatten(0, 1).T @ x.flatten(0, 1))
+        last = x[fitted:].flatten(0, 1)
+        torch.testing.assert_close(heldout * (nsamples - fitted), 2 * last.T @ last)
+
+
 def test_the_gram_is_accumulated_in_the_dtype_asked_for() -> None:
     x = samples()
     wide = gathered(GRAM, x, [slice(0, 5)], GramOptions("float64"))
     assert wide.dtype == torch.float64
     flat = x.double().reshape(-1, 6)
     torch.testing.assert_close(wide, 2 / 5 * flat.T @ flat)
-    assert GRAM.options is GramOptions
+    assert {one.options for one in (GRAM, FITTING, HELDOUT)} == {GramOptions}
     with pytest.raises(OptionError, match="--gram-dtype 'float16' is none of float32, float64"):
         GramOptions("float16")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+@pytest.mark.parametrize("name", STATISTICS)
 def test_memory_while_it_is_gathered(name: str) -> None:
     one = STATISTICS[name]
     assert one(7, 3, CPU).nbytes == one.nbytes(7, 3)
 
 
-@pytest.mark.parametrize("name", ["sqnorm", "inputs", "gram"])
+@pytest.mark.parametrize("name", STATISTICS)
 def test_the_part_of_some_columns(name: str) -> None:
     x = samples()
     columns = slice(1, 4)
     whole = LinearStats(**{name: expected_of(x)[name]})
     part = whole.of(columns)
-    torch.testing.assert_close(part[STATISTICS[name]], expected_of(x[:, :, columns])[name])
+    torch.testing.assert_close(part[STATISTICS[name]], expected_of(x, columns)[name])
     assert part.place == columns
     assert whole.place == slice(None)
 

@@ -14,7 +14,7 @@ from trimcli.methods.stats import GRAM, STATISTICS, GramOptions, LinearStats
 from trimcli.pipeline.collector import Collector, find_groups, refuse_unusable
 from trimcli.pipeline.walk import Walk
 
-ALL = frozenset(STATISTICS)
+ALL = frozenset(name for name, one in STATISTICS.items() if not one.paired)
 
 
 def own_inputs(model_directory: Path, names: list[str], tokens: Tensor) -> dict[str, Tensor]:
@@ -46,11 +46,43 @@ def test_statistics_are_the_formulas(family: str, batch_size: int, tmp_path: Pat
             x = inputs[name].double()
             sqnorm = x.square().sum(dim=(0, 1)) / len(tokens)
             gram = 2 / len(tokens) * torch.einsum("nli,nlj->ij", x, x)
-            assert set(found.tensors) == {"sqnorm", "inputs", "gram"}
+            assert set(found.tensors) == ALL
             assert (found.sqnorm.dtype, found.inputs.dtype) == (torch.float32, torch.float32)
             torch.testing.assert_close(found.sqnorm.double(), sqnorm, rtol=1e-4, atol=1e-6)
             torch.testing.assert_close(found.inputs.double(), x[:, -1].T, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found.gram.double(), gram, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_inputs_of_two_models_are_paired(family: str, batch_size: int, tmp_path: Path) -> None:
+    """Hidden states of other tokens stand for the dense model's."""
+    model = save_family(family, tmp_path / family)
+    draw = torch.Generator().manual_seed(1)
+    tokens, others = (torch.randint(2, VOCABULARY, (5, 12), generator=draw) for _ in range(2))
+    skeleton = skeleton_of(model)
+    names = list(skeleton.linears)
+    inputs, dense = own_inputs(model, names, tokens), own_inputs(model, names, others)
+    walk, other = (Walk(skeleton, one, batch_size=batch_size) for one in (tokens, others))
+    for layer in walk.layers():
+        beside = lambda rows, layer=layer: walk.call(layer, rows, other.states(rows))  # noqa: E731
+        paired = frozenset({"fitting", "heldout", "cross", "heldout_cross", "heldout_dense"})
+        collector = Collector(walk.groups(layer), paired, 5, 12, skeleton.device, dense=beside)
+        walk.collect(layer, collector)
+        for name, found in collector.by_linear().items():
+            (x, held), (z, held_z) = ((one[name][:4], one[name][4]) for one in (inputs, dense))
+            expected = {
+                "fitting": 2 / 4 * torch.einsum("nli,nlj->ij", x, x),
+                "heldout": 2 * held.T @ held,
+                "cross": 2 / 4 * torch.einsum("nli,nlj->ij", z, x),
+                "heldout_cross": 2 * held_z.T @ held,
+                "heldout_dense": 2 * held_z.T @ held_z,
+            }
+            assert set(found.tensors) == set(expected)
+            for kind, tensor in expected.items():
+                torch.testing.assert_close(found.tensors[kind], tensor, rtol=1e-4, atol=1e-4)
+        other.advance(layer)
+        walk.advance(layer)
 
 
 def test_the_gram_in_float64(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def _print(found: "PruneSummary") -> None:
     rows = [(layer, f"{sparsity:.4f}", bar(sparsity)) for layer, sparsity in found.layers.items()]
     show(rows_table(("layer", "sparsity", ""), rows))
     zeros = f"{found.zeros:,} of {found.weights:,} weights, {found.linears} linears"
+    stood = found.heldout.items()
     improved = f"row sparsities beat uniform in {found.rows_improved} of {found.linears} linears"
     facts(
         {
@@ -52,6 +53,7 @@ def _print(found: "PruneSummary") -> None:
             "model": found.model_directory,
             "sparsity": f"{found.sparsity:.4%} ({zeros})",
             "TRIM": None if found.rows_improved is None else improved,
+            "held out": "; ".join(f"{step} stands in {some} of {all_} linears" for step, (some, all_) in stood) or None,
             "resumed": f"after {found.resumed} layers" if found.resumed else None,
             "seconds": f"{found.seconds:.1f}",
             "peak memory": memory(found.peak_memory),

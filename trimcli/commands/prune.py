@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
 from trimcli.methods import masks
 from trimcli.methods.stats import stored_statistics
-from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.model.skeleton import DecoderLayer, Skeleton, open_model
 from trimcli.pipeline.passes import Passes
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.pipeline.proof import prove
@@ -41,7 +41,10 @@ KeepOf = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class PruneSummary:
-    """What prune did. layers: sparsity by decoder layer. resumed: layers that an earlier run had finished."""
+    """What prune did. layers: sparsity by decoder layer. resumed: layers that an earlier run had finished.
+
+    heldout: by step, in how many matrices held-out samples let it stand, of how many.
+    """
 
     masks: Path
     sparsity: float
@@ -51,6 +54,7 @@ class PruneSummary:
     layers: dict[str, float]
     model_directory: Path | None
     rows_improved: int | None
+    heldout: dict[str, tuple[int, int]]
     remarks: tuple[str, ...]
     resumed: int
     seconds: float
@@ -102,11 +106,21 @@ def prune(
         layers=layers,
         model_directory=options.save_model,
         rows_improved=improved,
+        heldout=_stood(document["heldout"].values()),
         remarks=tuple(document["remarks"]),
         resumed=resumed,
         seconds=time.monotonic() - started,
         peak_memory=memory.document(),
     )
+
+
+def _stood(judged: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[int, int]]:
+    """By step, how many were no worse after it than before, and of how many."""
+    errors: dict[str, list[tuple[float, float]]] = {}
+    for steps in judged:
+        for step, pair in steps.items():
+            errors.setdefault(step, []).append(pair)
+    return {step: (sum(after <= before for before, after in pairs), len(pairs)) for step, pairs in errors.items()}
 
 
 def _refuse_outputs(model: str, output: Path, options: PruneOptions, *, force: bool) -> None:
@@ -206,6 +220,10 @@ class _Run:
         layers = [(layer, parts.read(layer.index)) for layer in self.skeleton.layers]
         homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
         options = self.options
+
+        def first(layer: DecoderLayer) -> Mapping[str, Any]:
+            return rows.read(layer.index).facts
+
         before = [self.calibration.manifest] if self.calibration else []
         before += [read_json(self.ratios)] if self.ratios else []
         document = manifest(
@@ -221,6 +239,7 @@ class _Run:
             remarks=[remark for _, part in layers for remark in part.facts["remarks"]],
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
             reconstruction={layer.name: part.facts.get("errors") for layer, part in layers},
+            heldout={name: entry for layer, _ in layers for name, entry in first(layer)["judged"].items()},
             compute_dtype=dtype_name(self.skeleton.dtype),
             bos=self.calibration.manifest.get("bos") if self.calibration else None,
         )
@@ -229,7 +248,7 @@ class _Run:
             return masks.unpack(homes[name].load(f"{name}.keep"), self.skeleton.linears[name].d_in)
 
         shapes = {linear.name: linear.shape for linear in self.linears}
-        facts = {name: row for layer, _ in layers for name, row in rows.read(layer.index).facts["rows"].items()}
+        facts = {name: row for layer, _ in layers for name, row in first(layer)["rows"].items()}
         improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows != "even" else None
         with all_or_none():  # where it fails, the same command writes them from the part files, which stay
             complete = write_masks(output, document, shapes, keep, force=force)

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimcli.errors import OptionError
 from trimcli.methods.blocks.options import BarberOptions
 from trimcli.methods.choice import Choice, Target
+from trimcli.methods.heldout import Judged
 from trimcli.methods.named import Method, method_called, methods
+from trimcli.methods.refine.swaps import swapped
 from trimcli.methods.rows.base import ROWS, RowAllocation, Rows
 from trimcli.methods.scores import SCORES, Score
-from trimcli.methods.stats import STATISTICS, LinearStats
+from trimcli.methods.stats import AIMING, FITTING, HELDOUT, STATISTICS, LinearStats
 from trimcli.methods.updates.base import UPDATES, Update, Updated
 from trimcli.methods.updates.obs import ObsOptions
 from trimcli.options import Numerics, check_fields, option, positive
@@ -58,6 +60,17 @@ class Recipe:
     )
     input_recalc: bool = option(
         False, "Collect last-token inputs anew once the linears before are pruned.", panel="TRIM rows"
+    )
+    refine: Literal["none", "swaps"] = option(
+        "none",
+        "swaps: inside each row, weights go and return in pairs as long as the outputs come nearer to the dense ones.",
+        panel="Refinement",
+    )
+    target: Literal["pruned", "dense"] = option(
+        "pruned",
+        "What cg and admm aim at: dense weights' outputs on the pruned model's inputs, or on the dense model's, as far "
+        "as held-out samples speak for it.",
+        panel="Conjugate gradients and ADMM",
     )
     reconstruct: Literal["none", "layer"] = option(
         "none",
@@ -110,7 +123,9 @@ class Recipe:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Names of the statistics that choosing reads."""
-        return self.scoring.needs | self.allocating.needs | self.updating.needs
+        refining = {FITTING.name, HELDOUT.name} if self.refine == "swaps" else set()
+        aiming = AIMING if self.target == "dense" else frozenset()
+        return self.scoring.needs | self.allocating.needs | self.updating.needs | refining | aiming
 
     @property
     def changes_weights(self) -> bool:
@@ -118,6 +133,11 @@ class Recipe:
         if self.reconstructs:
             return True
         return self.updating.changes and (self.barber is None or self.barber.retain_reconstruction)
+
+    @property
+    def needs_dense_walk(self) -> bool:
+        """Whether the dense model's hidden states go along with the pruned model's."""
+        return self.reconstructs or self.target == "dense"
 
     @property
     def reconstructs(self) -> bool:
@@ -135,6 +155,8 @@ class Recipe:
             "propagate": self.propagate,
             "input_recalc": self.input_recalc,
             "barber": asdict(self.barber) if self.barber else None,
+            "refine": None if self.refine == "none" else self.refine,
+            "target": None if self.target == "pruned" else self.target,
             "reconstruct": self._reconstruction(),
             "options": {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options},
         }
@@ -160,6 +182,15 @@ class Recipe:
         refuse(only not in (None, self.scoring.name), f"{rows} with {named}: it is made for {only}")
         idle = again and "inputs" not in self.allocating.needs
         refuse(idle, "--input-recalc without --use-trim: only TRIM reads the inputs again")
+        refining = f"--refine {self.refine}"
+        refuse(on_dense and self.refine == "swaps", f"--no-propagate with {refining}: it works on pruned inputs")
+        chooses = self.refine == "swaps" and self.updating.chooses
+        refuse(chooses, f"{refining} with --update {self.updating.name}: it chooses which weights stay by itself")
+        dense_target = self.target == "dense"
+        refuse(on_dense and dense_target, "--no-propagate with --target dense: it needs the dense and pruned inputs")
+        refuse(self.barber and dense_target, "--prune-barber with --target dense: it rebuilds on sparse inputs")
+        aimless = dense_target and not self.updating.aims
+        refuse(aimless, f"--target dense with --update {self.updating.name}: only cg and admm aim at outputs")
         refuse(on_dense and needy, f"--no-propagate with {named}: its {' and '.join(needy)} comes from a forward pass")
         refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
         refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
@@ -187,8 +218,12 @@ class Recipe:
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
         free = weight != 0 if keep_zeros and (self.updating.changes or self.reconstructs) else None
         choice = replace(choice, keep=rows.keep, free=free, compare=rows.compare)
+        refined: tuple[Judged, ...] = ()
+        if self.refine == "swaps":
+            choice, judged = swapped(weight, choice)
+            refined = (judged,)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
-        return Outcome(made.keep, made.weight, made.remarks, rows.found)
+        return Outcome(made.keep, made.weight, made.remarks, (*refined, *made.judged), rows.found)
 
 
 def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, int]]) -> None:

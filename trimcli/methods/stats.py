@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# One sample in so many is held out of what is fitted.
+HELDOUT_SHARE = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Statistic(Entry):
@@ -23,7 +26,7 @@ class Statistic(Entry):
     add(gathered, inputs [n, L, D_in], samples, N): takes in a batch, `samples` its slice of 0..N-1. finish(gathered):
     what methods read. columns(tensor, slice): its part of some columns. nbytes(d_in, nsamples): memory, and `copies`
     more of it while a matrix is pruned. stored: its name in `calibrate --stats`; None for what is only collected while
-    pruning.
+    pruning. paired: `add` takes the dense model's inputs of the batch, too, as its last argument.
     """
 
     add: Callable[..., None]
@@ -32,6 +35,7 @@ class Statistic(Entry):
     columns: Callable[[Tensor, slice], Tensor] = lambda tensor, place: tensor[place]
     stored: str | None = None
     copies: int = 0
+    paired: bool = False
 
 
 STATISTICS = Registry("statistic", "--stats", Statistic)
@@ -124,6 +128,49 @@ def _add_gram(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -
     gathered.addmm_(flat.T, flat, alpha=2.0 / nsamples)
 
 
+def fitting_samples(nsamples: int) -> int:
+    """How many samples, the first ones, are fitted on; the others, an eighth and at least one, are held out.
+
+    All where there is one only.
+    """
+    return nsamples - max(1, nsamples // HELDOUT_SHARE) if nsamples > 1 else nsamples
+
+
+def _add_fitting(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
+    count = fitting_samples(nsamples)
+    if samples.start < count:
+        _add_gram(gathered, inputs[: count - samples.start], samples, count)
+
+
+def _add_heldout(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
+    count = fitting_samples(nsamples)
+    if samples.stop > count:
+        _add_gram(gathered, inputs[max(0, count - samples.start) :], samples, nsamples - count)
+
+
+def _add_cross(gathered: Tensor, inputs: Tensor, count: int, dense: Tensor) -> None:
+    first, second = (one.reshape(-1, one.shape[-1]).to(gathered.dtype) for one in (dense, inputs))
+    gathered.addmm_(first.T, second, alpha=2.0 / count)
+
+
+def _add_fitting_cross(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int, dense: Tensor) -> None:
+    count = fitting_samples(nsamples)
+    if samples.start < count:
+        mine = slice(count - samples.start)
+        _add_cross(gathered, inputs[mine], count, dense[mine])
+
+
+def _add_heldout_cross(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int, dense: Tensor) -> None:
+    count = fitting_samples(nsamples)
+    if samples.stop > count:
+        mine = slice(max(0, count - samples.start), None)
+        _add_cross(gathered, inputs[mine], nsamples - count, dense[mine])
+
+
+def _add_heldout_dense(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int, dense: Tensor) -> None:
+    _add_heldout(gathered, dense, samples, nsamples)
+
+
 @dataclass(frozen=True)
 class GramOptions:
     """How the Gram is accumulated. Raises OptionError for another dtype."""
@@ -156,14 +203,28 @@ INPUTS = statistic(
     nbytes=lambda d_in, nsamples: 4 * d_in * nsamples,
     stored="inputs",
 )
-GRAM = statistic(
-    "gram",
-    lambda d_in, nsamples, device, options: _zeros((d_in, d_in), device, options.gram_dtype),
-    help="Gram H = (2/N) * sum_j X_j^T X_j, [D_in, D_in]",
-    source="Frantar & Alistarh 2023, section 3",
-    add=_add_gram,
-    nbytes=lambda d_in, nsamples: 4 * d_in * d_in,
-    columns=lambda tensor, place: tensor[place, place],
-    options=GramOptions,
-    copies=5,
-)
+
+
+def _gram_like(name: str, add: Callable[..., None], help: str, **more: Any) -> Statistic:
+    return statistic(
+        name,
+        lambda d_in, nsamples, device, options: _zeros((d_in, d_in), device, options.gram_dtype),
+        help=f"{help}, [D_in, D_in]",
+        source="Frantar & Alistarh 2023, section 3",
+        add=add,
+        nbytes=lambda d_in, nsamples: 4 * d_in * d_in,
+        columns=lambda tensor, place: tensor[place, place],
+        options=GramOptions,
+        **more,
+    )
+
+
+GRAM = _gram_like("gram", _add_gram, "Gram H = (2/N) * sum_j X_j^T X_j", copies=5)
+# A sample is in one of the two, so that together they take no longer to gather than the Gram.
+FITTING = _gram_like("fitting", _add_fitting, "Gram of all samples but those held out", copies=5)
+HELDOUT = _gram_like("heldout", _add_heldout, "Gram of the held-out samples, the last eighth")
+# Of the dense model's inputs Z_j and the pruned one's X_j of the same samples.
+CROSS = _gram_like("cross", _add_fitting_cross, "sum_j Z_j^T X_j of all samples but these", paired=True, copies=1)
+HELDOUT_CROSS = _gram_like("heldout_cross", _add_heldout_cross, "the same of the held-out samples", paired=True)
+HELDOUT_DENSE = _gram_like("heldout_dense", _add_heldout_dense, "Gram of their dense inputs Z_j", paired=True)
+AIMING = frozenset({CROSS.name, HELDOUT_CROSS.name, HELDOUT_DENSE.name})

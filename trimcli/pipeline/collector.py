@@ -68,7 +68,10 @@ def _part(name: str, linears: Collection[str], unused: Collection[str]) -> str:
 
 @dataclass
 class Collector:
-    """Gathers the statistics `needs` of `groups` while batches of a layer run. nsamples, seqlen: N and L."""
+    """Gathers the statistics `needs` of `groups` while batches of a layer run. nsamples, seqlen: N and L.
+
+    dense: runs the layer on the dense model's hidden states of some samples; for statistics of both models' inputs.
+    """
 
     groups: list[InputGroup]
     needs: frozenset[str]
@@ -76,6 +79,9 @@ class Collector:
     seqlen: int
     device: torch.device
     options_of: Callable[[Statistic], Any] = lambda statistic: None
+    dense: Callable[[slice], Any] | None = None
+    _paired: dict[str, list[Tensor]] = field(default_factory=dict)
+    _pairing: bool = False
     _gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _samples: slice = field(default_factory=lambda: slice(0, 0))
 
@@ -99,6 +105,13 @@ class Collector:
     def batch(self, samples: slice) -> None:
         """The next forward pass holds these samples."""
         self._samples = samples
+        if self.dense is not None:
+            self._paired = {group.name: [] for group in self.groups}
+            self._pairing = True
+            try:
+                self.dense(samples)
+            finally:
+                self._pairing = False
 
     def _take_in(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         """The hook of the group `name`."""
@@ -109,8 +122,12 @@ class Collector:
             raise TrimError(f"{what}; leave it dense with --skip '*.{inside_layer(name)}'.")
         if inputs.ndim != 3 or len(inputs) != count:  # some layers flatten samples and tokens, or add a dimension
             inputs = inputs.reshape(count, -1, inputs.shape[-1])
-        for statistic, gathered in self._gathered[name].items():
-            STATISTICS[statistic].add(gathered, inputs, self._samples, self.nsamples)
+        if self._pairing:
+            self._paired[name].append(inputs)
+            return
+        dense = self._paired[name].pop(0) if self.dense is not None else None
+        for one, gathered in ((STATISTICS[key], gathered) for key, gathered in self._gathered[name].items()):
+            one.add(gathered, inputs, self._samples, self.nsamples, *([dense] if one.paired else []))
 
     def by_linear(self) -> dict[str, LinearStats]:
         """Full module name -> its group's statistics. Raises InputError when activations are not finite."""

@@ -67,11 +67,11 @@ class Passes:
         if done == total:
             return done
         with self.progress.task(title, total) as step:
-            walk, dense = self._walk(), self._walk() if self.recipe.reconstructs else None
+            walk, dense = self._walk(), self._walk() if self.recipe.needs_dense_walk else None
             for layer in walk.layers():
-                if dense is not None:
-                    dense.advance(layer)
                 if layer.index < done:
+                    if dense is not None:
+                        dense.advance(layer)
                     self._replay(layer, parts.read(layer.index))
                 else:
                     work(walk, layer, dense).finish(parts, layer)
@@ -102,14 +102,18 @@ class Passes:
         return writer
 
     def _prune_layer(self, walk: Walk, layer: DecoderLayer, dense: Walk | None) -> "PartWriter":
-        """With propagation: dense weights, pruned inputs. dense: the dense model past this layer, to reconstruct it."""
+        """With propagation: dense weights, pruned inputs. dense: the dense model before this layer, then past it."""
         writer, keep = PartWriter(self), dict[str, Tensor]()
         if not self.mine(layer):
+            if dense is not None:
+                dense.advance(layer)
             return writer
         if self.recipe.barber and layer.index == 0:
             blocks_of(walk, layer)  # what the second pass cannot work on is refused before the first one is done
         groups = walk.groups(layer)
-        stats = self._collect(walk, layer, groups, self.recipe.needs)
+        stats = self._collect(walk, layer, groups, self.recipe.needs, dense)
+        if dense is not None:
+            dense.advance(layer)  # before anything in it is pruned
         for number, group in enumerate(groups):
             if self.recipe.input_recalc and number:
                 self._recalculate(walk, layer, group, stats)
@@ -120,7 +124,7 @@ class Passes:
                 keep[linear.name] = outcome.keep
             for linear in group.linears:
                 stats.pop(linear.name, None)
-        if dense is not None:
+        if dense is not None and self.recipe.reconstructs:
             writer.refit(layer, reconstruct_layer(walk, dense, layer, keep, self.recipe))
         return writer
 
@@ -129,12 +133,20 @@ class Passes:
         return self.recipe.choose(weight, stats, self.targets[linear.name], keep_zeros=self.keep_zeros)
 
     def _collect(
-        self, walk: Walk, layer: DecoderLayer, groups: list[InputGroup], needs: frozenset[str]
+        self,
+        walk: Walk,
+        layer: DecoderLayer,
+        groups: list[InputGroup],
+        needs: frozenset[str],
+        dense: Walk | None = None,
     ) -> dict[str, LinearStats]:
         if not needs:  # magnitude, in a walk that is there for the reconstruction
             return {linear.name: LinearStats() for group in groups for linear in group.linears}
         device = self.skeleton.device
-        collector = Collector(groups, needs, walk.nsamples, walk.seqlen, device, self.recipe.options_of)
+        beside = None
+        if dense is not None and self.recipe.target == "dense":
+            beside = partial(_on_dense_states, walk, dense, layer)
+        collector = Collector(groups, needs, walk.nsamples, walk.seqlen, device, self.recipe.options_of, beside)
         walk.collect(layer, collector)
         return collector.by_linear()
 
@@ -180,6 +192,10 @@ class Passes:
         return writer
 
 
+def _on_dense_states(walk: Walk, dense: Walk, layer: DecoderLayer, rows: slice) -> Tensor:
+    return walk.call(layer, rows, dense.states(rows))
+
+
 class PartWriter:
     """Gathers one layer's outcomes on the CPU and leaves them as a part file."""
 
@@ -190,6 +206,7 @@ class PartWriter:
         self._fitted: list[str] = []
         self._errors: tuple[float, float] | None = None
         self._remarks: list[str] = []
+        self._judged: dict[str, dict[str, tuple[float, float]]] = {}
 
     def add(self, linear: Matrix, outcome: Outcome) -> None:
         """Take one matrix's masks, and its weights as the checkpoint will store them."""
@@ -201,6 +218,9 @@ class PartWriter:
         if outcome.rows is not None:
             self._rows[linear.name] = row_facts(outcome.rows, self._passes.targets[linear.name].sparsity)
             self._tensors.update(row_tensors(linear.name, outcome.rows))
+        if outcome.judged:
+            self._judged[linear.name] = {one.step: (one.before, one.after) for one in outcome.judged}
+            self._remarks += [f"{linear.name}: {one.remark}" for one in outcome.judged if not one.better]
         for remark in outcome.remarks:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])
@@ -229,4 +249,5 @@ class PartWriter:
     def finish(self, parts: Parts, layer: DecoderLayer) -> None:
         """Write the part: the layer is finished."""
         facts = {"rows": self._rows, "remarks": self._remarks, "fitted": self._fitted, "errors": self._errors}
+        facts["judged"] = self._judged
         parts.write(layer.index, self._tensors, facts)

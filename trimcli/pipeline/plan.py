@@ -163,8 +163,10 @@ def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
         passes += 3
     if recipe.barber:
         passes += 3 - 1 / layers if recipe.barber.needs_gradients else 1 - 1 / layers
+    if recipe.needs_dense_walk:
+        passes += 1 + (recipe.target == "dense")
     if recipe.reconstructs:
-        passes += 1 + 3 * recipe.reconstruct_steps / max(1.0, batches)
+        passes += 3 * recipe.reconstruct_steps / max(1.0, batches)
     return passes
 
 
@@ -193,7 +195,7 @@ def estimate_memory(
         inputs = Counter(one.d_in for one in skeleton.layers[0].linears)
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
-        states = (1 + recipe.reconstructs) * nsamples * seqlen * embedding.embedding_dim * size
+        states = (1 + recipe.needs_dense_walk) * nsamples * seqlen * embedding.embedding_dim * size
         if recipe.reconstructs:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * activations

@@ -102,9 +102,7 @@ class Walk:
             position = 0
             while position < self.nsamples:
                 rows = slice(position, min(position + self.batch_size, self.nsamples))
-                if collector is not None:
-                    collector.batch(rows)
-                if not self._fits(layer, rows, sound, advance=advance):
+                if not self._fits(layer, rows, sound, collector, advance=advance):
                     # A Gram has already taken in what it saw of the failed batch; a pass that advances has none.
                     if collector is not None and not advance:
                         collector.reset()
@@ -117,9 +115,13 @@ class Walk:
         if collector is None and not bool(sound):
             raise not_finite(layer)
 
-    def _fits(self, layer: DecoderLayer, rows: slice, sound: Tensor, *, advance: bool) -> bool:
+    def _fits(
+        self, layer: DecoderLayer, rows: slice, sound: Tensor, collector: Collector | None, *, advance: bool
+    ) -> bool:
         """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way."""
         try:
+            if collector is not None:
+                collector.batch(rows)
             result = self.stream.run(layer, rows)
             if advance:
                 sound &= torch.isfinite(first_output(result)).all()

@@ -9,7 +9,7 @@ from trimcli.methods import masks
 from trimcli.methods.choice import Choice, Target
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.scores import SCORES
-from trimcli.methods.stats import LinearStats
+from trimcli.methods.stats import FITTING, LinearStats
 from trimcli.methods.updates.cg import FitOptions
 from trimcli.methods.updates.cg_solver import fitted
 
@@ -21,7 +21,7 @@ def problem(seed: int = 0, d_out: int = 12, d_in: int = 24, tokens: int = 200) -
     inputs = torch.randn(tokens, d_in, generator=generator) @ mixing * (torch.rand(d_in, generator=generator) * 3 + 0.2)
     gram = 2 * inputs.T @ inputs / 4
     samples = inputs.view(4, -1, d_in)[:, -1].T.contiguous()
-    stats = LinearStats(gram=gram, sqnorm=inputs.square().sum(dim=0) / 4, inputs=samples)
+    stats = LinearStats(fitting=gram, heldout=gram, sqnorm=inputs.square().sum(dim=0) / 4, inputs=samples)
     return torch.randn(d_out, d_in, generator=generator), stats
 
 
@@ -47,24 +47,23 @@ def test_cg_ends_at_each_rows_least_squares(kept: int, ridge: float) -> None:
     keep = masks.lowest_per_row(
         torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)), torch.full((12,), 24 - kept)
     )
-    found = fitted(weight, keep, stats.gram, ridge=ridge, steps=200)
-    torch.testing.assert_close(found.double(), exact(weight, keep, stats.gram, ridge), rtol=1e-3, atol=1e-3)
+    found = fitted(weight, keep, stats[FITTING], ridge=ridge, steps=200)
+    torch.testing.assert_close(found.double(), exact(weight, keep, stats[FITTING], ridge), rtol=1e-3, atol=1e-3)
     assert not found[~keep].any()
 
 
 def test_every_step_of_cg_is_no_worse() -> None:
     weight, stats = problem()
-    keep = masks.lowest_overall(weight.abs(), 0.6, "exact")
-    errors = [
-        error(weight, fitted(weight, keep, stats.gram, ridge=1e-6, steps=steps), stats.gram) for steps in (1, 2, 4, 8)
-    ]
-    assert error(weight, weight * keep, stats.gram) > errors[0]
+    gram, keep = stats[FITTING], masks.lowest_overall(weight.abs(), 0.6, "exact")
+    found = [fitted(weight, keep, gram, ridge=1e-6, steps=steps) for steps in (1, 2, 4, 8)]
+    errors = [error(weight, one, gram) for one in found]
+    assert error(weight, weight * keep, gram) > errors[0]
     assert errors == sorted(errors, reverse=True)
 
 
 def test_channels_that_never_fire_do_no_harm() -> None:
     weight, stats = problem()
-    gram = stats.gram.clone()
+    gram = stats[FITTING].clone()
     gram[:, 3] = gram[3] = 0
     keep = torch.ones_like(weight, dtype=torch.bool)
     keep[:, ::2] = False
@@ -76,7 +75,7 @@ def test_channels_that_never_fire_do_no_harm() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     weight, stats = problem()
     with pytest.raises(ValueError, match="do not fit"):
-        fitted(weight, torch.ones(3, 3, dtype=torch.bool), stats.gram, ridge=0.01, steps=3)
+        fitted(weight, torch.ones(3, 3, dtype=torch.bool), stats[FITTING], ridge=0.01, steps=3)
 
 
 @pytest.mark.parametrize("rows", ["even", "trim", "free"])
@@ -106,7 +105,7 @@ def test_each_of_them_betters_the_one_before(target: Target, seed: int) -> None:
     recipes = [Recipe(), Recipe(update="cg"), Recipe(method="admm")]
     found = [recipe.choose(weight, stats, target) for recipe in recipes]
     values = [weight * one.keep if one.weight is None else one.weight for one in found]
-    errors = [error(weight, one, stats.gram) for one in values]
+    errors = [error(weight, one, stats[FITTING]) for one in values]
     assert errors[0] > 1.2 * errors[1] > 1.2 * errors[2]
 
 
@@ -133,3 +132,28 @@ def test_weights_that_go_in_any_case_are_never_kept() -> None:
 def test_a_ridge_of_nothing_is_refused() -> None:
     with pytest.raises(OptionError, match="--ridge 0 must be a positive number"):
         FitOptions(ridge=0.0)
+
+
+@pytest.mark.parametrize("fields", [{"update": "cg"}, {"method": "admm"}])
+def test_weights_that_held_out_samples_speak_against_stay_as_they_were(fields: dict[str, str]) -> None:
+    """Fitted, what stays makes up for a channel that goes along with it; held out, the two are opposed."""
+    weight, stats = problem()
+    correlated = torch.full((24, 24), 0.9) + 0.1 * torch.eye(24)
+    signs = torch.ones(24)
+    signs[::2] = -1
+    opposed = correlated * signs * signs.unsqueeze(1)
+    weight = weight.abs() + 0.1
+    stats = LinearStats(fitting=correlated, heldout=opposed, sqnorm=torch.ones(24))
+    found = Recipe(**fields).choose(weight, stats, Target(0.5))  # type: ignore[arg-type]
+    assert found.weight is not None
+    assert torch.equal(found.weight, weight * found.keep)
+    (judged,) = found.judged
+    assert judged.step == next(iter(fields.values()))
+    assert judged.before == pytest.approx(error(weight, found.weight, opposed) / error(0 * weight, weight, opposed))
+    assert judged.after > judged.before
+    for heldout in (correlated, torch.zeros(24, 24)):
+        moved = Recipe(**fields).choose(weight, stats.with_(heldout=heldout), Target(0.5))  # type: ignore[arg-type]
+        assert moved.weight is not None
+        assert torch.equal(moved.keep, found.keep)
+        assert not torch.equal(moved.weight, weight * moved.keep)
+        assert moved.judged[0].better

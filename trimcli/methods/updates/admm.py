@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trimcli.methods.named import method
-from trimcli.methods.stats import GRAM
+from trimcli.methods.stats import FITTING, HELDOUT
 from trimcli.methods.updates.base import Updated, update
-from trimcli.methods.updates.cg import FitOptions
+from trimcli.methods.updates.cg import FitOptions, never_worse
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,15 +15,21 @@ if TYPE_CHECKING:
     from trimcli.methods.choice import Choice
 
 
-@update("admm", needs={GRAM}, title="ADMM", source="Boža 2024; Meng et al. 2024, section 3", options=FitOptions)
+@update(
+    "admm",
+    needs={FITTING, HELDOUT},
+    title="ADMM",
+    source="Boža 2024; Meng et al. 2024, section 3",
+    options=FitOptions,
+    chooses=True,
+    aims=True,
+)
 def admm(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
     """Mask and weights together, by alternating directions; then the weights by conjugate gradients."""
     from trimcli.methods.updates.admm_solver import alternated
-    from trimcli.methods.updates.cg_solver import fitted
 
-    gram = choice.stats.gram
     keep, start = alternated(weight, choice, ridge=options.ridge, steps=options.admm_steps)
-    return Updated(keep, fitted(weight, keep, gram, ridge=options.ridge, steps=options.cg_steps, start=start))
+    return never_worse("admm", weight, keep, choice.stats, options, start)
 
 
 method(

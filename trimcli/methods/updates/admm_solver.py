@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trimcli.methods.choice import Choice
-from trimcli.methods.stats import LinearStats
+from trimcli.methods.stats import FITTING, LinearStats
 
 # rho grows by so much when this share of the support changed since the last look (Meng et al. 2024, section 3.2).
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -24,7 +24,7 @@ class Spectrum:
 
 def spectrum_of(stats: LinearStats, ridge: float) -> Spectrum:
     """The spectrum of a linear's Gram; linears that share an input share it."""
-    return stats.once(("spectrum", ridge), lambda whole: _spectrum(whole.gram, ridge))
+    return stats.once(("spectrum", ridge), lambda whole: _spectrum(whole[FITTING], ridge))
 
 
 def _spectrum(gram: Tensor, ridge: float) -> Spectrum:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trimcli.methods.heldout import Judged
 from trimcli.registry import Entry, Registry
 
 if TYPE_CHECKING:
@@ -13,18 +14,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Updated:
-    """What an update made of a matrix: keep, bool [D_out, D_in], and weight, float32, zero outside; None: as it was."""
+    """What an update made of a matrix: keep, bool [D_out, D_in], and weight, float32, zero outside; None: as it was.
+
+    judged: what held-out samples say of its steps.
+    """
 
     keep: Tensor
     weight: Tensor | None = None
     remarks: tuple[str, ...] = ()
+    judged: tuple[Judged, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Update(Entry):
-    """An update: function(weight float32 [D_out, D_in], choice[, options]) gives Updated. changes: the kept weights."""
+    """An update: function(weight float32 [D_out, D_in], choice[, options]) gives Updated.
+
+    changes: the kept weights. chooses: which ones, too, so that a mask refined beforehand would be lost. aims: at the
+    dense model's own outputs, where statistics tell of its inputs.
+    """
 
     changes: bool = True
+    chooses: bool = False
+    aims: bool = False
 
 
 UPDATES = Registry("update", "--update", Update)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from trimcli.methods.stats import GRAM
+from trimcli.methods.heldout import Judged, judge
+from trimcli.methods.stats import CROSS, FITTING, HELDOUT, LinearStats
 from trimcli.methods.updates.base import Updated, update
 from trimcli.options import above_zero, check_fields, option, positive
 
@@ -29,10 +30,35 @@ class FitOptions:
         check_fields(self)
 
 
-@update("cg", needs={GRAM}, title="CG", source="Hestenes & Stiefel 1952; Meng et al. 2024", options=FitOptions)
+@update(
+    "cg",
+    needs={FITTING, HELDOUT},
+    title="CG",
+    source="Hestenes & Stiefel 1952; Meng et al. 2024",
+    options=FitOptions,
+    aims=True,
+)
 def cg(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
     """The kept weights become the best under their mask, all rows at once, by conjugate gradients."""
+    return never_worse("cg", weight, choice.of_matrix(weight), choice.stats, options)
+
+
+def never_worse(
+    step: str, weight: Tensor, keep: Tensor, stats: LinearStats, options: FitOptions, start: Tensor | None = None
+) -> Updated:
+    """The weights fitted under `keep`, or as they were there where that is better on held-out samples.
+
+    start: where the fit begins. Where the statistics tell of the dense model's inputs, its own outputs are aimed at.
+    """
+    from trimcli.methods.updates.aim import aimed
     from trimcli.methods.updates.cg_solver import fitted
 
-    keep = choice.of_matrix(weight)
-    return Updated(keep, fitted(weight, keep, choice.stats.gram, ridge=options.ridge, steps=options.cg_steps))
+    def fit(target: Tensor, start: Tensor | None) -> Tensor:
+        return fitted(target, keep, stats[FITTING], ridge=options.ridge, steps=options.cg_steps, start=start)
+
+    found, before, judged = fit(weight, start), weight * keep, list[Judged]()
+    if CROSS in stats:
+        found, chosen = aimed(weight, found, stats, options.ridge, lambda target: fit(target, found))
+        judged.append(chosen)
+    judged.append(judge(step, weight, before, found, stats))
+    return Updated(keep, found if judged[-1].better else before, judged=tuple(judged))

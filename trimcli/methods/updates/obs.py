@@ -62,7 +62,14 @@ def obs_scores(weight: Tensor, stats: LinearStats, options: ObsOptions) -> Tenso
     return scores.masked_fill_(factor.dead[stats.place], 0.0)
 
 
-@update("obs", needs={GRAM}, title="OBS", source="Frantar & Alistarh 2023, section 3, algorithm 1", options=ObsOptions)
+@update(
+    "obs",
+    needs={GRAM},
+    title="OBS",
+    source="Frantar & Alistarh 2023, section 3, algorithm 1",
+    options=ObsOptions,
+    chooses=True,
+)
 def obs(weight: Tensor, choice: Choice, options: ObsOptions) -> Updated:
     """Column by column, what stays to the right makes up for what goes.
 
