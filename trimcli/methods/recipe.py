@@ -13,7 +13,7 @@ from trimcli.methods.choice import Choice, Target
 from trimcli.methods.named import Method, method_called, methods
 from trimcli.methods.rows.base import ROWS, RowAllocation, Rows
 from trimcli.methods.scores import SCORES, Score
-from trimcli.methods.stats import STATISTICS, LinearStats
+from trimcli.methods.stats import SQNORM, STATISTICS, LinearStats
 from trimcli.methods.updates.base import UPDATES, Update, Updated
 from trimcli.methods.updates.obs import ObsOptions
 from trimcli.options import Numerics, check_fields, option, positive
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trimcli.methods.rows.base import RowResult
 
 
+REFINEMENT = "Refinement"
 RECONSTRUCTION = "Reconstruction"
 
 
@@ -58,6 +59,19 @@ class Recipe:
     )
     input_recalc: bool = option(
         False, "Collect last-token inputs anew once the linears before are pruned.", panel="TRIM rows"
+    )
+    refine: Literal["none", "learned"] = option(
+        "none",
+        "learned: once a decoder layer is pruned, which of its weights stay is learned by gradient, layer by layer, "
+        "towards the dense layer's outputs; the weights keep their values.",
+        panel=REFINEMENT,
+    )
+    refine_steps: int = option(128, "Steps of learning a layer, a batch each.", panel=REFINEMENT, check=positive)
+    refine_lr: float = option(0.1, "Their first rate, as a part of a score.", panel=REFINEMENT, check=_rate)
+    refine_rows: Literal["free", "held"] = option(
+        "free",
+        "free: a matrix keeps its count, and its rows may trade. held: every row keeps its count.",
+        panel=REFINEMENT,
     )
     reconstruct: Literal["none", "layer"] = option(
         "none",
@@ -110,7 +124,8 @@ class Recipe:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Names of the statistics that choosing reads."""
-        return self.scoring.needs | self.allocating.needs | self.updating.needs
+        learning = {SQNORM.name} if self.refine == "learned" else set()
+        return self.scoring.needs | self.allocating.needs | self.updating.needs | learning
 
     @property
     def changes_weights(self) -> bool:
@@ -124,6 +139,11 @@ class Recipe:
         """Whether whole layers are fitted once they are pruned."""
         return self.reconstruct != "none"
 
+    @property
+    def follows_dense(self) -> bool:
+        """Whether whole layers are worked on towards the dense model's hidden states, which then walk along."""
+        return self.reconstructs or self.refine == "learned"
+
     def document(self) -> dict[str, Any]:
         """The choices as a manifest records them, each with the options that it was given."""
         return {
@@ -135,9 +155,15 @@ class Recipe:
             "propagate": self.propagate,
             "input_recalc": self.input_recalc,
             "barber": asdict(self.barber) if self.barber else None,
+            "refine": self._refinement(),
             "reconstruct": self._reconstruction(),
             "options": {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options},
         }
+
+    def _refinement(self) -> dict[str, Any] | None:
+        if self.refine == "none":
+            return None
+        return {"by": self.refine, "steps": self.refine_steps, "lr": self.refine_lr, "rows": self.refine_rows}
 
     def _reconstruction(self) -> dict[str, Any] | None:
         if not self.reconstructs:
@@ -164,6 +190,12 @@ class Recipe:
         refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
         refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
         refuse(on_dense and self.reconstructs, "--no-propagate with --reconstruct: it works on hidden states")
+        learned = "--refine learned"
+        refuse(on_dense and self.refine == "learned", f"--no-propagate with {learned}: it works on hidden states")
+        refuse(self.barber and self.refine == "learned", f"--prune-barber with {learned}: each makes the masks anew")
+        updated = self.updating.changes and self.refine == "learned"
+        by_update = named if self.update is None else f"--update {self.updating.name}"
+        refuse(updated, f"{by_update} with {learned}: it learns which dense values stay, not new ones")
         refuse(
             self.barber and self.reconstructs, "--prune-barber with --reconstruct: each rebuilds what the other made"
         )

@@ -12,16 +12,18 @@ from trimcli.files.calibration import CalibrationFile
 from trimcli.files.parts import Part, Parts
 from trimcli.files.rowstats import row_facts, row_tensors
 from trimcli.methods import masks
+from trimcli.methods.blocks.learn import Learned
 from trimcli.methods.blocks.reconstruct import Reconstructed
 from trimcli.methods.choice import Target
 from trimcli.methods.recipe import Outcome, Recipe
+from trimcli.methods.scores import wanda
 from trimcli.methods.stats import INPUTS, SQNORM, LinearStats
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
 from trimcli.pipeline.plan import walks
 from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
-from trimcli.pipeline.reconstruct import reconstruct_layer
+from trimcli.pipeline.reconstruct import learn_layer, parameter_inside, reconstruct_layer
 from trimcli.pipeline.walk import Walk
 
 
@@ -67,7 +69,7 @@ class Passes:
         if done == total:
             return done
         with self.progress.task(title, total) as step:
-            walk, dense = self._walk(), self._walk() if self.recipe.reconstructs else None
+            walk, dense = self._walk(), self._walk() if self.recipe.follows_dense else None
             for layer in walk.layers():
                 if dense is not None:
                     dense.advance(layer)
@@ -104,6 +106,7 @@ class Passes:
     def _prune_layer(self, walk: Walk, layer: DecoderLayer, dense: Walk | None) -> "PartWriter":
         """With propagation: dense weights, pruned inputs. dense: the dense model past this layer, to reconstruct it."""
         writer, keep = PartWriter(self), dict[str, Tensor]()
+        pruned: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         if not self.mine(layer):
             return writer
         if self.recipe.barber and layer.index == 0:
@@ -115,12 +118,20 @@ class Passes:
                 self._recalculate(walk, layer, group, stats)
             for linear in group.linears:
                 outcome = self._choose(linear, stats[linear.name])
+                if self.recipe.refine == "learned":
+                    weight = self._stored(linear)
+                    pruned[linear.name] = weight, outcome.keep, wanda(weight, stats[linear.name])
                 writer.add(linear, outcome)
                 linear.write(writer.weight(linear), outcome.keep)
                 keep[linear.name] = outcome.keep
             for linear in group.linears:
                 stats.pop(linear.name, None)
-        if dense is not None:
+        if dense is not None and pruned:
+            keep, learned = learn_layer(walk, dense, layer, pruned, self.targets, self.recipe)
+            writer.relearn(keep, learned)
+            for linear in self.mine(layer):
+                linear.write(pruned[linear.name][0], keep[linear.name])
+        if dense is not None and self.recipe.reconstructs:
             writer.refit(layer, reconstruct_layer(walk, dense, layer, keep, self.recipe))
         return writer
 
@@ -189,6 +200,7 @@ class PartWriter:
         self._rows: dict[str, Any] = {}
         self._fitted: list[str] = []
         self._errors: tuple[float, float] | None = None
+        self._learned: tuple[float, float] | None = None
         self._remarks: list[str] = []
 
     def add(self, linear: Matrix, outcome: Outcome) -> None:
@@ -205,13 +217,19 @@ class PartWriter:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])
 
+    def relearn(self, keep: Mapping[str, Tensor], made: Learned) -> None:
+        """Take the masks that were learned in place of those chosen."""
+        self._learned = made.before, made.after
+        for name, mask in keep.items():
+            self._tensors[f"{name}.keep"] = masks.pack(mask).cpu()
+
     def refit(self, layer: DecoderLayer, made: Reconstructed) -> None:
         """Take what a reconstruction made of the layer's parameters, which the layer then holds as they are stored."""
         checkpoint, values = self._passes.skeleton.checkpoint, dict(made.values)
         self._errors = made.before, made.after
         for linear in self._passes.mine(layer):
             assert linear.key is not None
-            value = values.pop(f"{linear.name}.{linear.parameter_name}".removeprefix(f"{layer.name}."))
+            value = values.pop(parameter_inside(layer, linear))
             weight = linear.within(value).to("cpu", checkpoint.spec(linear.key).dtype).contiguous()
             self._tensors[f"{linear.name}.weight"] = weight
             linear.weight.copy_(weight)
@@ -229,4 +247,5 @@ class PartWriter:
     def finish(self, parts: Parts, layer: DecoderLayer) -> None:
         """Write the part: the layer is finished."""
         facts = {"rows": self._rows, "remarks": self._remarks, "fitted": self._fitted, "errors": self._errors}
+        facts["learned"] = self._learned
         parts.write(layer.index, self._tensors, facts)

@@ -22,7 +22,8 @@ LIBRARIES = 320 << 20
 WORKED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
 REBUILT = 16
-# Bytes a weight of a layer while it is fitted: two float32 copies, the gradient, Adam's moments, the best so far; and
+# Bytes a weight of a layer while it is fitted: two float32 copies, the gradient, Adam's moments, the best so far (its
+# masks learned: dense and masked weights, importance, score, gradient, its mean and what moves, masks); and
 # what a batch's backward pass needs of its activations, by what a forward pass holds of them.
 FITTED, GRAPH = 28, 4
 # Linears of one layer with equal inputs are at most so many groups: of attention, its output, the MLP.
@@ -146,7 +147,7 @@ def make_plan(
 
 def walks(recipe: Recipe) -> bool:
     """Whether choosing the masks of the first pass needs hidden states."""
-    return recipe.propagate and (bool(recipe.needs) or recipe.reconstructs)
+    return recipe.propagate and (bool(recipe.needs) or recipe.follows_dense)
 
 
 def _batches(skeleton: Skeleton, nsamples: int, seqlen: int) -> float:
@@ -163,8 +164,10 @@ def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
         passes += 3
     if recipe.barber:
         passes += 3 - 1 / layers if recipe.barber.needs_gradients else 1 - 1 / layers
-    if recipe.reconstructs:
-        passes += 1 + 3 * recipe.reconstruct_steps / max(1.0, batches)
+    if recipe.follows_dense:
+        steps = recipe.refine_steps if recipe.refine == "learned" else 0
+        steps += recipe.reconstruct_steps if recipe.reconstructs else 0
+        passes += 1 + 3 * steps / max(1.0, batches)
     return passes
 
 
@@ -193,8 +196,8 @@ def estimate_memory(
         inputs = Counter(one.d_in for one in skeleton.layers[0].linears)
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
-        states = (1 + recipe.reconstructs) * nsamples * seqlen * embedding.embedding_dim * size
-        if recipe.reconstructs:
+        states = (1 + recipe.follows_dense) * nsamples * seqlen * embedding.embedding_dim * size
+        if recipe.follows_dense:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * activations
         needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states

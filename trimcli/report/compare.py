@@ -152,6 +152,8 @@ def method_of(pruning: Mapping[str, Any] | None) -> str:
     known = methods().get(str(recipe["method"]))
     if isinstance(update, str) and update not in ("none", known.update if known else None):
         parts.append(f"{update} update")
+    if recipe.get("refine"):
+        parts.append("learned masks")
     if recipe.get("reconstruct"):
         parts.append("reconstruction")
     if recipe.get("barber"):
