@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 
 REFINEMENT = "Refinement"
+# Tokens that a step of learning or training sees, unless it is said how many samples: on every device the same.
+STEP_TOKENS = 2048
 RECONSTRUCTION = "Reconstruction"
 
 
@@ -66,21 +68,28 @@ class Recipe:
         "towards the dense layer's outputs; the weights keep their values.",
         panel=REFINEMENT,
     )
-    refine_steps: int = option(128, "Steps of learning a layer, a batch each.", panel=REFINEMENT, check=positive)
+    refine_steps: int = option(128, "Steps of learning a layer.", panel=REFINEMENT, check=positive)
     refine_lr: float = option(0.1, "Their first rate, as a part of a score.", panel=REFINEMENT, check=_rate)
     refine_rows: Literal["free", "held"] = option(
         "free",
         "free: a matrix keeps its count, and its rows may trade. held: every row keeps its count.",
         panel=REFINEMENT,
     )
-    reconstruct: Literal["none", "layer"] = option(
+    reconstruct: Literal["none", "layer", "halves"] = option(
         "none",
         "layer: once a decoder layer is pruned, its surviving weights, norms and biases are trained, layer by layer, "
-        "towards the dense layer's outputs (Guo et al. 2024).",
+        "towards the dense layer's outputs (Guo et al. 2024). halves: its attention first, towards what the dense one "
+        "hands to the MLP, then its MLP.",
         panel=RECONSTRUCTION,
     )
-    reconstruct_steps: int = option(64, "Steps of Adam a layer, a batch each.", panel=RECONSTRUCTION, check=positive)
+    reconstruct_steps: int = option(64, "Steps of Adam, for each layer or half.", panel=RECONSTRUCTION, check=positive)
     reconstruct_lr: float = option(0.0005, "Their first learning rate.", panel=RECONSTRUCTION, check=_rate)
+    reconstruct_batch: int | None = option(
+        None,
+        f"Samples a step, of --refine learned too (default: about {STEP_TOKENS:,} tokens).",
+        panel=RECONSTRUCTION,
+        check=positive,
+    )
     barber: BarberOptions | None = None
     options: tuple[Any, ...] = ()
 
@@ -144,6 +153,10 @@ class Recipe:
         """Whether whole layers are worked on towards the dense model's hidden states, which then walk along."""
         return self.reconstructs or self.refine == "learned"
 
+    def step_samples(self, seqlen: int) -> int:
+        """Samples of `seqlen` tokens that a step of learning or training sees."""
+        return self.reconstruct_batch or max(1, STEP_TOKENS // seqlen)
+
     def document(self) -> dict[str, Any]:
         """The choices as a manifest records them, each with the options that it was given."""
         return {
@@ -163,12 +176,14 @@ class Recipe:
     def _refinement(self) -> dict[str, Any] | None:
         if self.refine == "none":
             return None
-        return {"by": self.refine, "steps": self.refine_steps, "lr": self.refine_lr, "rows": self.refine_rows}
+        steps = {"steps": self.refine_steps, "lr": self.refine_lr, "batch": self.reconstruct_batch}
+        return {"by": self.refine, **steps, "rows": self.refine_rows}
 
     def _reconstruction(self) -> dict[str, Any] | None:
         if not self.reconstructs:
             return None
-        return {"unit": self.reconstruct, "steps": self.reconstruct_steps, "lr": self.reconstruct_lr}
+        steps = {"steps": self.reconstruct_steps, "lr": self.reconstruct_lr, "batch": self.reconstruct_batch}
+        return {"unit": self.reconstruct, **steps}
 
     def check(self, *, pattern: bool = False) -> None:
         """Raise OptionError for choices that do not go together. pattern: whether an N:M pattern is asked for."""

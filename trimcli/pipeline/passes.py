@@ -23,7 +23,7 @@ from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
 from trimcli.pipeline.plan import walks
 from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
-from trimcli.pipeline.reconstruct import learn_layer, parameter_inside, reconstruct_layer
+from trimcli.pipeline.reconstruct import Guide, learn_layer, parameter_inside, reconstruct_layer
 from trimcli.pipeline.walk import Walk
 
 
@@ -62,21 +62,24 @@ class Passes:
         return Walk(self.skeleton, tokens, batch_size=batch_size, wanted=self.targets, progress=self.progress)
 
     def _along_walk(
-        self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer, Walk | None], "PartWriter"]
+        self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer, Guide | None], "PartWriter"]
     ) -> int:
         """`work` on the layers that have no part file yet, each with the outputs of the sparse layers before it."""
         done, total = parts.finished(), len(self.skeleton.layers)
         if done == total:
             return done
         with self.progress.task(title, total) as step:
-            walk, dense = self._walk(), self._walk() if self.recipe.follows_dense else None
+            walk, guide = self._walk(), None
+            if self.recipe.follows_dense:
+                guide = Guide(self._walk(), halves=self.recipe.reconstruct == "halves")
             for layer in walk.layers():
-                if dense is not None:
-                    dense.advance(layer)
+                if guide is not None:
+                    idle = layer.index < done or not self.mine(layer)
+                    guide.advance(layer, finished=idle)
                 if layer.index < done:
                     self._replay(layer, parts.read(layer.index))
                 else:
-                    work(walk, layer, dense).finish(parts, layer)
+                    work(walk, layer, guide).finish(parts, layer)
                 if layer.index + 1 < total:
                     walk.advance(layer)
                 step()
@@ -103,8 +106,8 @@ class Passes:
             writer.add(linear, self._choose(linear, stats))
         return writer
 
-    def _prune_layer(self, walk: Walk, layer: DecoderLayer, dense: Walk | None) -> "PartWriter":
-        """With propagation: dense weights, pruned inputs. dense: the dense model past this layer, to reconstruct it."""
+    def _prune_layer(self, walk: Walk, layer: DecoderLayer, guide: Guide | None) -> "PartWriter":
+        """With propagation: dense weights, pruned inputs. guide: to what the dense layer gives."""
         writer, keep = PartWriter(self), dict[str, Tensor]()
         pruned: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         if not self.mine(layer):
@@ -126,13 +129,13 @@ class Passes:
                 keep[linear.name] = outcome.keep
             for linear in group.linears:
                 stats.pop(linear.name, None)
-        if dense is not None and pruned:
-            keep, learned = learn_layer(walk, dense, layer, pruned, self.targets, self.recipe)
+        if guide is not None and pruned:
+            keep, learned = learn_layer(walk, guide, layer, pruned, self.targets, self.recipe)
             writer.relearn(keep, learned)
             for linear in self.mine(layer):
                 linear.write(pruned[linear.name][0], keep[linear.name])
-        if dense is not None and self.recipe.reconstructs:
-            writer.refit(layer, reconstruct_layer(walk, dense, layer, keep, self.recipe))
+        if guide is not None and self.recipe.reconstructs:
+            writer.refit(layer, reconstruct_layer(walk, guide, layer, keep, self.recipe))
         return writer
 
     def _choose(self, linear: Matrix, stats: LinearStats) -> Outcome:
@@ -173,7 +176,7 @@ class Passes:
             layer.module.get_parameter(name).copy_(part.load(f"{layer.name}.{name}"))
         return found
 
-    def _rebuild(self, first: Parts, walk: Walk, layer: DecoderLayer, _: Walk | None) -> "PartWriter":
+    def _rebuild(self, first: Parts, walk: Walk, layer: DecoderLayer, _: Guide | None) -> "PartWriter":
         writer = PartWriter(self)
         if not (mine := self.mine(layer)):
             return writer

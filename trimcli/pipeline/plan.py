@@ -137,7 +137,7 @@ def make_plan(
         dense={**dense, **skeleton.left_dense()},
         compute_dtype=dtype_name(skeleton.dtype),
         device=str(skeleton.device),
-        forward_passes=forward_passes(recipe, len(skeleton.layers), _batches(skeleton, nsamples, seqlen)),
+        forward_passes=forward_passes(recipe, len(skeleton.layers), nsamples / recipe.step_samples(seqlen)),
         host_bytes=host,
         device_bytes=device,
         mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in shapes.values()),
@@ -150,14 +150,10 @@ def walks(recipe: Recipe) -> bool:
     return recipe.propagate and (bool(recipe.needs) or recipe.follows_dense)
 
 
-def _batches(skeleton: Skeleton, nsamples: int, seqlen: int) -> float:
-    return nsamples / max(1, min(batch_tokens(skeleton.device) // seqlen, nsamples))
-
-
-def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
+def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
     """Forward passes through the model that the recipe needs: two a layer when propagating, but one in the last.
 
-    A step of training counts as three of its batch. batches: that the samples are.
+    A step of training counts as three of its batch. steps: in which all samples are seen once.
     """
     passes = (1 if recipe.needs else 0) + 1 - 1 / layers if walks(recipe) else 0.0
     if recipe.input_recalc:
@@ -165,9 +161,9 @@ def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
     if recipe.barber:
         passes += 3 - 1 / layers if recipe.barber.needs_gradients else 1 - 1 / layers
     if recipe.follows_dense:
-        steps = recipe.refine_steps if recipe.refine == "learned" else 0
-        steps += recipe.reconstruct_steps if recipe.reconstructs else 0
-        passes += 1 + 3 * steps / max(1.0, batches)
+        taken = recipe.refine_steps if recipe.refine == "learned" else 0
+        taken += recipe.reconstruct_steps * {"none": 0, "layer": 1, "halves": 2}[recipe.reconstruct]
+        passes += 1 + (recipe.reconstruct == "halves") + 3 * taken / max(1.0, steps)
     return passes
 
 
@@ -196,9 +192,15 @@ def estimate_memory(
         inputs = Counter(one.d_in for one in skeleton.layers[0].linears)
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
-        states = (1 + recipe.follows_dense) * nsamples * seqlen * embedding.embedding_dim * size
+        states = (
+            (1 + recipe.follows_dense + (recipe.reconstruct == "halves"))
+            * nsamples
+            * seqlen
+            * embedding.embedding_dim
+            * size
+        )
         if recipe.follows_dense:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
-            rebuilt = FITTED * max(layers) + GRAPH * activations
+            rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
         needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
     return (0, LIBRARIES + needed) if cpu else (needed, 4 * LIBRARIES)
