@@ -14,6 +14,9 @@ from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
 from trimcli import PruneOptions, Recipe, prune
 from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import read_manifest
+from trimcli.methods.choice import Target
+from trimcli.pipeline.reconstruct import Guide, learn_layer
+from trimcli.pipeline.walk import Walk
 
 LEARNED: tuple[object, ...] = ("--refine", "learned", "--refine-steps", 24)
 
@@ -117,6 +120,30 @@ def test_an_interrupted_run_ends_in_the_same_bytes(home: Path, tmp_path: Path) -
     assert [one for one in again.seen if "learn" in one] == ["layer 3/4 learn masks", "layer 4/4 learn masks"]
     assert found.keys() == expected.keys()
     assert all(torch.equal(one, expected[name]) for name, one in found.items())
+
+
+def test_both_forms_of_the_walk_learn_the_same(home: Path) -> None:
+    """Inside of the model's own forward pass samples come one at a time."""
+    tokens = load_file(home / "tokens")["tokens"]
+
+    def learned(form: Any, batch: int | None) -> list[torch.Tensor]:
+        skeleton = skeleton_of(home / "nano")
+        walk, dense = (Walk(skeleton, tokens, form=form, batch_size=4) for _ in range(2))
+        guide = Guide(dense, halves=False)
+        layers = walk.layers()
+        layer = next(layers)
+        guide.advance(layer, finished=False)
+        weights = {one.name: one.weight.clone() for one in layer.linears}
+        pruned = {name: (one, one.abs() > one.abs().median(), one.abs()) for name, one in weights.items()}
+        recipe = Recipe(refine="learned", refine_steps=40, refine_lr=0.01, reconstruct_batch=batch)
+        targets = dict.fromkeys(pruned, Target(0.5))
+        keep, made = learn_layer(walk, guide, layer, pruned, targets, recipe)
+        assert made.after < made.before
+        return list(keep.values())
+
+    one, other = learned("suspended", 3), learned("recorded", 1)
+    assert all(map(torch.equal, one, other))
+    assert not all(map(torch.equal, one, learned("recorded", 3)))
 
 
 @pytest.mark.parametrize(

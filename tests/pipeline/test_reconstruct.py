@@ -136,9 +136,10 @@ def test_masks_hold_and_the_directory_is_whole(form: str, method: str, home: Pat
     AutoModelForCausalLM.from_pretrained(pruned)
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["layer", "halves"])
+def test_an_interrupted_run_ends_in_the_same_bytes(unit: Any, home: Path, tmp_path: Path) -> None:
     def run(place: str, progress: Any = None) -> Path:
-        recipe = Recipe(method="admm", reconstruct="layer", reconstruct_steps=6)
+        recipe = Recipe(method="admm", reconstruct=unit, reconstruct_steps=6)
         options = PruneOptions(
             recipe=recipe, sparsity=0.5, calibration=home / "calib", save_model=tmp_path / place / "model",
             cache_dir=tmp_path / "cache" / place, batch_size=2, device="cpu", dtype="float32",
@@ -147,9 +148,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(home: Path, tmp_path: Path) -
         prune(str(home / "llama"), tmp_path / place / "masks", options, **more)
         return tmp_path / place / "model" / "model.safetensors"
 
-    trim_json(
-        "calibrate", home / "llama", "-o", home / "calib", "--tokens", home / "tokens", "--cache-dir", tmp_path / "c"
-    )
+    calibrated = ("--tokens", home / "tokens", "--cache-dir", tmp_path / "c", "--force")
+    trim_json("calibrate", home / "llama", "-o", home / "calib", *calibrated)
     for place in ("whole", "cut"):
         (tmp_path / place).mkdir()
     expected = run("whole")

@@ -83,7 +83,7 @@ class Recipe:
         panel=RECONSTRUCTION,
     )
     reconstruct_steps: int = option(64, "Steps of Adam, for each layer or half.", panel=RECONSTRUCTION, check=positive)
-    reconstruct_lr: float = option(0.0005, "Their first learning rate.", panel=RECONSTRUCTION, check=_rate)
+    reconstruct_lr: float = option(0.001, "Their first learning rate.", panel=RECONSTRUCTION, check=_rate)
     reconstruct_batch: int | None = option(
         None,
         f"Samples a step, of --refine learned too (default: about {STEP_TOKENS:,} tokens).",
