@@ -233,6 +233,10 @@ ROUND: dict[str, PruneOptions] = {
     "barber": PruneOptions(
         sparsity=0.5, recipe=Recipe(barber=BarberOptions("input1", "W", 0.125, retain_reconstruction=True))
     ),
+    "learned masks": PruneOptions(
+        sparsity=0.5,
+        recipe=Recipe(refine="learned", refine_steps=7, refine_lr=0.2, refine_rows="held", reconstruct_batch=3),
+    ),
     "barber as it is": PruneOptions(sparsity=0.5, recipe=Recipe(barber=BarberOptions())),
     "owl in one go": PruneOptions(
         sparsity=0.5,

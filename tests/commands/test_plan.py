@@ -100,6 +100,9 @@ def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
         (Recipe(reconstruct="layer", reconstruct_steps=8), 1.75 + 1 + 24),
         (Recipe(update="cg"), 1.75),
         (Recipe(update="cg", target="dense"), 1.75 + 2),
+        (Recipe(reconstruct="halves", reconstruct_steps=8), 1.75 + 2 + 48),
+        (Recipe(refine="learned", refine_steps=8), 1.75 + 1 + 24),
+        (Recipe(refine="learned", refine_steps=8, reconstruct="layer", reconstruct_steps=2), 1.75 + 1 + 30),
         (Recipe(rows="trim", propagate=False), 0),
     ],
 )
@@ -130,6 +133,7 @@ def test_ratios_and_allocations_are_foreseen(base: Path, tmp_path: Path) -> None
         (Recipe(rows="trim"), 1, 2),
         (Recipe(method="obs"), 1, 0),  # a Gram is no larger for more samples
         (Recipe(method="magnitude", barber=BarberOptions()), 1, 0),
+        (Recipe(refine="learned"), 2, 1),
     ],
 )
 def test_more_samples_need_more_memory(

@@ -90,13 +90,14 @@ def test_it_is_never_worse_than_its_start() -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of three forms, and tokens for them."""
+def home(tmp_path_factory: pytest.TempPathFactory, nano_qwen2: Path) -> Path:
+    """Models of several forms, and tokens for them."""
     home = tmp_path_factory.mktemp("reconstruct")
     save(random_model(llama_config(), dtype=torch.float16), home / "llama")
     save(random_model(gpt2_config()), home / "gpt2")
     save_family("opt", home / "opt")
     save_family("gpt-neox", home / "gpt-neox")
+    (home / "nano").symlink_to(nano_qwen2)
     save_tokens(home / "tokens", vocabulary=64, nsamples=9)
     return home
 
@@ -135,9 +136,10 @@ def test_masks_hold_and_the_directory_is_whole(form: str, method: str, home: Pat
     AutoModelForCausalLM.from_pretrained(pruned)
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unit", ["layer", "halves"])
+def test_an_interrupted_run_ends_in_the_same_bytes(unit: Any, home: Path, tmp_path: Path) -> None:
     def run(place: str, progress: Any = None) -> Path:
-        recipe = Recipe(method="admm", reconstruct="layer", reconstruct_steps=6)
+        recipe = Recipe(method="admm", reconstruct=unit, reconstruct_steps=6)
         options = PruneOptions(
             recipe=recipe, sparsity=0.5, calibration=home / "calib", save_model=tmp_path / place / "model",
             cache_dir=tmp_path / "cache" / place, batch_size=2, device="cpu", dtype="float32",
@@ -146,9 +148,8 @@ def test_an_interrupted_run_ends_in_the_same_bytes(home: Path, tmp_path: Path) -
         prune(str(home / "llama"), tmp_path / place / "masks", options, **more)
         return tmp_path / place / "model" / "model.safetensors"
 
-    trim_json(
-        "calibrate", home / "llama", "-o", home / "calib", "--tokens", home / "tokens", "--cache-dir", tmp_path / "c"
-    )
+    calibrated = ("--tokens", home / "tokens", "--cache-dir", tmp_path / "c", "--force")
+    trim_json("calibrate", home / "llama", "-o", home / "calib", *calibrated)
     for place in ("whole", "cut"):
         (tmp_path / place).mkdir()
     expected = run("whole")
@@ -163,10 +164,72 @@ def test_what_does_not_go_with_it_is_refused(home: Path, tmp_path: Path) -> None
         ((), "--save-model"),
         (("--save-model", tmp_path / "d", "--no-propagate"), "--no-propagate with --reconstruct"),
         (("--save-model", tmp_path / "d", "--prune-barber"), "--prune-barber with --reconstruct"),
+        (("--save-model", tmp_path / "d", "--reconstruct-batch", 0), "--reconstruct-batch 0 must be at least 1"),
         (("--save-model", tmp_path / "d", "--reconstruct-lr", 2), "--reconstruct-lr 2 is no learning rate"),
     ):
         done = trim(*base, *more)
         assert done.status == 2
         assert sentence in done.err
-    with pytest.raises(OptionError, match="--reconstruct 'halvs' is none of none, layer"):
+    with pytest.raises(OptionError, match="--reconstruct 'halvs' is none of none, layer, halves"):
         Recipe(reconstruct="halvs").check()  # type: ignore[arg-type]
+
+
+def fitted(home: Path, form: str, place: Path, *more: object) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The masks' manifest and the tensors of a prune with a reconstruction."""
+    place.mkdir()
+    shared = ("--sparsity", 0.5, "--tokens", home / "tokens", "--cache-dir", place / "cache", *COMPUTE)
+    trim_json("prune", home / form, "-o", place / "masks", "--save-model", place / "model", *shared, *more)
+    trim_json("verify", place / "model", "--masks", place / "masks")
+    return read_manifest(place / "masks"), load_file(place / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("form", ["nano", "gpt2", "opt"])
+def test_halves_fit_attention_and_mlp(form: str, home: Path, tmp_path: Path) -> None:
+    halves = ("--reconstruct", "halves", *REC[2:])
+    manifest, after = fitted(home, form, tmp_path / "halves", *halves)
+    start = fitted(home, form, tmp_path / "start", "--reconstruct", "layer", "--reconstruct-steps", 1)[0]
+    layers = sorted(start["reconstruction"])
+    assert manifest["reconstruction"][layers[0]][0] == pytest.approx(start["reconstruction"][layers[0]][0], rel=1e-5)
+    assert all(after < before for before, after in manifest["reconstruction"].values())
+    assert manifest["options"]["recipe"]["reconstruct"]["unit"] == "halves"
+    dense, keep = load_file(home / form / "model.safetensors"), MaskFile.open(tmp_path / "halves" / "masks")
+    skeleton = skeleton_of(home / form)
+    for name in keep.names:  # those of both halves moved
+        linear, mask = skeleton.linears[name], keep.keep(name)
+        assert linear.key is not None
+        found = linear.within(after[linear.key])
+        assert not found[~mask].count_nonzero()
+        assert not torch.equal(found, linear.within(dense[linear.key]) * mask)
+
+
+def test_halves_are_never_worse_than_their_start(home: Path, tmp_path: Path) -> None:
+    manifest, after = fitted(home, "llama", tmp_path / "a", "--reconstruct", "halves", "--reconstruct-lr", 0.99)
+    trim_json(
+        "prune", home / "llama", "-o", tmp_path / "m", "--save-model", tmp_path / "plain", "--sparsity", 0.5,
+        "--tokens", home / "tokens", "--cache-dir", tmp_path / "cache", *COMPUTE,
+    )  # fmt: skip
+    plain = load_file(tmp_path / "plain" / "model.safetensors")
+    pairs = list(manifest["reconstruction"].values())
+    assert all(after <= before for before, after in pairs)
+    if all(after == before for before, after in pairs):
+        assert all(torch.equal(one, plain[key]) for key, one in after.items())
+
+
+def test_halves_of_a_layer_without_them_are_refused(home: Path, tmp_path: Path) -> None:
+    done = trim(
+        "prune", home / "gpt-neox", "-o", tmp_path / "m", "--sparsity", 0.5, "--save-model", tmp_path / "d",
+        "--tokens", home / "tokens", "--cache-dir", tmp_path / "cache", "--reconstruct", "halves", *COMPUTE,
+    )  # fmt: skip
+    assert done.status == 2
+    assert "--reconstruct halves cannot work on gpt_neox.layers.0" in done.err
+    assert "run in parallel" in done.err
+
+
+def test_a_step_is_of_so_many_samples_whatever_the_batches_of_the_walk(home: Path, tmp_path: Path) -> None:
+    two = ("--reconstruct-batch", 2)
+    _, one = fitted(home, "llama", tmp_path / "one", *REC, *two, "--batch-size", 1)
+    _, four = fitted(home, "llama", tmp_path / "four", *REC, *two, "--batch-size", 4)
+    _, other = fitted(home, "llama", tmp_path / "other", *REC, "--reconstruct-batch", 5, "--batch-size", 4)
+    key = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(one[key], four[key], rtol=0, atol=2e-4)
+    assert (other[key] - one[key]).abs().max() > 2e-3, "or the sizes would not matter"

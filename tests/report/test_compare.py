@@ -159,6 +159,10 @@ def test_methods_are_named_where_the_manifest_names_rows_and_update() -> None:
             {"method": "admm", "rows": "free", "update": "admm", "reconstruct": {"steps": 64}},
             "ADMM + free rows + reconstruction",
         ),
+        (
+            {"method": "wanda", "rows": "trim", "update": "none", "refine": {"by": "learned"}},
+            "Wanda + TRIM + learned masks",
+        ),
     ):
         assert method_of({"options": {"recipe": recipe}}) == name
     assert method_of(pruning(recipe={"update": {"damping": 0.01}})) == "Wanda"

@@ -146,7 +146,7 @@ class _Run:
             self.ratios = cached_ratios(skeleton, self._allocation(options.allocate), options.cache_dir, progress)
         self.allocation = LayerSparsity.load(self.ratios) if self.ratios else None
         self.targets = targets_of(skeleton, self.linears, options, self.allocation)
-        if self.calibration is None and (self.recipe.needs or self.recipe.barber or self.recipe.reconstructs):
+        if self.calibration is None and (self.recipe.needs or self.recipe.barber or self.recipe.follows_dense):
             self.calibration = CalibrationFile(self._calibrated())
         if self.calibration and not walks(self.recipe):
             self.calibration.require(self.recipe.needs)
@@ -238,6 +238,7 @@ class _Run:
             numerics=self.recipe.numerics,
             remarks=[remark for _, part in layers for remark in part.facts["remarks"]],
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
+            refinement={layer.name: part.facts.get("learned") for layer, part in layers},
             reconstruction={layer.name: part.facts.get("errors") for layer, part in layers},
             heldout={name: entry for layer, _ in layers for name, entry in first(layer)["judged"].items()},
             compute_dtype=dtype_name(self.skeleton.dtype),

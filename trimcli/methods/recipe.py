@@ -15,7 +15,7 @@ from trimcli.methods.named import Method, method_called, methods
 from trimcli.methods.refine.swaps import swapped
 from trimcli.methods.rows.base import ROWS, RowAllocation, Rows
 from trimcli.methods.scores import SCORES, Score
-from trimcli.methods.stats import AIMING, FITTING, HELDOUT, STATISTICS, LinearStats
+from trimcli.methods.stats import AIMING, FITTING, HELDOUT, SQNORM, STATISTICS, LinearStats
 from trimcli.methods.updates.base import UPDATES, Update, Updated
 from trimcli.methods.updates.obs import ObsOptions
 from trimcli.options import Numerics, check_fields, option, positive
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from trimcli.methods.rows.base import RowResult
 
 
+REFINEMENT = "Refinement"
+# Tokens that a step of learning or training sees, unless it is said how many samples: on every device the same.
+STEP_TOKENS = 2048
 RECONSTRUCTION = "Reconstruction"
 
 
@@ -61,10 +64,19 @@ class Recipe:
     input_recalc: bool = option(
         False, "Collect last-token inputs anew once the linears before are pruned.", panel="TRIM rows"
     )
-    refine: Literal["none", "swaps"] = option(
+    refine: Literal["none", "swaps", "learned"] = option(
         "none",
-        "swaps: inside each row, weights go and return in pairs as long as the outputs come nearer to the dense ones.",
-        panel="Refinement",
+        "How a mask is bettered. swaps: inside each row, weights go and return in pairs as long as the outputs come "
+        "nearer to the dense ones. learned: once a decoder layer is pruned, which of its weights stay is learned by "
+        "gradient, layer by layer, towards the dense layer's outputs; the weights keep their values.",
+        panel=REFINEMENT,
+    )
+    refine_steps: int = option(128, "Steps of learning a layer.", panel=REFINEMENT, check=positive)
+    refine_lr: float = option(0.1, "Their first rate, as a part of a score.", panel=REFINEMENT, check=_rate)
+    refine_rows: Literal["free", "held"] = option(
+        "free",
+        "free: a matrix keeps its count, and its rows may trade. held: every row keeps its count.",
+        panel=REFINEMENT,
     )
     target: Literal["pruned", "dense"] = option(
         "pruned",
@@ -72,14 +84,21 @@ class Recipe:
         "as held-out samples speak for it.",
         panel="Conjugate gradients and ADMM",
     )
-    reconstruct: Literal["none", "layer"] = option(
+    reconstruct: Literal["none", "layer", "halves"] = option(
         "none",
         "layer: once a decoder layer is pruned, its surviving weights, norms and biases are trained, layer by layer, "
-        "towards the dense layer's outputs (Guo et al. 2024).",
+        "towards the dense layer's outputs (Guo et al. 2024). halves: its attention first, towards what the dense one "
+        "hands to the MLP, then its MLP.",
         panel=RECONSTRUCTION,
     )
-    reconstruct_steps: int = option(64, "Steps of Adam a layer, a batch each.", panel=RECONSTRUCTION, check=positive)
-    reconstruct_lr: float = option(0.0005, "Their first learning rate.", panel=RECONSTRUCTION, check=_rate)
+    reconstruct_steps: int = option(64, "Steps of Adam, for each layer or half.", panel=RECONSTRUCTION, check=positive)
+    reconstruct_lr: float = option(0.001, "Their first learning rate.", panel=RECONSTRUCTION, check=_rate)
+    reconstruct_batch: int | None = option(
+        None,
+        f"Samples a step, of --refine learned too (default: about {STEP_TOKENS:,} tokens).",
+        panel=RECONSTRUCTION,
+        check=positive,
+    )
     barber: BarberOptions | None = None
     options: tuple[Any, ...] = ()
 
@@ -123,7 +142,7 @@ class Recipe:
     @cached_property
     def needs(self) -> frozenset[str]:
         """Names of the statistics that choosing reads."""
-        refining = {FITTING.name, HELDOUT.name} if self.refine == "swaps" else set()
+        refining = {"swaps": {FITTING.name, HELDOUT.name}, "learned": {SQNORM.name}}.get(self.refine, set())
         aiming = AIMING if self.target == "dense" else frozenset()
         return self.scoring.needs | self.allocating.needs | self.updating.needs | refining | aiming
 
@@ -137,12 +156,21 @@ class Recipe:
     @property
     def needs_dense_walk(self) -> bool:
         """Whether the dense model's hidden states go along with the pruned model's."""
-        return self.reconstructs or self.target == "dense"
+        return self.follows_dense or self.target == "dense"
 
     @property
     def reconstructs(self) -> bool:
         """Whether whole layers are fitted once they are pruned."""
         return self.reconstruct != "none"
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether whole layers are worked on towards the dense model's hidden states."""
+        return self.reconstructs or self.refine == "learned"
+
+    def step_samples(self, seqlen: int) -> int:
+        """Samples of `seqlen` tokens that a step of learning or training sees."""
+        return self.reconstruct_batch or max(1, STEP_TOKENS // seqlen)
 
     def document(self) -> dict[str, Any]:
         """The choices as a manifest records them, each with the options that it was given."""
@@ -155,16 +183,23 @@ class Recipe:
             "propagate": self.propagate,
             "input_recalc": self.input_recalc,
             "barber": asdict(self.barber) if self.barber else None,
-            "refine": None if self.refine == "none" else self.refine,
+            "refine": self._refinement(),
             "target": None if self.target == "pruned" else self.target,
             "reconstruct": self._reconstruction(),
             "options": {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options},
         }
 
+    def _refinement(self) -> dict[str, Any] | None:
+        if self.refine != "learned":
+            return None if self.refine == "none" else {"by": self.refine}
+        steps = {"steps": self.refine_steps, "lr": self.refine_lr, "batch": self.reconstruct_batch}
+        return {"by": self.refine, **steps, "rows": self.refine_rows}
+
     def _reconstruction(self) -> dict[str, Any] | None:
         if not self.reconstructs:
             return None
-        return {"unit": self.reconstruct, "steps": self.reconstruct_steps, "lr": self.reconstruct_lr}
+        steps = {"steps": self.reconstruct_steps, "lr": self.reconstruct_lr, "batch": self.reconstruct_batch}
+        return {"unit": self.reconstruct, **steps}
 
     def check(self, *, pattern: bool = False) -> None:
         """Raise OptionError for choices that do not go together. pattern: whether an N:M pattern is asked for."""
@@ -195,6 +230,12 @@ class Recipe:
         refuse(on_dense and self.barber, "--no-propagate with --prune-barber: it rebuilds on sparse inputs")
         refuse(on_dense and again, "--no-propagate with --input-recalc: it needs forward passes while pruning")
         refuse(on_dense and self.reconstructs, "--no-propagate with --reconstruct: it works on hidden states")
+        learned = "--refine learned"
+        refuse(on_dense and self.refine == "learned", f"--no-propagate with {learned}: it works on hidden states")
+        refuse(self.barber and self.refine == "learned", f"--prune-barber with {learned}: each makes the masks anew")
+        updated = self.updating.changes and self.refine == "learned"
+        by_update = named if self.update is None else f"--update {self.updating.name}"
+        refuse(updated, f"{by_update} with {learned}: it learns which dense values stay, not new ones")
         refuse(
             self.barber and self.reconstructs, "--prune-barber with --reconstruct: each rebuilds what the other made"
         )

@@ -12,16 +12,18 @@ from trimcli.files.calibration import CalibrationFile
 from trimcli.files.parts import Part, Parts
 from trimcli.files.rowstats import row_facts, row_tensors
 from trimcli.methods import masks
+from trimcli.methods.blocks.learn import Learned
 from trimcli.methods.blocks.reconstruct import Reconstructed
 from trimcli.methods.choice import Target
 from trimcli.methods.recipe import Outcome, Recipe
+from trimcli.methods.scores import wanda
 from trimcli.methods.stats import INPUTS, SQNORM, LinearStats
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
 from trimcli.pipeline.plan import walks
 from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
-from trimcli.pipeline.reconstruct import reconstruct_layer
+from trimcli.pipeline.reconstruct import Guide, learn_layer, parameter_inside, reconstruct_layer
 from trimcli.pipeline.walk import Walk
 
 
@@ -60,21 +62,23 @@ class Passes:
         return Walk(self.skeleton, tokens, batch_size=batch_size, wanted=self.targets, progress=self.progress)
 
     def _along_walk(
-        self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer, Walk | None], "PartWriter"]
+        self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer, Guide | None], "PartWriter"]
     ) -> int:
         """`work` on the layers that have no part file yet, each with the outputs of the sparse layers before it."""
         done, total = parts.finished(), len(self.skeleton.layers)
         if done == total:
             return done
         with self.progress.task(title, total) as step:
-            walk, dense = self._walk(), self._walk() if self.recipe.needs_dense_walk else None
+            walk, guide = self._walk(), None
+            if self.recipe.needs_dense_walk:
+                guide = Guide(self._walk(), halves=self.recipe.reconstruct == "halves")
             for layer in walk.layers():
                 if layer.index < done:
-                    if dense is not None:
-                        dense.advance(layer)
+                    if guide is not None:
+                        guide.advance(layer, finished=True)
                     self._replay(layer, parts.read(layer.index))
                 else:
-                    work(walk, layer, dense).finish(parts, layer)
+                    work(walk, layer, guide).finish(parts, layer)
                 if layer.index + 1 < total:
                     walk.advance(layer)
                 step()
@@ -101,31 +105,40 @@ class Passes:
             writer.add(linear, self._choose(linear, stats))
         return writer
 
-    def _prune_layer(self, walk: Walk, layer: DecoderLayer, dense: Walk | None) -> "PartWriter":
-        """With propagation: dense weights, pruned inputs. dense: the dense model before this layer, then past it."""
+    def _prune_layer(self, walk: Walk, layer: DecoderLayer, guide: Guide | None) -> "PartWriter":
+        """With propagation: dense weights, pruned inputs. guide: to what the dense layer gives, not yet past it."""
         writer, keep = PartWriter(self), dict[str, Tensor]()
+        pruned: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         if not self.mine(layer):
-            if dense is not None:
-                dense.advance(layer)
+            if guide is not None:
+                guide.advance(layer, finished=True)
             return writer
         if self.recipe.barber and layer.index == 0:
             blocks_of(walk, layer)  # what the second pass cannot work on is refused before the first one is done
         groups = walk.groups(layer)
-        stats = self._collect(walk, layer, groups, self.recipe.needs, dense)
-        if dense is not None:
-            dense.advance(layer)  # before anything in it is pruned
+        stats = self._collect(walk, layer, groups, self.recipe.needs, guide.walk if guide else None)
+        if guide is not None:
+            guide.advance(layer, finished=False)  # before anything in it is pruned
         for number, group in enumerate(groups):
             if self.recipe.input_recalc and number:
                 self._recalculate(walk, layer, group, stats)
             for linear in group.linears:
                 outcome = self._choose(linear, stats[linear.name])
+                if self.recipe.refine == "learned":
+                    weight = self._stored(linear)
+                    pruned[linear.name] = weight, outcome.keep, wanda(weight, stats[linear.name])
                 writer.add(linear, outcome)
                 linear.write(writer.weight(linear), outcome.keep)
                 keep[linear.name] = outcome.keep
             for linear in group.linears:
                 stats.pop(linear.name, None)
-        if dense is not None and self.recipe.reconstructs:
-            writer.refit(layer, reconstruct_layer(walk, dense, layer, keep, self.recipe))
+        if guide is not None and pruned:
+            keep, learned = learn_layer(walk, guide, layer, pruned, self.targets, self.recipe)
+            writer.relearn(keep, learned)
+            for linear in self.mine(layer):
+                linear.write(pruned[linear.name][0], keep[linear.name])
+        if guide is not None and self.recipe.reconstructs:
+            writer.refit(layer, reconstruct_layer(walk, guide, layer, keep, self.recipe))
         return writer
 
     def _choose(self, linear: Matrix, stats: LinearStats) -> Outcome:
@@ -174,7 +187,7 @@ class Passes:
             layer.module.get_parameter(name).copy_(part.load(f"{layer.name}.{name}"))
         return found
 
-    def _rebuild(self, first: Parts, walk: Walk, layer: DecoderLayer, _: Walk | None) -> "PartWriter":
+    def _rebuild(self, first: Parts, walk: Walk, layer: DecoderLayer, _: Guide | None) -> "PartWriter":
         writer = PartWriter(self)
         if not (mine := self.mine(layer)):
             return writer
@@ -205,6 +218,7 @@ class PartWriter:
         self._rows: dict[str, Any] = {}
         self._fitted: list[str] = []
         self._errors: tuple[float, float] | None = None
+        self._learned: tuple[float, float] | None = None
         self._remarks: list[str] = []
         self._judged: dict[str, dict[str, tuple[float, float]]] = {}
 
@@ -225,13 +239,19 @@ class PartWriter:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])
 
+    def relearn(self, keep: Mapping[str, Tensor], made: Learned) -> None:
+        """Take the masks that were learned in place of those chosen."""
+        self._learned = made.before, made.after
+        for name, mask in keep.items():
+            self._tensors[f"{name}.keep"] = masks.pack(mask).cpu()
+
     def refit(self, layer: DecoderLayer, made: Reconstructed) -> None:
         """Take what a reconstruction made of the layer's parameters, which the layer then holds as they are stored."""
         checkpoint, values = self._passes.skeleton.checkpoint, dict(made.values)
         self._errors = made.before, made.after
         for linear in self._passes.mine(layer):
             assert linear.key is not None
-            value = values.pop(f"{linear.name}.{linear.parameter_name}".removeprefix(f"{layer.name}."))
+            value = values.pop(parameter_inside(layer, linear))
             weight = linear.within(value).to("cpu", checkpoint.spec(linear.key).dtype).contiguous()
             self._tensors[f"{linear.name}.weight"] = weight
             linear.weight.copy_(weight)
@@ -249,5 +269,5 @@ class PartWriter:
     def finish(self, parts: Parts, layer: DecoderLayer) -> None:
         """Write the part: the layer is finished."""
         facts = {"rows": self._rows, "remarks": self._remarks, "fitted": self._fitted, "errors": self._errors}
-        facts["judged"] = self._judged
+        facts |= {"judged": self._judged, "learned": self._learned}
         parts.write(layer.index, self._tensors, facts)

@@ -22,7 +22,8 @@ LIBRARIES = 320 << 20
 WORKED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
 REBUILT = 16
-# Bytes a weight of a layer while it is fitted: two float32 copies, the gradient, Adam's moments, the best so far; and
+# Bytes a weight of a layer while it is fitted: two float32 copies, the gradient, Adam's moments, the best so far (its
+# masks learned: dense and masked weights, importance, score, gradient, its mean and what moves, masks); and
 # what a batch's backward pass needs of its activations, by what a forward pass holds of them.
 FITTED, GRAPH = 28, 4
 # Linears of one layer with equal inputs are at most so many groups: of attention, its output, the MLP.
@@ -136,7 +137,7 @@ def make_plan(
         dense={**dense, **skeleton.left_dense()},
         compute_dtype=dtype_name(skeleton.dtype),
         device=str(skeleton.device),
-        forward_passes=forward_passes(recipe, len(skeleton.layers), _batches(skeleton, nsamples, seqlen)),
+        forward_passes=forward_passes(recipe, len(skeleton.layers), nsamples / recipe.step_samples(seqlen)),
         host_bytes=host,
         device_bytes=device,
         mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in shapes.values()),
@@ -146,17 +147,13 @@ def make_plan(
 
 def walks(recipe: Recipe) -> bool:
     """Whether choosing the masks of the first pass needs hidden states."""
-    return recipe.propagate and (bool(recipe.needs) or recipe.reconstructs)
+    return recipe.propagate and (bool(recipe.needs) or recipe.follows_dense)
 
 
-def _batches(skeleton: Skeleton, nsamples: int, seqlen: int) -> float:
-    return nsamples / max(1, min(batch_tokens(skeleton.device) // seqlen, nsamples))
-
-
-def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
+def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
     """Forward passes through the model that the recipe needs: two a layer when propagating, but one in the last.
 
-    A step of training counts as three of its batch. batches: that the samples are.
+    A step of training counts as three of its batch. steps: in which all samples are seen once.
     """
     passes = (1 if recipe.needs else 0) + 1 - 1 / layers if walks(recipe) else 0.0
     if recipe.input_recalc:
@@ -164,9 +161,11 @@ def forward_passes(recipe: Recipe, layers: int, batches: float = 1.0) -> float:
     if recipe.barber:
         passes += 3 - 1 / layers if recipe.barber.needs_gradients else 1 - 1 / layers
     if recipe.needs_dense_walk:
-        passes += 1 + (recipe.target == "dense")
-    if recipe.reconstructs:
-        passes += 3 * recipe.reconstruct_steps / max(1.0, batches)
+        passes += 1 + (recipe.target == "dense") + (recipe.reconstruct == "halves")
+    if recipe.follows_dense:
+        taken = recipe.refine_steps if recipe.refine == "learned" else 0
+        taken += recipe.reconstruct_steps * {"none": 0, "layer": 1, "halves": 2}[recipe.reconstruct]
+        passes += 3 * taken / max(1.0, steps)
     return passes
 
 
@@ -195,9 +194,10 @@ def estimate_memory(
         inputs = Counter(one.d_in for one in skeleton.layers[0].linears)
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
-        states = (1 + recipe.needs_dense_walk) * nsamples * seqlen * embedding.embedding_dim * size
-        if recipe.reconstructs:
+        streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves")
+        states = streams * nsamples * seqlen * embedding.embedding_dim * size
+        if recipe.follows_dense:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
-            rebuilt = FITTED * max(layers) + GRAPH * activations
+            rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
         needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
     return (0, LIBRARIES + needed) if cpu else (needed, 4 * LIBRARIES)

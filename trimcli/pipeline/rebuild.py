@@ -47,7 +47,7 @@ def rebuild_layer(
     return result
 
 
-def blocks_of(walk: Walk, layer: DecoderLayer) -> list[Block]:
+def blocks_of(walk: Walk, layer: DecoderLayer, option: str = "--prune-barber") -> list[Block]:
     """The attention and the MLP of the loaded layer at which the walk is. Raises OptionError as `find_blocks` does."""
     called: set[nn.Module] = set()
     with ExitStack() as hooks:
@@ -57,7 +57,7 @@ def blocks_of(walk: Walk, layer: DecoderLayer) -> list[Block]:
     # What nobody asked for and nobody calls is in no block; an expert that is pruned may be idle at one sample.
     mine = [one for one in layer.linears if one.module in called or walk.wanted is None or one.name in walk.wanted]
     modules = {linear.name: linear.module for linear in mine}
-    return find_blocks(layer.module, modules, partial(_run, walk, layer, 0), _states(walk, 0), layer.name)
+    return find_blocks(layer.module, modules, partial(_run, walk, layer, 0), _states(walk, 0), layer.name, option)
 
 
 def _run(walk: Walk, layer: DecoderLayer, sample: int, hidden: Tensor) -> Tensor:

@@ -100,9 +100,17 @@ class Recorded(Stream):
     def shrink(self, batch_size: int, sizes: Collection[int]) -> None:
         """Take smaller batches from now on: `batch_size`, and others of `sizes`."""
         self.batch_size = batch_size
-        with self.forward.embedding() as embed:
-            for size in sizes:
-                self._record_size(size, embed)
+        self.takes(sizes)
+
+    def takes(self, sizes: Collection[int]) -> bool:
+        """Record calls of other sizes; where the calls depend on the tokens, only single samples are taken."""
+        if self._own:
+            return set(sizes) <= {1}
+        if missing := set(sizes) - self._recordings.keys():
+            with self.forward.embedding() as embed:
+                for size in sorted(missing):
+                    self._record_size(size, embed)
+        return True
 
     @contextmanager
     def head(self) -> Iterator[Logits]:

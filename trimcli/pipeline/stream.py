@@ -43,6 +43,10 @@ class Stream(ABC):
     def shrink(self, batch_size: int, sizes: Collection[int]) -> None:
         """Take smaller batches from now on: `batch_size`, and others of `sizes`."""
 
+    @abstractmethod
+    def takes(self, sizes: Collection[int]) -> bool:
+        """Make ready for batches of other sizes; False where every sample is called in its own way."""
+
     @property
     def divides(self) -> bool:
         """Whether `shrink` is possible."""

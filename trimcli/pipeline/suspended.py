@@ -100,6 +100,10 @@ class Suspended(Stream):
         """Batches are single samples already."""
         raise AssertionError("a sample cannot be divided")
 
+    def takes(self, sizes: Collection[int]) -> bool:
+        """Only single samples."""
+        return set(sizes) <= {1}
+
     @contextmanager
     def advancing(self) -> Iterator[None]:
         """Around the `put` of every sample after one layer: what the model calls between layers is filled on use."""

@@ -153,7 +153,7 @@ def method_of(pruning: Mapping[str, Any] | None) -> str:
     if isinstance(update, str) and update not in ("none", known.update if known else None):
         parts.append(f"{update} update")
     if recipe.get("refine"):
-        parts.append(str(recipe["refine"]))
+        parts.append({"learned": "learned masks"}.get(recipe["refine"]["by"], recipe["refine"]["by"]))
     if recipe.get("reconstruct"):
         parts.append("reconstruction")
     if recipe.get("barber"):

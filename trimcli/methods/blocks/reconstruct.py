@@ -4,7 +4,7 @@ Nothing is trained end to end: one layer at a time learns, by a few steps of Ada
 states what the dense layer gives on the dense model's.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,6 @@ def reconstruct(
     steps: of Adam, one batch each, with learning rates that fall linearly from `lr` to nothing. The values are those of
     least error on `heldout` at any quarter of the steps, the first ones included: never worse than at the start.
     """
-    order = torch.Generator().manual_seed(0)
     with torch.inference_mode(False), torch.enable_grad():
         masters = {name: layer.get_parameter(name).detach().float().clone().requires_grad_() for name in keep}
         dtypes = {name: layer.get_parameter(name).dtype for name in keep}
@@ -55,32 +54,45 @@ def reconstruct(
         def values() -> dict[str, Tensor]:
             return {name: _under(one, keep[name]).to(dtypes[name]) for name, one in masters.items()}
 
-        def loss(batch: Batch) -> Tensor:
-            args, kwargs = batch.call()
-            result = functional_call(layer, values(), args, kwargs)
-            found = result[0] if isinstance(result, tuple | list) else result
-            return _error(found, batch.target())
-
-        def on_heldout() -> float:
-            with torch.no_grad():
-                return float(torch.stack([loss(batch) for batch in heldout]).mean())
-
         optimizer = torch.optim.Adam(masters.values(), lr=lr, betas=BETAS)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        best, before = {name: one.detach().clone() for name, one in masters.items()}, on_heldout()
-        least, queue = before, list[int]()
+        best, before = (
+            {name: one.detach().clone() for name, one in masters.items()},
+            mean_error(layer, values(), heldout),
+        )
+        least, order = before, shuffled(training)
         for step in range(1, steps + 1):
-            queue = queue or torch.randperm(len(training), generator=order).tolist()
             optimizer.zero_grad(set_to_none=True)
-            loss(training[queue.pop()]).backward()
+            layer_error(layer, values(), next(order)).backward()
             optimizer.step()
             falling.step()
             advance()
-            if step % max(1, steps // 4) == 0 and (error := on_heldout()) < least:
+            if step % max(1, steps // 4) == 0 and (error := mean_error(layer, values(), heldout)) < least:
                 least, best = error, {name: one.detach().clone() for name, one in masters.items()}
     with torch.no_grad():
         final = {name: _under(one, keep[name]) for name, one in best.items()}
     return Reconstructed(final, before, least)
+
+
+def shuffled(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """The batches in random order, the same in every run, again and again."""
+    order = torch.Generator().manual_seed(0)
+    while True:
+        for place in reversed(torch.randperm(len(batches), generator=order).tolist()):
+            yield batches[place]
+
+
+def layer_error(layer: nn.Module, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+    """The layer's error on a batch, a scalar with its graph; values: parameters to take in place of its own."""
+    args, kwargs = batch.call()
+    result = functional_call(layer, dict(values), args, kwargs)
+    return _error(result[0] if isinstance(result, tuple | list) else result, batch.target())
+
+
+def mean_error(layer: nn.Module, values: Mapping[str, Tensor], batches: Sequence[Batch]) -> float:
+    """The mean error over batches; an accelerator is waited for once."""
+    with torch.no_grad():
+        return float(torch.stack([layer_error(layer, values, batch) for batch in batches]).mean())
 
 
 def _under(values: Tensor, mask: Tensor | None) -> Tensor:

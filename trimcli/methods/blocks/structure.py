@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from trimcli.errors import OptionError
 
@@ -56,22 +57,33 @@ class Block:
             run(hidden)
         return Call(*arguments[-1], outputs[-1])
 
+    def silenced(self) -> RemovableHandle:
+        """While the handle is held, as a context, the block gives zeros inside its layer."""
+        return self.exit.register_forward_hook(lambda _module, _args, output: _replaced(output, torch.zeros_like))
+
     def call(self, call: Call) -> Tensor:
         """The value of the block run on its own, with its present weights, on recorded inputs."""
         return _value(self.module(*call.args, **call.kwargs))
 
 
-def find_blocks(layer: nn.Module, linears: Mapping[str, nn.Module], run: Run, probe: Tensor, name: str) -> list[Block]:
+def find_blocks(
+    layer: nn.Module,
+    linears: Mapping[str, nn.Module],
+    run: Run,
+    probe: Tensor,
+    name: str,
+    option: str = "--prune-barber",
+) -> list[Block]:
     """The attention block and the MLP block of a decoder layer, in order of execution.
 
     layer: loaded. linears: all its prunable ones, by any name. run: calls it without a cache of past tokens. probe:
-    hidden states [1, L, D], on which it runs a few times. name: the layer's, for messages. Raises OptionError unless it
-    runs two modules with linears (or one, and a chain of its own linears with modules between them), one fed by the
-    other.
+    hidden states [1, L, D], on which it runs a few times. name, option: the layer's, and what needs blocks, for
+    messages. Raises OptionError unless it runs two modules with linears (or one, and a chain of its own linears with
+    modules between them), one fed by the other.
     """
 
     def unfit(reason: str) -> OptionError:
-        return OptionError(f"--prune-barber cannot work on {name}: {reason}; prune without --prune-barber.")
+        return OptionError(f"{option} cannot work on {name}: {reason}; prune without {option}.")
 
     # By the child of the linears' common owner that holds them; under the owner those that it holds itself.
     owner = _holder(layer, linears.values(), lambda module: module not in linears.values()) or layer
@@ -143,6 +155,12 @@ def _value(output: Any) -> Tensor:
     return found
 
 
+def _replaced(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a module gave, with another value."""
+    changed = change(_value(output))
+    return changed if isinstance(output, Tensor) else type(output)((changed, *output[1:]))
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """For autograd: floats in float32, no graph, no inference tensor."""
     cast = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
@@ -197,8 +215,7 @@ def _feeds(first: Block, second: Block, run: Run, probe: Tensor) -> bool:
         value = _value(output)
         # A ramp as large as the hidden states: neither a layer norm nor the residual stream hides it.
         ramp = torch.linspace(-1, 1, value.shape[-1], dtype=value.dtype, device=value.device)
-        changed = ramp.expand_as(value) * (1 + probe.abs().max())
-        return changed if isinstance(output, Tensor) else type(output)((changed, *output[1:]))
+        return _replaced(output, lambda _: ramp.expand_as(value) * (1 + probe.abs().max()))
 
     quiet, again = second.capture(run, probe), second.capture(run, probe)
     with first.exit.register_forward_hook(disturb):
