@@ -22,8 +22,12 @@ from trimcli.commands.prune import prune
 from trimcli.errors import InputError, OptionError
 from trimcli.evaluation.perplexity import perplexity
 from trimcli.methods.layers.alpha import AlphaOptions
+from trimcli.methods.layers.auto import AutoOptions
+from trimcli.methods.layers.depth import DepthOptions
 from trimcli.methods.layers.dlp import DlpOptions
+from trimcli.methods.layers.error import ErrorOptions
 from trimcli.methods.layers.owl import OwlOptions
+from trimcli.methods.layers.search import SearchOptions
 from trimcli.methods.rows.options import TrimOptions
 from trimcli.methods.stats import GramOptions
 from trimcli.methods.updates.cg import FitOptions
@@ -120,7 +124,8 @@ def test_the_axes_are_the_options_of_every_method_and_allocation() -> None:
     assert len(names) == len(set(names))
     own = {one.field for one in declared(SweepOptions)}
     assert not own & set(names)
-    assert {TrimOptions, ObsOptions, FitOptions, GramOptions, OwlOptions, DlpOptions, AlphaOptions} == set(axes())
+    allocating = {OwlOptions, DlpOptions, AlphaOptions, ErrorOptions, DepthOptions, SearchOptions, AutoOptions}
+    assert {TrimOptions, ObsOptions, FitOptions, GramOptions, *allocating} == set(axes())
 
 
 def test_a_setting_named_twice_is_tried_once() -> None:

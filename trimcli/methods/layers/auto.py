@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHEAP = ("uniform", "owl", "dlp", "error", "depth")
+# How much steeper than the best allocation its variants are.
+SCALES = (0.5, 1.5, 2.0)
 
 
 def candidates() -> list[str]:
@@ -50,12 +52,31 @@ class Tried(NamedTuple):
 
 
 def try_all(survey: Survey, target: float, names: Sequence[str], samples: slice) -> list[Tried]:
-    """Each allocation at its defaults, with its loss on these samples, in the order given."""
-    proposed = [ALLOCATIONS[name](survey, target) for name in names]
-    settled = [settle(one.sparsity, survey.counts, target, "exact") for one in proposed]
+    """Each allocation at its defaults, then the best one flatter and steeper and blended with the next.
+
+    With their losses on these samples, the best first.
+    """
+    proposed = {name: ALLOCATIONS[name](survey, target) for name in names}
+    first = _tried(survey, target, {name: (one.sparsity, one.metric) for name, one in proposed.items()}, samples)
+    best = first[0]
+    variants = {}
+    if bool((best.sparsity != target).any()):
+        for scale in SCALES:
+            variants[f"{best.name} x{scale:g}"] = target + scale * (best.sparsity - target), best.metric
+    if len(first) > 1:
+        variants[f"{best.name} + {first[1].name}"] = (best.sparsity + first[1].sparsity) / 2, best.metric
+    found = first + (_tried(survey, target, variants, samples) if variants else [])
+    return sorted(found, key=lambda one: one.loss)
+
+
+def _tried(
+    survey: Survey, target: float, proposed: Mapping[str, tuple[Tensor, list[float | None]]], samples: slice
+) -> list[Tried]:
+    settled = [settle(sparsity, survey.counts, target, "exact") for sparsity, _ in proposed.values()]
     losses = survey.losses(settled, samples)
-    parts = zip(names, settled, proposed, losses, strict=True)
-    return [Tried(name, sparsity, one.metric, loss) for name, sparsity, one, loss in parts]
+    parts = zip(proposed, settled, proposed.values(), losses, strict=True)
+    found = [Tried(name, sparsity, metric, loss) for name, sparsity, (_, metric), loss in parts]
+    return sorted(found, key=lambda one: one.loss)
 
 
 @layer_allocation(
@@ -67,9 +88,9 @@ def try_all(survey: Survey, target: float, names: Sequence[str], samples: slice)
     tries=True,
 )
 def auto(survey: Survey, target: float, options: AutoOptions) -> Allocation:
-    """Tries the cheap allocations under wanda masks and keeps the one closest to the dense model's predictions."""
+    """Tries the cheap ones and variants of the best; keeps what stays closest to the dense model's predictions."""
     found = try_all(survey, target, options.tried, slice(max(0, survey.samples - options.samples), survey.samples))
-    best = min(found, key=lambda one: one.loss)
+    best = found[0]
     parameters = {
         "chosen": best.name,
         "losses": {one.name: one.loss for one in found},

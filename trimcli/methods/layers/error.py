@@ -17,7 +17,7 @@ class ErrorOptions:
     """How errors become sparsities. Raises OptionError for a value that cannot be used."""
 
     alpha: float = option(
-        0.1, "How far a matrix may lie from the target.", "--error-alpha", panel="Error", check=not_negative
+        0.06, "How far a matrix may lie from the target.", "--error-alpha", panel="Error", check=not_negative
     )
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from trimcli.methods.layers.auto import CHEAP, try_all
+from trimcli.methods.layers.auto import CHEAP, SCALES, try_all
 from trimcli.methods.layers.base import Allocation, Survey, layer_allocation
 from trimcli.methods.layers.projection import settle
 from trimcli.methods.stats import SQNORM
@@ -27,8 +27,8 @@ class SearchOptions:
     """How long and how far the search goes. Raises OptionError for a value that cannot be used."""
 
     evaluations: int = option(
-        200, "Candidates to try, the cheap allocations it starts from among them.", "--search-evaluations",
-        panel=PANEL, check=at_least(len(CHEAP)),
+        200, "Candidates to try, those of auto that it starts from among them.", "--search-evaluations",
+        panel=PANEL, check=at_least(len(CHEAP) + len(SCALES) + 1),
     )  # fmt: skip
     samples: int = option(
         8, "Try on the first so many calibration samples, check on as many of the last.", "--search-samples",
@@ -54,10 +54,11 @@ def search(survey: Survey, target: float, options: SearchOptions) -> Allocation:
     """Evolves the best cheap allocation by moves between matrices, layers and shapes, under wanda masks."""
     fit = slice(0, min(options.samples, survey.samples))
     check = slice(max(0, survey.samples - options.samples), survey.samples)
-    start = min(try_all(survey, target, CHEAP, fit), key=lambda one: one.loss)
+    tried = try_all(survey, target, CHEAP, fit)
+    start = tried[0]
     best, loss, accepted = start.sparsity, start.loss, 0
     random, moves = Random(survey.seed), _Moves(survey, options.step)
-    left, pending = options.evaluations - len(CHEAP) if moves.parts else 0, None
+    left, pending = options.evaluations - len(tried) if moves.parts else 0, None
     for _ in survey.each("generations", range(-(-left // TOGETHER))):
         changes = [moves.mutation(random) for _ in range(min(TOGETHER, left))]
         left -= len(changes)
