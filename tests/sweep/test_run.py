@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 import trimcli.sweep.run
 from tests.small_models import llama_config, random_model, save, skeleton_of
 from tests.small_tokenizers import put_bos
+from tests.trim_cli import COMPUTE, trim_json
 from trimcli.cli.app import app
 from trimcli.commands.evaluate import open_masks
 from trimcli.commands.prune import prune
@@ -443,3 +444,17 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         wrong = run(*common, option, value)
         assert wrong.exit_code == 2
         assert "is not usable" in wrong.stderr
+
+
+def test_allocations_by_trial_are_settings_like_others(base: Path, tmp_path: Path) -> None:
+    common = ("--sparsity", 0.5, "--tokens", base / "tokens", "--holdout", 4, "--cache-dir", tmp_path, *COMPUTE)
+    own = ("--auto-methods", "owl,uniform", "--trial-samples", "1,2", "--search-evaluations", 10)
+    found = trim_json("sweep", base / "model", "--alloc", "error,auto,search", "--trim", "off", *own, *common)
+    values = [run["values"] for run in found["runs"]]
+    assert sorted(one["alloc"] for one in values) == ["auto", "auto", "error", "search"]
+    for one in values:
+        if one["alloc"] == "auto":
+            assert one["auto_methods"] == ["owl", "uniform"]
+    for run in found["runs"]:
+        assert run["sparsity"] == pytest.approx(0.5, abs=1e-2)
+        assert ("--auto-methods owl,uniform" in run["command"]) == (run["values"]["alloc"] == "auto")

@@ -33,7 +33,7 @@ def test_the_lowest_loss_is_kept(wanted: str) -> None:
     survey = made()
     known = proposals(survey)
     survey.loss = lambda one, sample: far(one, known[wanted]) + sample
-    found = ALLOCATIONS["auto"](survey, 0.6, options=AutoOptions(samples=5))
+    found = ALLOCATIONS["auto"](survey, 0.6, options=AutoOptions(trial_samples=5))
     assert found.parameters["chosen"] == wanted
     losses = found.parameters["losses"]
     assert list(losses.values()) == sorted(losses.values())
@@ -61,12 +61,12 @@ def test_the_best_is_tried_flatter_steeper_and_blended() -> None:
 
 def test_only_what_is_named_is_tried_on_what_there_is() -> None:
     survey = MadeSurvey(LAYERS, SHAPES)
-    found = ALLOCATIONS["auto"](survey, 0.6, options=AutoOptions(tried=("dlp", "uniform"), samples=99))
+    found = ALLOCATIONS["auto"](survey, 0.6, options=AutoOptions(auto_methods=("dlp", "uniform"), trial_samples=99))
     blended = {"dlp + uniform", "uniform + dlp"}
     assert blended & set(found.parameters["losses"])
     named = {name.split(" x")[0] for name in found.parameters["losses"]} - blended
     assert named == {"dlp", "uniform"}
-    assert found.parameters["samples"] == 12
+    assert found.parameters["trial_samples"] == 12
     assert {samples.stop - samples.start for _, samples in survey.tried} == {12}
 
 
@@ -81,9 +81,9 @@ def test_only_what_is_named_is_tried_on_what_there_is() -> None:
 )
 def test_what_cannot_be_tried_is_refused(tried: tuple[str, ...], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        AutoOptions(tried=tried)
+        AutoOptions(auto_methods=tried)
 
 
 def test_samples_are_refused_below_one() -> None:
     with pytest.raises(OptionError, match="--trial-samples 0 must be at least 1"):
-        AutoOptions(samples=0)
+        AutoOptions(trial_samples=0)

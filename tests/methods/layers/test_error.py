@@ -26,7 +26,7 @@ def suffered(weight: list[list[float]], sqnorm: list[float], total: int) -> floa
 
 def test_matrices_follow_the_formula_each_by_itself() -> None:
     survey = MadeSurvey(LAYERS, SHAPES)
-    found = ALLOCATIONS["error"](survey, 0.6, options=ErrorOptions(alpha=0.15))
+    found = ALLOCATIONS["error"](survey, 0.6, options=ErrorOptions(error_alpha=0.15))
     errors = [
         suffered(survey.weights[name].tolist(), survey.norms[name].tolist(), round(0.6 * d_out * d_in))
         for name, (d_out, d_in) in SHAPES.items()
@@ -36,7 +36,7 @@ def test_matrices_follow_the_formula_each_by_itself() -> None:
     low, high = min(errors), max(errors)
     widths = [(value - low) / (high - low) * 0.3 for value in errors]
     assert found.sparsity.tolist() == pytest.approx([0.6 - (width - sum(widths) / 4) for width in widths], rel=1e-4)
-    assert found.parameters == {"alpha": 0.15}
+    assert found.parameters == {"error_alpha": 0.15}
     settled = settle(found.sparsity, survey.counts, 0.6, "exact")
     assert weighted_mean(settled, survey.counts) == pytest.approx(0.6, abs=1e-12)
 
@@ -49,4 +49,4 @@ def test_matrices_that_are_alike_are_pruned_alike() -> None:
 
 def test_a_negative_width_is_refused() -> None:
     with pytest.raises(OptionError, match="--error-alpha -1 is not usable"):
-        ErrorOptions(alpha=-1.0)
+        ErrorOptions(error_alpha=-1.0)

@@ -23,7 +23,7 @@ def made(seed: int = 3) -> MadeSurvey:
 
 
 def searched(survey: MadeSurvey, **own: float) -> Allocation:
-    found = ALLOCATIONS["search"](survey, 0.6, options=SearchOptions(samples=4, **own))  # type: ignore[arg-type]
+    found = ALLOCATIONS["search"](survey, 0.6, options=SearchOptions(search_samples=4, **own))  # type: ignore[arg-type]
     assert isinstance(found, Allocation)
     return found
 
@@ -49,7 +49,7 @@ def test_it_ends_near_the_optimum_with_the_target_kept() -> None:
 @pytest.mark.parametrize("evaluations", [9, 10, 17, 18, 60])
 def test_it_tries_as_many_as_asked_for_and_checks_two(evaluations: int) -> None:
     survey = made()
-    searched(survey, evaluations=evaluations)
+    searched(survey, search_evaluations=evaluations)
     asked = [samples for _, samples in survey.tried]
     assert asked == [slice(0, 4)] * evaluations + [slice(8, 12)] * 2
     for candidate, _ in survey.tried:
@@ -70,7 +70,7 @@ def test_what_is_no_better_on_held_out_samples_is_not_kept() -> None:
         return distance(one) if sample < 8 or not first else float((one - first[0]).square().sum())
 
     survey.loss = loss
-    searched(survey, evaluations=9)
+    searched(survey, search_evaluations=9)
     first.append(min((candidate for candidate, _ in survey.tried[:9]), key=distance))
     found = searched(survey)
     assert found.parameters["kept"] == "start"
@@ -86,8 +86,8 @@ def test_one_matrix_leaves_nothing_to_move() -> None:
 
 def test_options_that_are_refused() -> None:
     with pytest.raises(OptionError, match="--search-evaluations 8 must be at least 9"):
-        SearchOptions(evaluations=8)
+        SearchOptions(search_evaluations=8)
     with pytest.raises(OptionError, match="--search-samples 0 must be at least 1"):
-        SearchOptions(samples=0)
+        SearchOptions(search_samples=0)
     with pytest.raises(OptionError, match="--search-step 0 must be a positive number"):
-        SearchOptions(step=0.0)
+        SearchOptions(search_step=0.0)

@@ -29,16 +29,14 @@ def candidates() -> list[str]:
 class AutoOptions:
     """What is tried, and on how much. Raises OptionError for a value that cannot be used."""
 
-    tried: tuple[str, ...] = option(
-        CHEAP, "Allocations to try, each at its defaults.", "--auto-methods", panel="Auto", choices=candidates
+    auto_methods: tuple[str, ...] = option(
+        CHEAP, "Allocations to try, each at its defaults.", panel="Auto", choices=candidates
     )
-    samples: int = option(
-        16, "Try on the last so many calibration samples.", "--trial-samples", panel="Auto", check=positive
-    )
+    trial_samples: int = option(16, "Try on the last so many calibration samples.", panel="Auto", check=positive)
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.tried:
+        if not self.auto_methods:
             raise OptionError("--auto-methods names nothing to try; give at least one, such as uniform,owl.")
 
 
@@ -89,11 +87,9 @@ def _tried(
 )
 def auto(survey: Survey, target: float, options: AutoOptions) -> Allocation:
     """Tries the cheap ones and variants of the best; keeps what stays closest to the dense model's predictions."""
-    found = try_all(survey, target, options.tried, slice(max(0, survey.samples - options.samples), survey.samples))
+    count = min(options.trial_samples, survey.samples)
+    found = try_all(survey, target, options.auto_methods, slice(survey.samples - count, survey.samples))
     best = found[0]
-    parameters = {
-        "chosen": best.name,
-        "losses": {one.name: one.loss for one in found},
-        "samples": min(options.samples, survey.samples),
-    }
+    losses = {one.name: one.loss for one in found}
+    parameters = {"chosen": best.name, "losses": losses, "trial_samples": count}
     return Allocation(target, best.sparsity, best.metric, parameters)

@@ -12,8 +12,8 @@ from trimcli.options import check_fields, not_negative, option
 class DepthOptions:
     """How steep the line is. Raises OptionError for a value that cannot be used."""
 
-    width: float = option(
-        0.1, "How far the first and the last layer lie from the target.", "--depth-width", panel="Depth",
+    depth_width: float = option(
+        0.1, "How far the first and the last layer lie from the target.", panel="Depth",
         check=not_negative,
     )  # fmt: skip
 
@@ -34,5 +34,5 @@ def depth(survey: Survey, target: float, options: DepthOptions) -> Allocation:
 
     layers = len(survey.layers)
     line = torch.linspace(-1, 1, layers, dtype=torch.float64) if layers > 1 else torch.zeros(1, dtype=torch.float64)
-    sparsity = spread(survey, target + options.width * line)
-    return Allocation(target, sparsity, [None] * len(survey.names), {"width": options.width})
+    sparsity = spread(survey, target + options.depth_width * line)
+    return Allocation(target, sparsity, [None] * len(survey.names), {"depth_width": options.depth_width})

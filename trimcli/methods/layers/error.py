@@ -16,9 +16,7 @@ from trimcli.options import check_fields, not_negative, option
 class ErrorOptions:
     """How errors become sparsities. Raises OptionError for a value that cannot be used."""
 
-    alpha: float = option(
-        0.06, "How far a matrix may lie from the target.", "--error-alpha", panel="Error", check=not_negative
-    )
+    error_alpha: float = option(0.06, "How far a matrix may lie from the target.", panel="Error", check=not_negative)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -40,4 +38,6 @@ def error(survey: Survey, target: float, options: ErrorOptions) -> Allocation:
 
     errors: list[float | None] = [suffered(name) for name in survey.each("errors", survey.names)]
     found = torch.tensor(errors, dtype=torch.float64)
-    return Allocation(target, 1 - keep_ratios(found, target, options.alpha), errors, {"alpha": options.alpha})
+    return Allocation(
+        target, 1 - keep_ratios(found, target, options.error_alpha), errors, {"error_alpha": options.error_alpha}
+    )

@@ -26,16 +26,16 @@ MOVES = 3
 class SearchOptions:
     """How long and how far the search goes. Raises OptionError for a value that cannot be used."""
 
-    evaluations: int = option(
-        200, "Candidates to try, those of auto that it starts from among them.", "--search-evaluations",
+    search_evaluations: int = option(
+        200, "Candidates to try, those of auto that it starts from among them.",
         panel=PANEL, check=at_least(len(CHEAP) + len(SCALES) + 1),
     )  # fmt: skip
-    samples: int = option(
-        8, "Try on the first so many calibration samples, check on as many of the last.", "--search-samples",
+    search_samples: int = option(
+        8, "Try on the first so many calibration samples, check on as many of the last.",
         panel=PANEL, check=positive,
     )  # fmt: skip
-    step: float = option(
-        0.03, "How much sparsity a move gives the smaller of two parts.", "--search-step", panel=PANEL, check=above_zero
+    search_step: float = option(
+        0.03, "How much sparsity a move gives the smaller of two parts.", panel=PANEL, check=above_zero
     )
 
     def __post_init__(self) -> None:
@@ -52,13 +52,13 @@ class SearchOptions:
 )
 def search(survey: Survey, target: float, options: SearchOptions) -> Allocation:
     """Evolves the best cheap allocation by moves between matrices, layers and shapes, under wanda masks."""
-    fit = slice(0, min(options.samples, survey.samples))
-    check = slice(max(0, survey.samples - options.samples), survey.samples)
+    fit = slice(0, min(options.search_samples, survey.samples))
+    check = slice(max(0, survey.samples - options.search_samples), survey.samples)
     tried = try_all(survey, target, CHEAP, fit)
     start = tried[0]
     best, loss, accepted = start.sparsity, start.loss, 0
-    random, moves = Random(survey.seed), _Moves(survey, options.step)
-    left, pending = options.evaluations - len(tried) if moves.parts else 0, None
+    random, moves = Random(survey.seed), _Moves(survey, options.search_step)
+    left, pending = options.search_evaluations - len(tried) if moves.parts else 0, None
     for _ in survey.each("generations", range(-(-left // TOGETHER))):
         changes = [moves.mutation(random) for _ in range(min(TOGETHER, left))]
         left -= len(changes)
@@ -76,7 +76,8 @@ def search(survey: Survey, target: float, options: SearchOptions) -> Allocation:
             pending = sum((made[other] - before for _, other in others), start=best * 0) if others else None
     held = survey.losses([start.sparsity, best], check)
     kept = best if held[1] <= held[0] else start.sparsity
-    parameters: dict[str, Any] = {"evaluations": options.evaluations, "step": options.step, "samples": fit.stop}
+    parameters: dict[str, Any] = {"search_evaluations": options.search_evaluations, "search_step": options.search_step}
+    parameters |= {"search_samples": fit.stop}
     parameters |= {"start": start.name, "losses": {"start": start.loss, "found": loss}}
     parameters |= {"heldout": {"start": held[0], "found": held[1]}, "kept": "found" if kept is best else "start"}
     return Allocation(target, kept, [None] * len(survey.names), parameters)
