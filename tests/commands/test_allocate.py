@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -396,8 +397,8 @@ SEARCH = ("--method", "search", "--sparsity", 0.7, "--search-evaluations", 14, "
 
 def divergence(model: Path, masks: Path, tokens: torch.Tensor) -> float:
     """Mean over tokens of the KL divergence from the dense model, both whole in transformers."""
-    dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    pruned = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    dense: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    pruned: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     found = MaskFile.open(masks)
     for name in found.names:
         pruned.get_submodule(name).weight.data *= found.keep(name)
