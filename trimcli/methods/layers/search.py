@@ -56,7 +56,7 @@ def search(survey: Survey, target: float, options: SearchOptions) -> Allocation:
     check = slice(max(0, survey.samples - options.search_samples), survey.samples)
     tried = try_all(survey, target, CHEAP, fit)
     start = tried[0]
-    best, loss, accepted = start.sparsity, start.loss, 0
+    best, loss = start.sparsity, start.loss
     random, moves = Random(survey.seed), _Moves(survey, options.search_step)
     left, pending = options.search_evaluations - len(tried) if moves.parts else 0, None
     for _ in survey.each("generations", range(-(-left // TOGETHER))):
@@ -71,7 +71,7 @@ def search(survey: Survey, target: float, options: SearchOptions) -> Allocation:
         if better:
             before = best
             (loss, place), *others = better
-            best, accepted = made[place], accepted + 1
+            best = made[place]
             # What also helped may help beside it: tried together in the next generation.
             pending = sum((made[other] - before for _, other in others), start=best * 0) if others else None
     held = survey.losses([start.sparsity, best], check)
