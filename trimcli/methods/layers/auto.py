@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trimcli.errors import OptionError
 from trimcli.methods.layers.base import ALLOCATIONS, Allocation, Survey, layer_allocation
-from trimcli.methods.layers.projection import settle
 from trimcli.methods.stats import SQNORM
 from trimcli.options import check_fields, option, positive
 
@@ -70,6 +69,8 @@ def try_all(survey: Survey, target: float, names: Sequence[str], samples: slice)
 def _tried(
     survey: Survey, target: float, proposed: Mapping[str, tuple[Tensor, list[float | None]]], samples: slice
 ) -> list[Tried]:
+    from trimcli.methods.layers.projection import settle
+
     settled = [settle(sparsity, survey.counts, target, "exact") for sparsity, _ in proposed.values()]
     losses = survey.losses(settled, samples)
     parts = zip(proposed, settled, proposed.values(), losses, strict=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from trimcli.methods.layers.base import Allocation, Survey, layer_allocation
 from trimcli.methods.layers.owl import keep_ratios
-from trimcli.methods.masks import even_row_counts, sort_rows
 from trimcli.methods.scores import wanda
 from trimcli.methods.stats import SQNORM
 from trimcli.options import check_fields, not_negative, option
@@ -28,6 +27,8 @@ class ErrorOptions:
 def error(survey: Survey, target: float, options: ErrorOptions) -> Allocation:
     """Matrices whose output suffers more at the target keep more, each projection by itself."""
     import torch
+
+    from trimcli.methods.masks import even_row_counts, sort_rows
 
     def suffered(name: str) -> float:
         scores = wanda(survey.weight(name), survey.stats(name))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from trimcli.methods.layers.auto import CHEAP, SCALES, try_all
 from trimcli.methods.layers.base import Allocation, Survey, layer_allocation
-from trimcli.methods.layers.projection import settle
 from trimcli.methods.stats import SQNORM
 from trimcli.options import above_zero, at_least, check_fields, option, positive
 
@@ -52,6 +51,8 @@ class SearchOptions:
 )
 def search(survey: Survey, target: float, options: SearchOptions) -> Allocation:
     """Evolves the best cheap allocation by moves between matrices, layers and shapes, under wanda masks."""
+    from trimcli.methods.layers.projection import settle
+
     fit = slice(0, min(options.search_samples, survey.samples))
     check = slice(max(0, survey.samples - options.search_samples), survey.samples)
     tried = try_all(survey, target, CHEAP, fit)
