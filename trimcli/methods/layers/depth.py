@@ -24,7 +24,7 @@ class DepthOptions:
 @layer_allocation(
     "depth",
     title="depth",
-    source="the trend of learned allocations, Sieberling et al. 2024",
+    source="no paper: a line over the layers",
     options=DepthOptions,
     config_only=True,
 )
