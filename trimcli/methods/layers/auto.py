@@ -82,7 +82,7 @@ def _tried(
     "auto",
     needs={SQNORM},
     title="auto",
-    source="of the allocations here, by KL divergence on calibration text",
+    source="trim 2026, by the fitness of Sieberling et al. 2024",
     options=AutoOptions,
     tries=True,
 )

@@ -22,11 +22,7 @@ class DepthOptions:
 
 
 @layer_allocation(
-    "depth",
-    title="depth",
-    source="no paper: a line over the layers",
-    options=DepthOptions,
-    config_only=True,
+    "depth", title="depth", source="trim 2026, no paper: a line over the layers", options=DepthOptions, config_only=True
 )
 def depth(survey: Survey, target: float, options: DepthOptions) -> Allocation:
     """Earlier decoder layers keep more, in a straight line."""

@@ -22,7 +22,11 @@ class ErrorOptions:
 
 
 @layer_allocation(
-    "error", needs={SQNORM}, title="error", source="the output error of a trial prune", options=ErrorOptions
+    "error",
+    needs={SQNORM},
+    title="error",
+    source="trim 2026, no paper: output errors under the masks of Sun et al. 2023",
+    options=ErrorOptions,
 )
 def error(survey: Survey, target: float, options: ErrorOptions) -> Allocation:
     """Matrices whose output suffers more at the target keep more, each projection by itself."""
