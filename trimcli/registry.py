@@ -33,6 +33,10 @@ BUILT_IN = (
     "trimcli.methods.layers.owl",
     "trimcli.methods.layers.dlp",
     "trimcli.methods.layers.alpha",
+    "trimcli.methods.layers.error",
+    "trimcli.methods.layers.depth",
+    "trimcli.methods.layers.search",
+    "trimcli.methods.layers.auto",
 )
 
 

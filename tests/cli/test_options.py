@@ -32,7 +32,7 @@ from trimcli import (
 )
 from trimcli.cli.app import app
 from trimcli.cli.groups import ALLOCATE, PRUNE, SWEEP
-from trimcli.cli.options import plain, several
+from trimcli.cli.options import plain, several, word
 from trimcli.commands.options import prune_words
 from trimcli.errors import OptionError
 from trimcli.methods.layers.base import ALLOCATIONS
@@ -143,7 +143,7 @@ def test_an_axis_stands_for_every_option_of_a_method(monkeypatch: pytest.MonkeyP
         for one in declared(kind):
             assert one.spelled in help_text
             if one.type is not bool and one.default is not None:
-                assert f"Several values. (default {one.default})" in str(parameter("sweep", one.spelled).help)
+                assert f"Several values. (default {word(one.default)})" in str(parameter("sweep", one.spelled).help)
 
 
 # --- what is built ---------------------------------------------------------------------------------------

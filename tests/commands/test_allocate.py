@@ -6,13 +6,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
-from tests.trim_cli import COMPUTE, trim, trim_json
+from tests.families import save_family
+from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
 from trimcli import AllocateOptions, AlphaOptions, CalibrateOptions, OwlOptions, allocate, calibrate
 from trimcli.console import Advance
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
@@ -383,3 +387,117 @@ def test_refusals(options: Callable[[], AllocateOptions], message: str, tmp_path
 
 def test_twelve_metrics_are_offered() -> None:
     assert len(METRICS) == 12
+
+
+# --- trials ------------------------------------------------------------------------------------------------
+
+AUTO = ("--method", "auto", "--sparsity", 0.7, "--trial-samples", 2)
+SEARCH = ("--method", "search", "--sparsity", 0.7, "--search-evaluations", 14, "--search-samples", 1)
+
+
+def divergence(model: Path, masks: Path, tokens: torch.Tensor) -> float:
+    """Mean over tokens of the KL divergence from the dense model, both whole in transformers."""
+    dense: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    pruned: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    found = MaskFile.open(masks)
+    for name in found.names:
+        pruned.get_submodule(name).weight.data *= found.keep(name)
+    with torch.no_grad():
+        sure, given = (one(input_ids=tokens.long()).logits.log_softmax(-1) for one in (dense, pruned))
+    return float(functional.kl_div(given, sure, log_target=True, reduction="none").sum(-1).mean())
+
+
+def test_auto_reports_what_prune_would_give(nano_qwen2: Path, calibration: Path, tmp_path: Path) -> None:
+    run = ("--cache-dir", tmp_path / "cache", *COMPUTE)
+    given = ("--calibration", calibration, *run)
+    found = trim_json("alloc-layers", nano_qwen2, "-o", tmp_path / "auto.json", *AUTO, *given)
+    losses = found["parameters"]["losses"]
+    assert found["parameters"]["chosen"] == min(losses, key=losses.__getitem__)
+    assert {"uniform", "owl", "dlp", "error", "depth"} < set(losses)
+    stored = LayerSparsity.load(tmp_path / "auto.json")
+    assert stored.parameters == found["parameters"]
+    weights = sizes(nano_qwen2)
+    assert (np.array(list(stored.sparsity.values())) * weights).sum() / weights.sum() == pytest.approx(0.7, abs=1e-12)
+
+    tokens = CalibrationFile(calibration).tokens[-2:]
+    expected = {found["parameters"]["chosen"]: tmp_path / "auto.json"}
+    for method in ("uniform", "owl", "depth"):
+        path = expected[method] = tmp_path / f"{method}.json"
+        own = ("--calibration", calibration) if method == "owl" else ()
+        trim_json("alloc-layers", nano_qwen2, "-o", path, "--method", method, "--sparsity", 0.7, *own)
+    for name, ratios in expected.items():
+        masks = tmp_path / f"{ratios.stem}.masks"
+        trim_json("prune", nano_qwen2, "-o", masks, "--ratios", ratios, "--no-propagate", *given)
+        assert losses[name] == pytest.approx(divergence(nano_qwen2, masks, tokens), rel=1e-3)
+
+    trim_json("prune", nano_qwen2, "-o", tmp_path / "one-go", "--no-propagate", *given, "--alloc", *AUTO[1:])
+    at_once, apart = MaskFile.open(tmp_path / "one-go"), MaskFile.open(tmp_path / "auto.masks")
+    assert all(torch.equal(at_once.keep(name), apart.keep(name)) for name in apart.names)
+    assert at_once.manifest["allocation"]["losses"] == losses
+
+
+def test_what_was_tried_is_printed(nano_qwen2: Path, calibration: Path, tmp_path: Path) -> None:
+    given = ("--calibration", calibration, "--cache-dir", tmp_path / "cache", *COMPUTE)
+    done = trim("alloc-layers", nano_qwen2, "-o", tmp_path / "r.json", *AUTO, "--auto-methods", "owl,depth", *given)
+    assert done.status == 0, done.err
+    shown = [line.split() for line in done.out.splitlines()]
+    parameters = LayerSparsity.load(tmp_path / "r.json").parameters
+    assert {"owl", "depth"} < set(parameters["losses"])
+    for name, loss in parameters["losses"].items():
+        kept = ["kept"] if name == parameters["chosen"] else []
+        assert [*name.split(), f"{loss:.4f}", *kept] in shown
+
+
+def test_search_is_seeded_and_ends_no_worse_than_it_began(nano_qwen2: Path, calibration: Path, tmp_path: Path) -> None:
+    given = ("--calibration", calibration, "--cache-dir", tmp_path / "cache", *COMPUTE)
+    first = trim_json("alloc-layers", nano_qwen2, "-o", tmp_path / "a.json", *SEARCH, *given)
+    again = trim_json("alloc-layers", nano_qwen2, "-o", tmp_path / "b.json", *SEARCH, *given)
+    other = trim_json("alloc-layers", nano_qwen2, "-o", tmp_path / "c.json", *SEARCH, *given, "--seed", 1)
+    assert first["sparsity"] == again["sparsity"]
+    assert first["parameters"] == again["parameters"]
+    assert other["parameters"]["losses"] != first["parameters"]["losses"]
+    weights = sizes(nano_qwen2)
+    for one in (first, other):
+        known = one["parameters"]
+        assert known["losses"]["found"] <= known["losses"]["start"]
+        assert known["kept"] == ("found" if known["heldout"]["found"] <= known["heldout"]["start"] else "start")
+        achieved = np.array(list(one["sparsity"].values()))
+        assert (achieved * weights).sum() / weights.sum() == pytest.approx(0.7, abs=1e-12)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt-neox"])
+@pytest.mark.parametrize("method", ["error", "auto", "search"])
+def test_other_forms_of_model(family: str, method: str, tmp_path: Path) -> None:
+    model, run = save_family(family, tmp_path / "model"), ("--cache-dir", tmp_path / "cache", *COMPUTE)
+    tokens = save_tokens(tmp_path / "tokens", vocabulary=97, nsamples=2, seqlen=8)
+    own = ("--search-evaluations", 10) if method == "search" else ()
+    alloc = ("--alloc", method, "--sparsity", 0.6, *own)
+    made = trim_json("prune", model, "-o", tmp_path / "masks", *alloc, "--tokens", tokens, *run)
+    assert made["sparsity"] == pytest.approx(0.6, abs=1e-3)
+    assert MaskFile.open(tmp_path / "masks").manifest["allocation"]["method"] == method
+
+
+def test_only_some_linears_are_tried(nano_qwen2: Path, calibration: Path, tmp_path: Path) -> None:
+    given = ("--calibration", calibration, "--cache-dir", tmp_path / "cache", *COMPUTE, "--only", "*.up_proj")
+    some = trim_json("alloc-layers", nano_qwen2, "-o", tmp_path / "some.json", *AUTO, *given)
+    assert len(some["sparsity"]) == 4
+    masks = tmp_path / "masks"
+    chosen = ("--ratios", tmp_path / "some.json", "--no-propagate")
+    trim_json("prune", nano_qwen2, "-o", masks, *chosen, *given)
+    loss = some["parameters"]["losses"][some["parameters"]["chosen"]]
+    assert loss == pytest.approx(divergence(nano_qwen2, masks, CalibrationFile(calibration).tokens[-2:]), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["error", "search", "auto"])
+def test_trials_need_a_calibration_with_norms(method: str, nano_qwen2: Path, calibration: Path, tmp_path: Path) -> None:
+    asked = ("alloc-layers", nano_qwen2, "-o", tmp_path / "r.json", "--method", method, "--sparsity", 0.7)
+    done = trim(*asked)
+    assert (done.status, done.err.count("\n")) == (2, 1)
+    assert f"--method {method} needs --calibration" in done.err
+    bare = tmp_path / "bare"
+    tokens = save_tokens(tmp_path / "tokens", vocabulary=2048)
+    run = ("--cache-dir", tmp_path / "cache", *COMPUTE)
+    trim_json("calibrate", nano_qwen2, "-o", bare, "--tokens", tokens, "--stats", "inputs", *run)
+    done = trim(*asked, "--calibration", bare, *run)
+    assert done.status == 2
+    assert "holds no norms" in done.err

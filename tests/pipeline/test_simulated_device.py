@@ -253,6 +253,18 @@ def test_allocate(method: str, homes: dict[str, Home], sim: SimulatedDevice, tmp
 
 
 @walks
+@pytest.mark.usefixtures("sim")
+def test_trials(homes: dict[str, Home], tmp_path: Path) -> None:
+    home, found = homes["small"], {}
+    given = ("--method", "auto", *HALF, "--trial-samples", 2, "--calibration", home.folder / "calib")
+    for device in ("cpu", "sim:0"):
+        done = home.run("alloc-layers", "-o", tmp_path / device[:3], *given, device=device)
+        found[device] = done["parameters"]["losses"]
+    assert found["sim:0"] == pytest.approx(found["cpu"], rel=1e-4)
+    assert min(found["cpu"].values()) > 0
+
+
+@walks
 @pytest.mark.usefixtures("_several_of_all")
 def test_perplexity(homes: dict[str, Home], sim: SimulatedDevice, tmp_path: Path) -> None:
     """One copy to the host for all windows; besides, transformers waits in each forward pass of its own, 13 here."""

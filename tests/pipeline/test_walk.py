@@ -119,6 +119,22 @@ def test_the_batch_is_halved_when_memory_runs_out(batch: int, limit: int, count:
     assert "going on with a batch size of" in progress.messages[0]
 
 
+@pytest.mark.parametrize(("half", "batch", "limit"), [(6, 3, 3), (6, 6, 4), (6, 6, 1), (14, 14, 3)])
+def test_some_of_the_samples_advance_alone(half: int, batch: int, limit: int, llama: Path) -> None:
+    """Two halves, one after the other, whole batches each, also when these are halved: 14 to 3, 3, 3, 3 and 2."""
+    tokens = samples(2 * half)
+    expected = walked(skeleton_of(llama), tokens, batch_size=1)
+    skeleton = skeleton_of(llama)
+    refuse_batches_over(skeleton, limit)
+    walk = Walk(skeleton, tokens, batch_size=batch, progress=Warnings())
+    for layer in walk.layers():
+        before = walk.states(slice(half, 2 * half)).clone()
+        walk.advance(layer, rows=slice(0, half))
+        assert torch.equal(walk.states(slice(half, 2 * half)), before)
+        walk.advance(layer, rows=slice(half, 2 * half))
+    torch.testing.assert_close(walk.states(slice(0, 2 * half)), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_batch_halved_on_the_way_leaves_another_remainder(llama: Path) -> None:
     """Of 15 samples 7 are through when the batch is halved to 3: batches of 3, 3 and 2 remain."""
     tokens = samples(15)

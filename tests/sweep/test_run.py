@@ -16,14 +16,19 @@ from typer.testing import CliRunner
 import trimcli.sweep.run
 from tests.small_models import llama_config, random_model, save, skeleton_of
 from tests.small_tokenizers import put_bos
+from tests.trim_cli import COMPUTE, trim_json
 from trimcli.cli.app import app
 from trimcli.commands.evaluate import open_masks
 from trimcli.commands.prune import prune
 from trimcli.errors import InputError, OptionError
 from trimcli.evaluation.perplexity import perplexity
 from trimcli.methods.layers.alpha import AlphaOptions
+from trimcli.methods.layers.auto import AutoOptions
+from trimcli.methods.layers.depth import DepthOptions
 from trimcli.methods.layers.dlp import DlpOptions
+from trimcli.methods.layers.error import ErrorOptions
 from trimcli.methods.layers.owl import OwlOptions
+from trimcli.methods.layers.search import SearchOptions
 from trimcli.methods.rows.options import TrimOptions
 from trimcli.methods.stats import GramOptions
 from trimcli.methods.updates.cg import FitOptions
@@ -120,7 +125,8 @@ def test_the_axes_are_the_options_of_every_method_and_allocation() -> None:
     assert len(names) == len(set(names))
     own = {one.field for one in declared(SweepOptions)}
     assert not own & set(names)
-    assert {TrimOptions, ObsOptions, FitOptions, GramOptions, OwlOptions, DlpOptions, AlphaOptions} == set(axes())
+    allocating = {OwlOptions, DlpOptions, AlphaOptions, ErrorOptions, DepthOptions, SearchOptions, AutoOptions}
+    assert {TrimOptions, ObsOptions, FitOptions, GramOptions, *allocating} == set(axes())
 
 
 def test_a_setting_named_twice_is_tried_once() -> None:
@@ -438,3 +444,17 @@ def test_the_command(base: Path, tmp_path: Path) -> None:
         wrong = run(*common, option, value)
         assert wrong.exit_code == 2
         assert "is not usable" in wrong.stderr
+
+
+def test_allocations_by_trial_are_settings_like_others(base: Path, tmp_path: Path) -> None:
+    common = ("--sparsity", 0.5, "--tokens", base / "tokens", "--holdout", 4, "--cache-dir", tmp_path, *COMPUTE)
+    own = ("--auto-methods", "owl,uniform", "--trial-samples", "1,2", "--search-evaluations", 10)
+    found = trim_json("sweep", base / "model", "--alloc", "error,auto,search", "--trim", "off", *own, *common)
+    values = [run["values"] for run in found["runs"]]
+    assert sorted(one["alloc"] for one in values) == ["auto", "auto", "error", "search"]
+    for one in values:
+        if one["alloc"] == "auto":
+            assert one["auto_methods"] == ["owl", "uniform"]
+    for run in found["runs"]:
+        assert run["sparsity"] == pytest.approx(0.5, abs=1e-2)
+        assert ("--auto-methods owl,uniform" in run["command"]) == (run["values"]["alloc"] == "auto")

@@ -3,7 +3,7 @@
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from trimcli.cli.options import Group, Values, chosen_options, fields_of, flag, parameters, several
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
@@ -128,7 +128,8 @@ def _sweep(values: Values) -> SweepOptions:
         if one.type is bool:
             settings |= {one.field: (True,)} if value else {}
         elif value is not None:
-            settings[one.field] = several(one, value)
+            found = several(one, value)
+            settings[one.field] = (found,) if get_origin(one.type) is tuple else found  # a tuple is one value
     return SweepOptions(**fields_of(SweepOptions, values), settings=settings)
 
 

@@ -21,6 +21,8 @@ from trimcli.methods.layers.projection import settle, weighted_mean
 from trimcli.methods.stats import LinearStats
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.plan import chosen_linears
+from trimcli.pipeline.proof import prove
+from trimcli.pipeline.trial import divergences
 
 # A target further than this from the mean of imported keep ratios was meant for another file.
 IMPORT_TOLERANCE = 0.005
@@ -40,6 +42,8 @@ def allocate(
     if not skeleton.linears:
         raise InputError(f"{model} has no linears in its decoder layers to prune; give another model.")
     survey = _ModelSurvey(skeleton, options, progress)
+    if chosen.tries:
+        prove(skeleton, options.cache_dir, progress)
     try:
         target = _target(survey, options)
         proposed = chosen(survey, target, options=options.own())
@@ -91,6 +95,7 @@ class _ModelSurvey:
             self._calibration = CalibrationFile(options.calibration)
             self._calibration.check(skeleton.fingerprint)
             self._calibration.require(options.allocating.needs)
+        self.samples = 0 if self._calibration is None else len(self._calibration.tokens)
         self.metrics = MetricsCache(options.metrics_cache, skeleton.fingerprint)
 
     def weight(self, name: str) -> Tensor:
@@ -102,6 +107,13 @@ class _ModelSurvey:
         assert self._calibration is not None, "checked by AllocateOptions.check"
         found, needs = self._calibration.statistics(name).tensors, self._options.allocating.needs
         return LinearStats(**{kind: found[kind].to(self._skeleton.device) for kind in needs})
+
+    def losses(self, candidates: Sequence[Tensor], samples: slice) -> list[float]:
+        """Nats a token from the dense model's predictions on these samples, pruned by wanda to each candidate [n]."""
+        assert self._calibration is not None, "checked by AllocateOptions.check"
+        by_name = [dict(zip(self.names, candidate.tolist(), strict=True)) for candidate in candidates]
+        tokens = self._calibration.tokens[samples]
+        return divergences(self._skeleton, by_name, self.stats, tokens, progress=self._progress)
 
     def remembered(self, metric: str, find: Callable[[str], Mapping[str, float]]) -> list[float]:
         """Every linear's metric, from the metrics file or measured and kept there."""

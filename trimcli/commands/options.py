@@ -72,7 +72,7 @@ class AllocateOptions(RunOptions):
 
     method: str = option("uniform", "How layers share the target.", choices=lambda: ALLOCATIONS)
     sparsity: float | None = option(None, "Target: the fraction of weights to prune, in [0, 1).", check=fraction)
-    calibration: Path | None = option(None, "A file of `trim calibrate`, for what reads activations (OWL).")
+    calibration: Path | None = option(None, "A file of `trim calibrate`, for what reads activations (OWL) or tries.")
     metrics_cache: Path | None = option(None, "Alpha: a JSON file of metrics, read and extended.")
     import_file: Path | None = option(None, "A published tool's .npy: OWL keep ratios or Alpha metrics.", "--import")
     numerics: Numerics = option(

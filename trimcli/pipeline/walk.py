@@ -86,31 +86,37 @@ class Walk:
         with collector.watching():
             self._pass(layer, collector, advance=False)
 
-    def advance(self, layer: DecoderLayer, collector: Collector | None = None) -> None:
-        """Replace the hidden states by the layer's outputs, gathering statistics on the way if asked to."""
-        with nullcontext() if collector is None else collector.watching():
-            self._pass(layer, collector, advance=True)
+    def advance(self, layer: DecoderLayer, collector: Collector | None = None, *, rows: slice | None = None) -> None:
+        """Replace the hidden states by the layer's outputs, gathering statistics on the way if asked to.
 
-    def _pass(self, layer: DecoderLayer, collector: Collector | None, *, advance: bool) -> None:
+        rows: only those samples, which are whole batches.
+        """
+        with nullcontext() if collector is None else collector.watching():
+            self._pass(layer, collector, advance=True, rows=rows)
+
+    def _pass(
+        self, layer: DecoderLayer, collector: Collector | None, *, advance: bool, rows: slice | None = None
+    ) -> None:
         verb = "forward" if collector is None else "collect"
         title = f"layer {layer.index + 1}/{len(self.skeleton.layers)} {verb}"
         if collector is not None:
             collector.reset()
         sound = torch.ones((), dtype=torch.bool, device=self.skeleton.device)
         around = self.stream.advancing() if advance else nullcontext()
-        with around, self.progress.task(title, self.nsamples) as step:
-            position = 0
-            while position < self.nsamples:
-                rows = slice(position, min(position + self.batch_size, self.nsamples))
-                if not self._fits(layer, rows, sound, collector, advance=advance):
+        start, end = (0, self.nsamples) if rows is None else (rows.start, rows.stop)
+        with around, self.progress.task(title, end - start) as step:
+            position = start
+            while position < end:
+                batch = slice(position, min(position + self.batch_size, end))
+                if not self._fits(layer, batch, sound, collector, advance=advance):
                     # A Gram has already taken in what it saw of the failed batch; a pass that advances has none.
                     if collector is not None and not advance:
                         collector.reset()
-                        position = 0
-                    self._halve(layer, self.nsamples - position)
+                        position = start
+                    self._halve(layer, end - position, end - start)
                     continue
-                position = rows.stop
-                step(rows.stop - rows.start)
+                position = batch.stop
+                step(batch.stop - batch.start)
         # What a collector gathers is checked by its reader, who can name the linear.
         if collector is None and not bool(sound):
             raise not_finite(layer)
@@ -132,8 +138,8 @@ class Walk:
             return False  # to go on out there: in here the traceback keeps the failed batch's activations in memory
         return True
 
-    def _halve(self, layer: DecoderLayer, left: int) -> None:
-        """Go on with half the batch size, for the `left` samples of this pass and for the passes to come."""
+    def _halve(self, layer: DecoderLayer, left: int, whole: int) -> None:
+        """Go on with half the batch size, for what is `left` of this pass's `whole` samples and the passes to come."""
         if not self.stream.divides:
             what = f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device}"
             raise ResourceError(f"{what} at {layer.name}; give a smaller --seqlen or a device with more memory.")
@@ -141,7 +147,7 @@ class Walk:
         if self.skeleton.device.type != "cpu":
             torch.get_device_module(self.skeleton.device).empty_cache()
         self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {size}.")
-        self.stream.shrink(size, {size, left % size, self.nsamples % size} - {0})
+        self.stream.shrink(size, {size, left % size, whole % size, self.nsamples % size} - {0})
 
 
 def not_finite(layer: DecoderLayer) -> InputError:

@@ -17,7 +17,10 @@ T = TypeVar("T")
 
 
 class Survey(Protocol):
-    """What an allocation may look at, one matrix at a time. counts: float64 [n], weights. imported: `--import`."""
+    """What an allocation may look at, one matrix at a time. counts: float64 [n], weights. imported: `--import`.
+
+    samples: how many calibration samples there are to try candidates on.
+    """
 
     names: Sequence[str]
     shapes: Mapping[str, tuple[int, int]]
@@ -25,6 +28,7 @@ class Survey(Protocol):
     counts: Tensor
     seed: int
     imported: Tensor | None
+    samples: int
 
     def weight(self, name: str) -> Tensor:
         """A linear's weight [D_out, D_in] as stored, on the compute device."""
@@ -34,6 +38,12 @@ class Survey(Protocol):
 
     def remembered(self, metric: str, find: Callable[[str], Mapping[str, float]]) -> list[float]:
         """Every linear's `metric`, of an earlier run or by `find(name)`, all of which is kept. Raises InputError."""
+
+    def losses(self, candidates: Sequence[Tensor], samples: slice) -> list[float]:
+        """How far the model is from the dense one on these calibration samples under each candidate, float64 [n].
+
+        Mean KL divergence of the predictions, nats a token, pruned by wanda without propagation. For what `tries`.
+        """
 
     def each(self, title: str, items: Sequence[T]) -> Iterable[T]:
         """The items, with progress."""
@@ -61,6 +71,7 @@ class LayerAllocation(Entry):
     imports: Literal["ratios", "metrics"] | None = None
     remembers: bool = False
     config_only: bool = False
+    tries: bool = False
 
 
 ALLOCATIONS = Registry("layer allocation", "--method", LayerAllocation)
