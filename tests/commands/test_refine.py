@@ -39,7 +39,7 @@ def test_swaps_change_masks_and_no_row_count(rows: Args, nano_qwen2: Path, token
     assert torch.equal(before.keep(first).sum(dim=1), after.keep(first).sum(dim=1)), "the same inputs, the same rows"
     assert all(not torch.equal(before.keep(name), after.keep(name)) for name in before.names)
     document = read_manifest(tmp_path / "swapped" / "masks")
-    assert document["options"]["recipe"]["refine"] == "swaps"
+    assert document["options"]["recipe"]["refine"] == {"by": "swaps"}
     assert set(document["heldout"]) == set(before.names)
     assert all(pair[1] < pair[0] < 1 for steps in document["heldout"].values() for pair in steps.values())
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 BETAS = (0.9, 0.95)
+# Norms and biases scale whole channels, so that steps of theirs count for many weights.
+VECTOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,9 @@ def reconstruct(
 ) -> Reconstructed:
     """Fit the parameters `keep` names, as the layer holds them; those of a mask, of its parameter's shape, stay zero.
 
-    steps: of Adam, one batch each, with learning rates that fall linearly from `lr` to nothing. The values are those of
-    least error on `heldout` at any quarter of the steps, the first ones included: never worse than at the start.
+    steps: of Adam, one batch each, with learning rates that fall linearly to nothing. lr: the first, as a part of each
+    parameter's root mean square, so that one value does for models whose weights differ in size. The values are those
+    of least error on `heldout` at any quarter of the steps, the first ones included: never worse than at the start.
     """
     with torch.inference_mode(False), torch.enable_grad():
         masters = {name: layer.get_parameter(name).detach().float().clone().requires_grad_() for name in keep}
@@ -54,7 +57,10 @@ def reconstruct(
         def values() -> dict[str, Tensor]:
             return {name: _under(one, keep[name]).to(dtypes[name]) for name, one in masters.items()}
 
-        optimizer = torch.optim.Adam(masters.values(), lr=lr, betas=BETAS)
+        groups = [
+            {"params": [one], "lr": rate} for one, rate in zip(masters.values(), _rates(masters, lr), strict=True)
+        ]
+        optimizer = torch.optim.Adam(groups, betas=BETAS)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         best, before = (
             {name: one.detach().clone() for name, one in masters.items()},
@@ -72,6 +78,17 @@ def reconstruct(
     with torch.no_grad():
         final = {name: _under(one, keep[name]) for name, one in best.items()}
     return Reconstructed(final, before, least)
+
+
+def _rates(masters: Mapping[str, Tensor], lr: float) -> list[float]:
+    """Each parameter's first learning rate, by what of it is not zero; a bias of zeros learns like a typical one."""
+    kept = [one.detach().square().sum() / one.count_nonzero().clamp(min=1) for one in masters.values()]
+    sizes = torch.stack(kept).sqrt().tolist()
+    typical = sum(sizes) / len(sizes)
+    return [
+        lr * (size or typical) * (VECTOR if one.ndim == 1 else 1)
+        for size, one in zip(sizes, masters.values(), strict=True)
+    ]
 
 
 def shuffled(batches: Sequence[Batch]) -> Iterator[Batch]:
