@@ -35,7 +35,7 @@ RECONSTRUCTION = "Reconstruction"
 
 def _rate(flag: str, value: float) -> None:
     if not 0 < value < 1:
-        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.0005.")
+        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.02.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ class Recipe:
         panel=RECONSTRUCTION,
     )
     reconstruct_steps: int = option(64, "Steps of Adam, for each layer or half.", panel=RECONSTRUCTION, check=positive)
-    reconstruct_lr: float = option(0.001, "Their first learning rate.", panel=RECONSTRUCTION, check=_rate)
+    reconstruct_lr: float = option(
+        0.02, "Their first learning rate, as a part of each parameter's size.", panel=RECONSTRUCTION, check=_rate
+    )
     reconstruct_batch: int | None = option(
         None,
         f"Samples a step, of --refine learned too (default: about {STEP_TOKENS:,} tokens).",

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 BETAS = (0.9, 0.95)
-# Norms and biases scale whole channels, so that steps of theirs count for many weights.
-VECTOR = 0.1
 
 
 @dataclass(frozen=True)
@@ -85,10 +83,7 @@ def _rates(masters: Mapping[str, Tensor], lr: float) -> list[float]:
     kept = [one.detach().square().sum() / one.count_nonzero().clamp(min=1) for one in masters.values()]
     sizes = torch.stack(kept).sqrt().tolist()
     typical = sum(sizes) / len(sizes)
-    return [
-        lr * (size or typical) * (VECTOR if one.ndim == 1 else 1)
-        for size, one in zip(sizes, masters.values(), strict=True)
-    ]
+    return [lr * (size or typical) for size in sizes]
 
 
 def shuffled(batches: Sequence[Batch]) -> Iterator[Batch]:
