@@ -63,7 +63,7 @@ class Method:
 
 def _preset(name: str) -> Method:
     one = PRESETS[name]
-    return Method(f"preset {name}", UPDATED, False, dict(one.recipe), dict(one.unstructured), one.alloc)
+    return Method(f"preset {name}", UPDATED, False, dict(one.fields), dict(one.whole), one.alloc)
 
 
 METHODS = [
@@ -74,6 +74,8 @@ METHODS = [
     Method("wanda + OWL + TRIM", ORIGINAL, True, whole={"rows": "trim"}, alloc="owl"),
     Method("SparseGPT", UPDATED, True, {"method": "sparsegpt"}),
     Method("SparseGPT + OWL", UPDATED, True, {"method": "sparsegpt"}, alloc="owl"),
+    Method("swaps on wanda + OWL + TRIM", ORIGINAL, False, {"refine": "swaps"}, {"rows": "trim"}, "owl"),
+    Method("learned masks, search", ORIGINAL, False, {"refine": "learned"}, {}, "search"),
     *(_preset(name) for name in ("fast", "balanced", "best")),
 ]
 

@@ -9,7 +9,6 @@ from tests.trim_cli import trim, trim_json
 from trimcli.files.masks import MaskFile
 from trimcli.methods.layers.base import ALLOCATIONS
 from trimcli.methods.presets import PRESETS
-from trimcli.methods.recipe import Recipe
 
 DRAWN = ("--nsamples", 4, "--seqlen", 32, "--device", "cpu")
 
@@ -27,7 +26,7 @@ def text(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("pattern", [False, True])
 def test_each_is_a_recipe(name: str, pattern: bool) -> None:
     preset = PRESETS[name]
-    Recipe(**preset.fields(pattern=pattern)).check(pattern=pattern)
+    preset.recipe(pattern=pattern).check(pattern=pattern)
     assert preset.alloc is None or preset.alloc in ALLOCATIONS
 
 
@@ -52,9 +51,10 @@ def test_best_is_all_that_is_typed(nano_qwen2: Path, text: Path, tmp_path: Path)
 def test_what_is_given_replaces_its_part(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:
     base = ("prune", nano_qwen2, "--preset", "fast", "--dataset", text, *DRAWN, "--save-model", tmp_path / "saved")
     masks = tmp_path / "masks.safetensors"
-    assert trim(*base, "-o", masks, "--sparsity", 0.5, "--rows", "even", "--method", "magnitude").status == 0
+    assert trim(*base, "-o", masks, "--sparsity", 0.5, "--rows", "even", "--cg-steps", 3).status == 0
     found = recorded(masks)
-    assert (found["method"], found["rows"], found["update"]) == ("magnitude", "even", PRESETS["fast"].recipe["update"])
+    assert (found["method"], found["rows"]) == ("admm", "even")
+    assert (found["options"]["admm"]["cg_steps"], found["options"]["admm"]["admm_steps"]) == (3, 15)
 
 
 def test_a_pattern_fixes_the_counts(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:

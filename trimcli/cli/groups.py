@@ -69,7 +69,7 @@ def _prune_parameters() -> list[inspect.Parameter]:
         *parameters(PruneOptions),
         flag("use_variant", "--use-variant", "The Wanda paper's variant: rows' counts by running score sums."),
         flag("use_trim", "--use-trim", "Search row-wise sparsities (Beck et al. 2025).", TRIM),
-        *_all(_method_options()),
+        *_all(_method_options(), unset=True),
         flag("prune_barber", "--prune-barber", "Rebuild the masks in a second pass (Su et al. 2024).", BARBER),
         *parameters(BarberOptions),
         *parameters(CalibrateOptions, fields=DRAWN, unset=True, panel=ONE_GO),
@@ -107,7 +107,8 @@ def _preset(values: Values) -> Preset | None:
 def _recipe(values: Values, preset: Preset | None, *, pattern: bool) -> Recipe:
     """The recipe that was asked for, over the preset's. pattern: whether the target is N:M."""
     given = fields_of(Recipe, values)
-    chosen = {**(preset.fields(pattern=pattern) if preset else {}), **given}
+    chosen = {**(preset.chosen(pattern=pattern) if preset else {}), **given}
+    options = chosen_options(_method_options(), values, chosen.pop("options", ()))
     asked = [rows for rows in ("trim", "variant") if values[f"use_{rows}"]]
     if len({*asked, *({given.get("rows", "even")} - {"even"})}) > 1:
         raise OptionError(
@@ -117,7 +118,7 @@ def _recipe(values: Values, preset: Preset | None, *, pattern: bool) -> Recipe:
     if asked:
         chosen["rows"] = asked[0]
     barber = BarberOptions(**fields_of(BarberOptions, values)) if values["prune_barber"] else None
-    return Recipe(**chosen, barber=barber, options=chosen_options(_method_options(), values))
+    return Recipe(**chosen, barber=barber, options=options)
 
 
 def _sweep(values: Values) -> SweepOptions:

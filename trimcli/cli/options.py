@@ -128,9 +128,10 @@ def several(one: Declared, text: str) -> tuple[Any, ...]:
     return tuple(found)
 
 
-def chosen_options(classes: Iterable[type[Any]], values: Values) -> tuple[Any, ...]:
-    """An instance of every options class of which anything differs from its defaults."""
-    made = [kind(**fields_of(kind, values)) for kind in classes]
+def chosen_options(classes: Iterable[type[Any]], values: Values, base: Iterable[Any] = ()) -> tuple[Any, ...]:
+    """An instance of every options class of which anything differs from its defaults. base: where values start."""
+    starts = {type(one): one for one in base}
+    made = [dataclasses.replace(starts.get(kind) or kind(), **fields_of(kind, values)) for kind in classes]
     return tuple(one for one in made if one != type(one)())
 
 

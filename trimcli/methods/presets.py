@@ -6,23 +6,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trimcli.methods.recipe import Recipe
+from trimcli.methods.updates.cg import FitOptions
+
 
 @dataclass(frozen=True)
 class Preset:
-    """A recipe by its fields that differ from the defaults. alloc: a layer allocation, where the target has none.
+    """What a word stands for. alloc: a layer allocation, where the target has none and is no N:M pattern.
 
-    help, source: as an entry's. unstructured: fields that do not go with an N:M pattern, which fixes every count.
+    help, source: as an entry's. fields: of the Recipe, where they differ from its defaults. whole: those that an N:M
+    pattern rules out, since it fixes every row's count.
     """
 
     help: str
     source: str
-    recipe: Mapping[str, Any]
-    unstructured: Mapping[str, Any]
+    fields: Mapping[str, Any]
+    whole: Mapping[str, Any]
     alloc: str | None = None
 
-    def fields(self, *, pattern: bool) -> dict[str, Any]:
+    def chosen(self, *, pattern: bool) -> dict[str, Any]:
         """The recipe's fields, for a target that is an N:M pattern or not."""
-        return {**self.recipe, **({} if pattern else self.unstructured)}
+        return {**self.fields, **({} if pattern else self.whole)}
+
+    def recipe(self, *, pattern: bool = False) -> Recipe:
+        """The recipe."""
+        return Recipe(**self.chosen(pattern=pattern))
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -30,20 +38,23 @@ PRESETS: Mapping[str, Preset] = {
         "SparseGPT as it was published", "Frantar & Alistarh 2023", {"method": "sparsegpt", "numerics": "reference"}, {}
     ),
     "fast": Preset(
-        "wanda's mask, then the best kept weights under it", "README, Measured", {"update": "cg"}, {"rows": "free"}
+        "mask and kept weights of every matrix together, in few steps",
+        "benchmarks/QUALITY.md",
+        {"method": "admm", "options": (FitOptions(cg_steps=10, admm_steps=15),)},
+        {"rows": "free"},
     ),
     "balanced": Preset(
-        "mask and kept weights of every matrix together, layers as alloc-layers --method auto finds",
-        "README, Measured",
+        "the same in more steps, layers as alloc-layers --method auto finds them",
+        "benchmarks/QUALITY.md",
         {"method": "admm"},
         {"rows": "free"},
         "auto",
     ),
     "best": Preset(
-        "the same, then every layer trained towards the dense one's outputs",
-        "README, Measured",
-        {"method": "admm", "reconstruct": "layer"},
+        "the same, layers by --method search, and every layer trained towards the dense one's outputs",
+        "benchmarks/QUALITY.md",
+        {"method": "admm", "reconstruct": "layer", "reconstruct_steps": 96},
         {"rows": "free"},
-        "auto",
+        "search",
     ),
 }

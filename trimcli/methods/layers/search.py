@@ -26,7 +26,7 @@ class SearchOptions:
     """How long and how far the search goes. Raises OptionError for a value that cannot be used."""
 
     search_evaluations: int = option(
-        200, "Candidates to try, those of auto that it starts from among them.",
+        96, "Candidates to try, those of auto that it starts from among them.",
         panel=PANEL, check=at_least(len(CHEAP) + len(SCALES) + 1),
     )  # fmt: skip
     search_samples: int = option(
