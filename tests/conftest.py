@@ -1,4 +1,4 @@
-"""What every test shares: no network, no cache of the user's, the embedded model."""
+"""What every test shares: no network, no cache of the user's, a trained model."""
 
 import os
 import shutil
@@ -37,10 +37,10 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="session")
 def nano_qwen2() -> Path:
-    """The trained model inside the package: Qwen2 form, 4 layers, float16, vocabulary 2,048."""
-    from trimcli.demo import MODEL
+    """A trained model: Qwen2 form, 4 layers, float16, vocabulary 2,048."""
+    from tests.small_models import NANO
 
-    return MODEL
+    return NANO
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,5 +62,5 @@ def sim() -> "Iterator[SimulatedDevice]":
 
 @pytest.fixture
 def model_copy(nano_qwen2: Path, tmp_path: Path) -> Path:
-    """A copy of the embedded model that a test may damage."""
+    """A copy of the trained model that a test may damage."""
     return Path(shutil.copytree(nano_qwen2, tmp_path / "model"))

@@ -20,6 +20,9 @@ from trimcli.methods.masks import lowest_per_row, n_of_m
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 
+NANO = Path(__file__).parent / "data" / "nano-qwen2"
+"""A trained model: Qwen2 form, 4 layers, float16, vocabulary 2,048."""
+
 LLAMA = {
     "hidden_size": 32,
     "intermediate_size": 40,

@@ -40,7 +40,7 @@ class Study:
     @property
     def name(self) -> str:
         """The model's name."""
-        return "the demo's nano-qwen2" if self.model == MODEL else self.model.name
+        return "the demo's model" if self.model == MODEL else self.model.name
 
     @property
     def fixed(self) -> bool:

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from tests.cli.test_errors import refused
+from tests.small_models import NANO as MODEL
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json
-from trimcli.demo import MODEL, write_texts
+from trimcli.demo import write_texts
 
 Args = tuple[object, ...]
 

@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.small_models import NANO as MODEL
 from tests.trim_cli import COMPUTE, trim, trim_json
-from trimcli.demo import MODEL
 from trimcli.errors import HubError, InputError, OptionError, OutputExists, ResourceError, TrimError
 from trimcli.evaluation import zeroshot
 from trimcli.evaluation.zeroshot import SEVEN_TASKS, ZeroShotOptions, evaluate_tasks

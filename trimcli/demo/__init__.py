@@ -1,7 +1,7 @@
 """What `trim demo` runs on: a small trained model inside the package and text of the standard library.
 
-The model is of Qwen2 form with 1.0 M parameters. Python's own help topics were part of its training text,
-except those whose name's MD5 digest starts with 0, 1 or 2: on these it is measured, on the others calibrated.
+The model is of Qwen2 form, six layers and 5.5 M parameters, trained on 21 million tokens of English. It is measured on
+the help topics of Python whose name's MD5 digest starts with 0, 1 or 2, and calibrated on the others.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ class DemoTexts:
 
 
 def calibration_text() -> str:
-    """The help topics that the model was trained on, in the order of their names."""
+    """The help topics to calibrate on, in the order of their names."""
     return "\n\n".join(topics[name] for name in sorted(topics) if not _is_held_back(name))
 
 
 def measurement_text() -> str:
-    """The help topics that the model never saw, in the order of their names."""
+    """The help topics to measure on, in the order of their names."""
     return "\n\n".join(topics[name] for name in sorted(topics) if _is_held_back(name))
 
 

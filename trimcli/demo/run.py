@@ -23,18 +23,23 @@ from trimcli.commands.prune import prune
 from trimcli.commands.verify import verify
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.demo import MODEL, write_texts
+from trimcli.methods.presets import PRESETS
 from trimcli.methods.recipe import Recipe
 from trimcli.options import words
 
-SAMPLES, SEQLEN, WINDOWS = 64, 128, 240
-# A row of the demo each: label -> method, layer allocation, and how sparsity is shared among rows.
-VARIANTS = {
-    "magnitude": ("magnitude", None, "even"),
-    "wanda": ("wanda", None, "even"),
-    "wanda + OWL": ("wanda", "owl", "even"),
-    "wanda + Alpha": ("wanda", "alpha", "even"),
-    "wanda + TRIM": ("wanda", None, "trim"),
-    "wanda + OWL + TRIM": ("wanda", "owl", "trim"),
+SAMPLES, SEQLEN, WINDOWS = 64, 128, 120
+# A row of the demo each: label -> a recipe and its layer allocation. Those of the first part leave the weights as they
+# are, those of the second change the ones that stay; what others published comes first in both.
+VARIANTS: dict[str, tuple[Recipe, str | None]] = {
+    "magnitude": (Recipe(method="magnitude"), None),
+    "wanda": (Recipe(), None),
+    "wanda + OWL": (Recipe(), "owl"),
+    "wanda + OWL + TRIM": (Recipe(rows="trim"), "owl"),
+    "learned masks": (Recipe(refine="learned", refine_steps=32), "owl"),
+    "SparseGPT": (Recipe(method="sparsegpt"), None),
+    "SparseGPT + OWL": (Recipe(method="sparsegpt"), "owl"),
+    "preset fast": (PRESETS["fast"].recipe(), None),
+    "preset balanced": (PRESETS["balanced"].recipe(), "auto"),
 }
 
 
@@ -84,41 +89,39 @@ def demo(
     tell("calibrate", calibration, *words(drawn))
     calibrate(model, calibration, drawn, progress=progress)
 
-    def measured(label: str, masks: Path | None, seconds: float) -> DemoRow:
-        options = EvaluateOptions(masks=masks, ppl=(str(texts.measurement),), seqlen=SEQLEN, max_windows=WINDOWS, **run)
-        output = directory / f"results-{_file(label)}.json"
-        found = evaluate(model, options, output, progress=progress)
+    def measured(label: str, model: str, seconds: float = 0.0) -> DemoRow:
+        options = EvaluateOptions(ppl=(str(texts.measurement),), seqlen=SEQLEN, max_windows=WINDOWS, **run)
+        found = evaluate(model, options, directory / f"results-{_file(label)}.json", progress=progress)
         return DemoRow(label, found["perplexity"][0]["value"], found["sparsity"]["total"], seconds)
 
     ratios = {}
-    for method in ("owl", "alpha"):
+    for method in ("owl", "auto"):
         ratios[method] = directory / f"ratios-{method}.json"
-        read = calibration if method == "owl" else None
-        options = AllocateOptions(method=method, sparsity=sparsity, calibration=read, **run)
+        options = AllocateOptions(method=method, sparsity=sparsity, calibration=calibration, **run)
         tell("alloc-layers", ratios[method], *words(options))
         allocate(model, ratios[method], options, progress=progress)
-    rows = [measured("dense", None, 0.0)]
-    masks = {}
-    for label, (method, allocation, among) in VARIANTS.items():
-        masks[label] = directory / f"masks-{_file(label)}.safetensors"
-        recipe = Recipe(method=method, rows=among)
-        target: dict[str, Any] = {"ratios": ratios[allocation]} if allocation else {"sparsity": sparsity}
+    rows = [measured("dense", model)]
+    pruned = {}
+    for label, (recipe, allocation) in VARIANTS.items():
+        masks, saved = directory / f"masks-{_file(label)}.safetensors", directory / f"pruned-{_file(label)}"
         read = calibration if recipe.needs else None
-        choice = PruneOptions(recipe=recipe, calibration=read, **target, **run)
-        tell("prune", masks[label], *prune_words(choice))
-        summary = prune(model, masks[label], choice, progress=progress)
-        rows.append(measured(label, masks[label], summary.seconds))
+        target: dict[str, Any] = {"ratios": ratios[allocation]} if allocation else {"sparsity": sparsity}
+        choice = PruneOptions(recipe=recipe, calibration=read, save_model=saved, **target, **run)
+        tell("prune", masks, *prune_words(choice))
+        rows.append(measured(label, str(saved), seconds=prune(model, masks, choice, progress=progress).seconds))
+        pruned[label] = saved, masks
     best = min(rows[1:], key=lambda row: row.perplexity)
-    pruned, packed = directory / "pruned", directory / "packed"
-    say(f"trim apply-masks MODEL {masks[best.label].name} -o {pruned.name}")
-    dense_form = apply_masks(model, masks[best.label], pruned, progress=progress)
-    say(f"trim apply-masks MODEL {masks[best.label].name} -o {packed.name} --format packed")
-    packed_form = apply_masks(model, masks[best.label], packed, ApplyOptions(format="packed"), progress=progress)
-    say(f"trim verify {pruned.name}")
-    verify(pruned, progress=progress).check()
-    nbytes = dense_form.nbytes, packed_form.nbytes
+    saved, masks = pruned[best.label]
+    packed = directory / "packed"
+    # The directory holds the weights as they became, other ones than the masks were chosen for.
+    say(f"trim apply-masks {saved.name} {masks.name} -o {packed.name} --format packed --other-weights")
+    form = ApplyOptions(format="packed", other_weights=True)
+    packed_form = apply_masks(str(saved), masks, packed, form, progress=progress)
+    say(f"trim verify {saved.name}")
+    verify(saved, progress=progress).check()
+    nbytes = sum(path.stat().st_size for path in saved.glob("*.safetensors")), packed_form.nbytes
     return DemoResult(tuple(rows), best.label, *nbytes, directory, time.monotonic() - started)
 
 
 def _file(label: str) -> str:
-    return label.replace(" + ", "-").lower()
+    return label.replace(" + ", "-").replace(" ", "-").lower()
