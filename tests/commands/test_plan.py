@@ -1,6 +1,7 @@
 """What a prune says it will do, against what it then does."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
 from trimcli import AllocateOptions, BarberOptions, CalibrateOptions, PruneOptions, Recipe, UsageError, allocate, prune
 from trimcli.commands.plan import foresee
 from trimcli.errors import InputError, OptionError
+from trimcli.methods.layers.auto import AutoOptions
+from trimcli.methods.layers.search import SearchOptions
 from trimcli.pipeline.plan import forward_passes
 
 DATA = Path(__file__).parents[1] / "data"
@@ -123,6 +126,39 @@ def test_ratios_and_allocations_are_foreseen(base: Path, tmp_path: Path) -> None
     for method in ("alpha", "owl"):
         plan = foresee(str(base / "model"), PruneOptions(allocate=AllocateOptions(method=method, sparsity=0.4)))
         assert {linear.target.sparsity for linear in plan.linears} == {0.4}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "candidates", "together"),
+    [
+        (AllocateOptions(method="auto", sparsity=0.5), 5 + 4, 5),
+        (AllocateOptions(method="auto", sparsity=0.5, options=(AutoOptions(auto_methods=("owl",)),)), 1 + 4, 4),
+        (AllocateOptions(method="search", sparsity=0.5, options=(SearchOptions(search_samples=16),)), 96 + 2, 8),
+    ],
+)
+def test_trials_of_an_allocation_count(
+    chosen: AllocateOptions, candidates: int, together: int, base: Path, tmp_path: Path
+) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", vocabulary=64, nsamples=32)
+    drawn = CalibrateOptions(tokens=tokens, device="cpu", dtype="float32")
+    plain = PruneOptions(sparsity=0.5, calibrate=drawn, device="cpu", dtype="float32")
+    without, tried = (
+        foresee(str(base / "model"), one) for one in (plain, replace(plain, sparsity=None, allocate=chosen))
+    )
+    walked = candidates + math.ceil(candidates / together)
+    assert tried.forward_passes - without.forward_passes == pytest.approx(walked * 16 / 32)
+
+
+def test_candidates_that_walk_together_need_memory(base: Path, tmp_path: Path) -> None:
+    tokens = save_tokens(tmp_path / "tokens.safetensors", vocabulary=64, nsamples=20_000)
+    drawn = CalibrateOptions(tokens=tokens, device="cpu", dtype="float32")
+    searched = AllocateOptions(method="search", sparsity=0.5, options=(SearchOptions(search_samples=20_000),))
+    plain = PruneOptions(sparsity=0.5, calibrate=drawn, device="cpu", dtype="float32")
+    without, tried = (
+        foresee(str(base / "model"), one) for one in (plain, replace(plain, sparsity=None, allocate=searched))
+    )
+    one = 20_000 * 16 * 32 * 4  # the hidden states of all samples: the dense model's and those of eight candidates
+    assert 7 * one < tried.host_bytes - without.host_bytes < 9 * one
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 
 import trimcli.commands.export
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from tests.trim_cli import trim, trim_json
+from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli.commands.apply import apply_masks
 from trimcli.commands.export import export
 from trimcli.commands.options import ApplyOptions
@@ -15,7 +15,7 @@ from trimcli.kernels.bench import Measured, Rate, bench, measure, verdict
 from trimcli.kernels.forms import Race
 from trimcli.kernels.options import BenchOptions, ExportOptions
 
-QUICK: dict[str, Any] = {"tokens": 3, "batch": (1, 2), "repeat": 2}
+QUICK: dict[str, Any] = {"tokens": 3, "batch": (1, 2), "repeat": 2, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -179,17 +179,17 @@ def test_two_of_four_on_a_gpu(tmp_path: Path) -> None:
     masks_for(tmp_path / "model", tmp_path / "masks", pattern=(2, 4))
     apply_masks(str(tmp_path / "model"), tmp_path / "masks", tmp_path / "pruned")
     export(str(tmp_path / "pruned"), tmp_path / "semi", ExportOptions(to="semi-structured"))
-    result = bench([str(tmp_path / "pruned"), str(tmp_path / "semi")], BenchOptions(**QUICK))
+    result = bench([str(tmp_path / "pruned"), str(tmp_path / "semi")], BenchOptions(**QUICK | {"device": "cuda"}))
     assert [(one.form, one.sparse) for one in result.measured] == 2 * [("dense", 0), ("semi-structured", 14)]
     assert result.measured[1].memory == result.measured[3].memory < result.measured[0].memory
 
 
 def test_the_command(base: Path) -> None:
-    found = trim("bench", base / "pruned", base / "csr", "--tokens", 3, "--batch", "1", "--repeat", 1)
+    found = trim("bench", base / "pruned", base / "csr", "--tokens", 3, "--batch", "1", "--repeat", 1, *COMPUTE)
     assert found.status == 0
     assert "prefill b1" in " ".join(found.out.split())
     assert found.out.count("% zeros runs at these multiples of dense's speed") == 2
-    document = trim_json("bench", base / "pruned", "--tokens", 3, "--batch", "1,2", "--repeat", 1)
+    document = trim_json("bench", base / "pruned", "--tokens", 3, "--batch", "1,2", "--repeat", 1, *COMPUTE)
     assert document["schema"] == "trim.bench/1"
     assert [one["form"] for one in document["measured"]] == ["dense", "csr"]
     assert len(document["measured"][0]["rates"]) == 4

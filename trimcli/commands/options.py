@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from trimcli.errors import OptionError
 from trimcli.methods.choice import parse_pattern, uniform_target
-from trimcli.methods.layers.base import ALLOCATIONS, LayerAllocation
+from trimcli.methods.layers.base import ALLOCATIONS, LayerAllocation, Trials
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import stored_statistics
 from trimcli.options import RUN, ModelOptions, Numerics, RunOptions, at_least, fraction, one_of, option, positive, words
@@ -98,6 +98,11 @@ class AllocateOptions(RunOptions):
         if kind is None:
             return None
         return next((given for given in self.options if type(given) is kind), kind())
+
+    @property
+    def trials(self) -> Trials | None:
+        """What is tried on the way, None where nothing is."""
+        return self.own().trials if self.allocating.tries and self.import_file is None else None
 
     def check(self, *, calibrates: bool = False) -> None:
         """Raise OptionError for what cannot be used. calibrates: a calibration is made on the way."""

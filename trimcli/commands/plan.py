@@ -40,4 +40,5 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
         seqlen=seqlen,
         saves_model=options.save_model is not None,
         calibrates=options.calibrates,
+        trials=options.allocate.trials if options.allocate else None,
     )

@@ -197,6 +197,7 @@ class _Run:
             seqlen=seqlen or default_seqlen(self.skeleton.config),
             saves_model=self.options.save_model is not None,
             calibrates=self.options.calibrates,
+            trials=self.options.allocate.trials if self.options.allocate else None,
         )
 
     def key(self, stage: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.tensors import dtype_name
 from trimcli.methods.choice import Target
+from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
 from trimcli.methods.stats import GRAM, STATISTICS
 from trimcli.model.matrix import Matrix
@@ -120,14 +121,23 @@ def make_plan(
     seqlen: int,
     saves_model: bool = False,
     calibrates: bool = False,
+    trials: Trials | None = None,
 ) -> Plan:
-    """The plan of a prune. calibrates: gathers statistics of the dense model first. Raises OptionError."""
+    """The plan of a prune. calibrates: gathers statistics of the dense model first. trials: of its allocation.
+
+    Raises OptionError.
+    """
     shapes = {linear.name: linear.shape for linear in linears}
     check_patterns(targets, shapes)
     checkpoint = skeleton.checkpoint
     why = "it was not asked for"
     dense = {name: LeftDense(one.shape, why) for name, one in skeleton.linears.items() if name not in shapes}
-    device, host = estimate_memory(skeleton, linears, recipe, nsamples=nsamples, seqlen=seqlen, calibrates=calibrates)
+    known: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen, "trials": trials}
+    device, host = estimate_memory(skeleton, linears, recipe, calibrates=calibrates, **known)
+    passes = forward_passes(recipe, len(skeleton.layers), nsamples / recipe.step_samples(seqlen))
+    if trials is not None and nsamples:
+        walked = trials.candidates + -(-trials.candidates // trials.together)  # the dense model goes along
+        passes += walked * min(trials.samples, nsamples) / nsamples
     return Plan(
         model=checkpoint.id,
         linears=tuple(
@@ -137,7 +147,7 @@ def make_plan(
         dense={**dense, **skeleton.left_dense()},
         compute_dtype=dtype_name(skeleton.dtype),
         device=str(skeleton.device),
-        forward_passes=forward_passes(recipe, len(skeleton.layers), nsamples / recipe.step_samples(seqlen)),
+        forward_passes=passes,
         host_bytes=host,
         device_bytes=device,
         mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in shapes.values()),
@@ -170,13 +180,20 @@ def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
 
 
 def estimate_memory(
-    skeleton: Skeleton, linears: list[Matrix], recipe: Recipe, *, nsamples: int, seqlen: int, calibrates: bool = False
+    skeleton: Skeleton,
+    linears: list[Matrix],
+    recipe: Recipe,
+    *,
+    nsamples: int,
+    seqlen: int,
+    calibrates: bool = False,
+    trials: Trials | None = None,
 ) -> tuple[int, int]:
     """Peak (device, host) memory in bytes, estimated from shapes; on a CPU everything is host memory.
 
     The largest of what follows one another: the embedding; a layer with a batch's activations and the statistics it
     gathers; a layer with one matrix worked on; a layer whose masks are rebuilt. calibrates: whether statistics of the
-    dense model are gathered first.
+    dense model are gathered first. trials: of an allocation, whose candidates walk together.
     """
     size, cpu = skeleton.dtype.itemsize, skeleton.device.type == "cpu"
     wide = 2 if recipe.options_of(GRAM).gram_dtype == "float64" else 1
@@ -200,4 +217,7 @@ def estimate_memory(
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
         needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
+        if trials is not None:  # the layer twice: its dense matrices are put back for every candidate
+            tokens = (1 + trials.together) * min(trials.samples, nsamples) * seqlen
+            needed = max(needed, 2 * layer + activations + tokens * embedding.embedding_dim * size)
     return (0, LIBRARIES + needed) if cpu else (needed, 4 * LIBRARIES)

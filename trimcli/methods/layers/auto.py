@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from trimcli.errors import OptionError
-from trimcli.methods.layers.base import ALLOCATIONS, Allocation, Survey, layer_allocation
+from trimcli.methods.layers.base import ALLOCATIONS, Allocation, Survey, Trials, layer_allocation
 from trimcli.methods.stats import SQNORM
 from trimcli.options import check_fields, option, positive
 
@@ -37,6 +37,12 @@ class AutoOptions:
         check_fields(self)
         if not self.auto_methods:
             raise OptionError("--auto-methods names nothing to try; give at least one, such as uniform,owl.")
+
+    @property
+    def trials(self) -> Trials:
+        """For the plan."""
+        first = len(self.auto_methods)
+        return Trials(first + len(SCALES) + 1, self.trial_samples, max(first, len(SCALES) + 1))
 
 
 class Tried(NamedTuple):

@@ -60,6 +60,15 @@ class Allocation:
     pattern: list[tuple[int, int]] | None = None
 
 
+@dataclass(frozen=True)
+class Trials:
+    """What an allocation tries at most: candidates, calibration samples for each, candidates that walk together."""
+
+    candidates: int
+    samples: int
+    together: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerAllocation(Entry):
     """A layer allocation: function(survey, target[, options]) gives an Allocation. needs: of dense inputs.

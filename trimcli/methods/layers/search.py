@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from trimcli.methods.layers.auto import CHEAP, SCALES, try_all
-from trimcli.methods.layers.base import Allocation, Survey, layer_allocation
+from trimcli.methods.layers.base import Allocation, Survey, Trials, layer_allocation
 from trimcli.methods.stats import SQNORM
 from trimcli.options import above_zero, at_least, check_fields, option, positive
 
@@ -39,6 +39,11 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def trials(self) -> Trials:
+        """For the plan; the start and the found are compared in the end."""
+        return Trials(self.search_evaluations + 2, self.search_samples, TOGETHER)
 
 
 @layer_allocation(
