@@ -1,6 +1,8 @@
 """The stage cache and the parts of unfinished runs."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,27 @@ def test_clearing_spares_a_run_at_work(tmp_path: Path) -> None:
 
 def test_an_empty_cache_is_no_error(tmp_path: Path) -> None:
     assert trim_json("cache", "--cache-dir", tmp_path / "none")["entries"] == []
+
+
+def test_two_runs_that_need_the_same_make_it_once(tmp_path: Path) -> None:
+    made: list[str] = []
+    began = threading.Event()
+
+    def slowly(path: Path) -> None:
+        began.set()
+        waiting.wait(0.2)  # the other run has long asked by now
+        made.append("first")
+        path.write_text("whole")
+
+    def at_once(path: Path) -> None:
+        made.append("second")
+        path.write_text("again")
+
+    waiting = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(Cache(tmp_path).made, "ratios", {"a": 1}, ".json", slowly)
+        began.wait()
+        second = pool.submit(Cache(tmp_path).made, "ratios", {"a": 1}, ".json", at_once)
+        assert first.result() == second.result()
+    assert (made, first.result().read_text()) == (["first"], "whole")
+    assert [entry.path for entry in Cache(tmp_path).entries()] == [first.result()]

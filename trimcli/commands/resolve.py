@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: 
         key["options"].pop(other)
     if options.tokens is None:
         key["encoding"] = encoder_of(skeleton, options).document()
-    path = Cache(options.cache_dir).file("calibration", key, ".safetensors")
-    if not path.is_file():
-        calibrate(skeleton.checkpoint.id, path, options, progress=progress)
-    return path
+    cache, make = (
+        Cache(options.cache_dir),
+        partial(calibrate, skeleton.checkpoint.id, options=options, progress=progress),
+    )
+    return cache.made("calibration", key, ".safetensors", make)
 
 
 def cached_ratios(skeleton: Skeleton, options: AllocateOptions, cache_dir: Path | None, progress: Progress) -> Path:
@@ -42,10 +44,8 @@ def cached_ratios(skeleton: Skeleton, options: AllocateOptions, cache_dir: Path 
         key[field] = found
         key["options"].pop(field)
     key["options"].pop("metrics_cache", None)
-    path = Cache(cache_dir).file("ratios", key, ".json")
-    if not path.is_file():
-        allocate(skeleton.checkpoint.id, path, options, progress=progress)
-    return path
+    make = partial(allocate, skeleton.checkpoint.id, options=options, progress=progress)
+    return Cache(cache_dir).made("ratios", key, ".json", make)
 
 
 def targets_of(

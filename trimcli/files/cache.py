@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -34,6 +35,17 @@ class Cache:
         folder = self.directory / kind
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"{digest(key)}{suffix}"
+
+    def made(self, kind: str, key: Any, suffix: str, make: Callable[[Path], object]) -> Path:
+        """The same, made by `make` where it does not lie yet; where another run is at it, that is waited for."""
+        from filelock import FileLock
+
+        path = self.file(kind, key, suffix)
+        if not path.is_file():
+            with FileLock(path.with_suffix(".lock")):
+                if not path.is_file():
+                    make(path)
+        return path
 
     def parts(self, key: Any) -> Parts:
         """The part files of the unfinished run that depends on `key`."""
