@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.support.provenance import table
 
 Facts = Mapping[str, Any]
+NOTES = Path(__file__).parents[1] / "quality-notes.md"
 INTRODUCTION = """\
 Every figure is at the same count of zeros, calibrated on one text and measured on others. *Nats* is the mean
 cross-entropy above the dense model's: 0 is no damage, and it adds up where perplexities multiply. Each is the mean over
@@ -39,7 +40,7 @@ def render(entries: Sequence[Mapping[str, Any]], out: Path | None) -> list[str]:
                 _plot(mine, dense, text, picture)
                 lines += ["", f"![nats above dense against sparsity and against seconds]({picture.name})"]
         lines.append("")
-    return lines
+    return [*lines, *NOTES.read_text(encoding="utf-8").splitlines()]
 
 
 def _identity(entry: Mapping[str, Any]) -> str:
