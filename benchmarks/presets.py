@@ -68,7 +68,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         given.calibrate = given.calibrate or write_texts(Path(folder)).calibration
-        asked = {"wanda": ("--method", "wanda"), **{name: ("--preset", name) for name in PRESETS}}
+        asked: dict[str, tuple[str, ...]] = {"wanda": (), **{name: ("--preset", name) for name in PRESETS}}
         asked["learned masks"] = ("--refine", "learned", "--alloc", "search")
         found = {name: cost(given, *words) for name, words in asked.items()}
     wanda = found["wanda"]
