@@ -67,6 +67,11 @@ def _table(runs: Sequence[Facts], dense: Facts, text: str) -> list[str]:
     lines: list[str] = []
     for weights in dict.fromkeys(run["weights"] for run in runs if run["label"] != "dense"):
         labels = {run["label"]: run["published"] for run in runs if run.get("weights") == weights}
+        worst = {
+            label: max(mean(nats(found, dense, text)) for (one, _), found in cells.items() if one == label)
+            for label in labels
+        }
+        labels = dict(sorted(labels.items(), key=lambda item: (not item[1], -worst[item[0]])))
         rows = []
         for label, published in labels.items():
             row = [label]
