@@ -119,6 +119,6 @@ def _plot(runs: Sequence[Facts], dense: Facts, text: str, out: Path) -> None:
             right.annotate(label, (seconds, mean(nats(points[0.7], dense, text))), fontsize=8)
     left.set(xlabel="sparsity", ylabel="nats above dense", yscale="log", title=text)
     right.set(xlabel="seconds of the prune", xscale="log", yscale="log", title="at 70%")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, loc="upper left")
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
