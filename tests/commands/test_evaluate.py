@@ -108,7 +108,7 @@ def test_the_document(base: Path, nano_qwen2: Path, tmp_path: Path) -> None:
     assert "tasks" not in document
     assert document["sparsity"]["total"] < 1e-4
     assert document["pruning"] is None
-    assert document["label"] == "model"
+    assert document["label"] == "nano-qwen2"
     assert document["seconds"] > 0
     assert document["peak_memory"]["anonymous"] > 0
 
@@ -127,7 +127,7 @@ def test_masks_give_what_the_directories_give(base: Path, nano_qwen2: Path) -> N
         assert document["sparsity"]["zeros"] == zeros
         assert document["sparsity"]["total"] == pytest.approx(0.6, abs=1e-4)
         assert document["pruning"]["options"]
-    assert masked["label"] == "model + masks"
+    assert masked["label"] == "nano-qwen2 + masks"
     assert masked["sources"]["masks"]["path"] == str(base / "masks")
 
 

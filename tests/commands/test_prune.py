@@ -520,7 +520,7 @@ def test_other_samples_make_another_calibration(base: Path, tmp_path: Path) -> N
         save_tokens(tokens, vocabulary=64, seed=seed)  # the same file with other samples
         drawn = CalibrateOptions(tokens=tokens, **RUN, cache_dir=tmp_path / "cache")
         run(base, tmp_path, f"m{seed}", sparsity=0.5, calibration=None, calibrate=drawn, recipe=Recipe(propagate=False))
-    assert len(list((tmp_path / "cache" / "calibration").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "calibration").glob("*.safetensors"))) == 2
     one, other = MaskFile.open(tmp_path / "m1"), MaskFile.open(tmp_path / "m2")
     assert any(not torch.equal(one.keep(name), other.keep(name)) for name in one.names)
 
