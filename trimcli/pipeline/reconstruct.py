@@ -15,13 +15,11 @@ from trimcli.methods.blocks.structure import Block
 from trimcli.methods.choice import Target
 from trimcli.methods.masks import slices
 from trimcli.methods.recipe import Recipe
+from trimcli.methods.stats import fitting_samples
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
 from trimcli.pipeline.rebuild import blocks_of
 from trimcli.pipeline.walk import Walk
-
-# One sample in so many is held out, and at least the last.
-HELDOUT = 8
 
 
 class Guide:
@@ -141,8 +139,8 @@ def _batches(
     walk: Walk, layer: DecoderLayer, recipe: Recipe, target: Callable[[slice], Tensor]
 ) -> tuple[list[Batch], list[Batch]]:
     """The layer's batches, a step each, for training and held out; a lone sample is both."""
-    held = max(1, walk.nsamples // HELDOUT)
-    rest = walk.nsamples - held or walk.nsamples
+    rest = fitting_samples(walk.nsamples)
+    held = walk.nsamples - rest or 1
     size = min(recipe.step_samples(walk.seqlen), walk.nsamples)
 
     def parted(size: int) -> tuple[list[slice], list[slice]]:
