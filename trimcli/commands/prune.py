@@ -29,7 +29,7 @@ from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
 from trimcli.methods import masks
 from trimcli.methods.stats import stored_statistics
-from trimcli.model.skeleton import DecoderLayer, Skeleton, open_model
+from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.passes import Passes
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.pipeline.proof import prove
@@ -221,10 +221,7 @@ class _Run:
         layers = [(layer, parts.read(layer.index)) for layer in self.skeleton.layers]
         homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
         options = self.options
-
-        def first(layer: DecoderLayer) -> Mapping[str, Any]:
-            return rows.read(layer.index).facts
-
+        first = [rows.read(layer.index).facts for layer, _ in layers]
         before = [self.calibration.manifest] if self.calibration else []
         before += [read_json(self.ratios)] if self.ratios else []
         document = manifest(
@@ -241,7 +238,7 @@ class _Run:
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
             refinement={layer.name: part.facts.get("learned") for layer, part in layers},
             reconstruction={layer.name: part.facts.get("errors") for layer, part in layers},
-            heldout={name: entry for layer, _ in layers for name, entry in first(layer)["judged"].items()},
+            heldout={name: entry for found in first for name, entry in found["judged"].items()},
             compute_dtype=dtype_name(self.skeleton.dtype),
             bos=self.calibration.manifest.get("bos") if self.calibration else None,
         )
@@ -250,7 +247,7 @@ class _Run:
             return masks.unpack(homes[name].load(f"{name}.keep"), self.skeleton.linears[name].d_in)
 
         shapes = {linear.name: linear.shape for linear in self.linears}
-        facts = {name: row for layer, _ in layers for name, row in first(layer)["rows"].items()}
+        facts = {name: row for found in first for name, row in found["rows"].items()}
         improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows != "even" else None
         with all_or_none():  # where it fails, the same command writes them from the part files, which stay
             complete = write_masks(output, document, shapes, keep, force=force)
