@@ -30,11 +30,8 @@ def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: 
         key["options"].pop(other)
     if options.tokens is None:
         key["encoding"] = encoder_of(skeleton, options).document()
-    cache, make = (
-        Cache(options.cache_dir),
-        partial(calibrate, skeleton.checkpoint.id, options=options, progress=progress),
-    )
-    return cache.made("calibration", key, ".safetensors", make)
+    make = partial(calibrate, skeleton.checkpoint.id, options=options, progress=progress)
+    return Cache(options.cache_dir).made("calibration", key, ".safetensors", make)
 
 
 def cached_ratios(skeleton: Skeleton, options: AllocateOptions, cache_dir: Path | None, progress: Progress) -> Path:
