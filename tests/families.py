@@ -8,6 +8,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from tests.small_models import NANO, gpt2_config, llama_config, random_model, save
+from tests.trim_cli import save_tokens
+
 VOCABULARY = 97
 # From version 5 on transformers merges a layer's experts on loading and knows older names of parameters.
 CONVERTS = int(transformers.__version__.partition(".")[0]) >= 5
@@ -61,3 +64,14 @@ def save_family(name: str, directory: Path) -> Path:
         torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 0.1, 0.2)
     model.save_pretrained(directory)
     return directory
+
+
+def several_forms(home: Path) -> Path:
+    """Save `llama`, `gpt2`, `opt` and `gpt-neox`, a trained `nano`, and `tokens` that all of them know, into `home`."""
+    save(random_model(llama_config(), dtype=torch.float16), home / "llama")
+    save(random_model(gpt2_config()), home / "gpt2")
+    save_family("opt", home / "opt")
+    save_family("gpt-neox", home / "gpt-neox")
+    (home / "nano").symlink_to(NANO)
+    save_tokens(home / "tokens", vocabulary=64, nsamples=9)
+    return home

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.families import save_family
+from tests.families import several_forms
 from tests.interrupt import InterruptAt, Interrupted
-from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
-from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
+from tests.small_models import skeleton_of
+from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli import PruneOptions, Recipe, prune
 from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import read_manifest
@@ -22,16 +22,9 @@ LEARNED: tuple[object, ...] = ("--refine", "learned", "--refine-steps", 24, "--r
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, nano_qwen2: Path) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of several forms, and tokens for them."""
-    home = tmp_path_factory.mktemp("learned")
-    save(random_model(llama_config(), dtype=torch.float16), home / "llama")
-    save(random_model(gpt2_config()), home / "gpt2")
-    save_family("opt", home / "opt")
-    save_family("gpt-neox", home / "gpt-neox")
-    (home / "nano").symlink_to(nano_qwen2)
-    save_tokens(home / "tokens", vocabulary=64, nsamples=9)
-    return home
+    return several_forms(tmp_path_factory.mktemp("learned"))
 
 
 def pruned(home: Path, form: str, output: Path, *more: object) -> dict[str, Any]:

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from tests.families import save_family
+from tests.families import several_forms
 from tests.interrupt import InterruptAt
-from tests.small_models import gpt2_config, llama_config, random_model, save, skeleton_of
-from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
+from tests.small_models import skeleton_of
+from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli import PruneOptions, Recipe, prune
 from trimcli.errors import OptionError
 from trimcli.files.masks import MaskFile
@@ -90,16 +90,9 @@ def test_it_is_never_worse_than_its_start() -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory, nano_qwen2: Path) -> Path:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of several forms, and tokens for them."""
-    home = tmp_path_factory.mktemp("reconstruct")
-    save(random_model(llama_config(), dtype=torch.float16), home / "llama")
-    save(random_model(gpt2_config()), home / "gpt2")
-    save_family("opt", home / "opt")
-    save_family("gpt-neox", home / "gpt-neox")
-    (home / "nano").symlink_to(nano_qwen2)
-    save_tokens(home / "tokens", vocabulary=64, nsamples=9)
-    return home
+    return several_forms(tmp_path_factory.mktemp("reconstruct"))
 
 
 @pytest.mark.parametrize("method", ["wanda", "admm", "magnitude"])
