@@ -18,7 +18,16 @@ from trimcli.methods.choice import Target
 from trimcli.pipeline.reconstruct import Guide, learn_layer
 from trimcli.pipeline.walk import Walk
 
-LEARNED: tuple[object, ...] = ("--refine", "learned", "--refine-steps", 24, "--reconstruct-batch", 2)
+LEARNED: tuple[object, ...] = (
+    "--refine",
+    "learned",
+    "--refine-steps",
+    24,
+    "--refine-lr",
+    0.03,
+    "--reconstruct-batch",
+    2,
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ from trimcli import PruneOptions, Recipe, prune
 from trimcli.errors import OptionError
 from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import read_manifest
-from trimcli.methods.blocks.reconstruct import Batch, reconstruct
+from trimcli.methods.blocks.reconstruct import Batch, divergence, reconstruct
+from trimcli.methods.stats import fitting_samples
 
 REC: tuple[object, ...] = ("--reconstruct", "layer", "--reconstruct-steps", 16, "--reconstruct-lr", 0.002)
 
@@ -80,6 +81,51 @@ def test_the_errors_are_those_of_the_values() -> None:
         gap = (pruned(*args, **kwargs)[0] - target).square().sum(dim=-1)
         errors.append((gap / target.square().sum(dim=-1)).mean())
     assert made.after == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("together", [1 << 23, 22, 1])
+def test_the_last_layers_error_is_what_the_predictions_differ_by(
+    together: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Value and gradient are the KL divergence's, however few logits are held, and though a token is ruled out."""
+    monkeypatch.setattr("trimcli.methods.blocks.reconstruct.LOGITS", together)
+    generator = torch.Generator().manual_seed(1)
+    found, target = torch.randn(2, 2, 5, 8, generator=generator)
+    weight, barred = torch.randn(11, 8, generator=generator), torch.zeros(11)
+    barred[4] = -torch.inf
+
+    def logits(hidden: Tensor) -> Tensor:
+        return hidden @ weight.T + barred
+
+    with torch.enable_grad():
+        mine, oracle = found.clone().requires_grad_(), found.clone().requires_grad_()
+        value = divergence(logits)(mine, target)
+        value.backward()
+        usable = [token for token in range(11) if token != 4]
+        sure, given = (logits(one)[..., usable].log_softmax(dim=-1).flatten(0, 1) for one in (target, oracle))
+        wanted = torch.nn.functional.kl_div(given, sure, log_target=True, reduction="batchmean")
+        wanted.backward()
+    torch.testing.assert_close(value, wanted)
+    torch.testing.assert_close(mine.grad, oracle.grad)
+    torch.testing.assert_close(divergence(logits)(found, target), wanted.detach())
+    assert not divergence(logits)(target, target)
+
+
+def test_the_last_layer_is_fitted_to_the_predictions(home: Path, tmp_path: Path) -> None:
+    """The manifest's error of the last layer is the divergence on the held-out samples, of the directory as written."""
+    pruned = ("prune", home / "nano", "--sparsity", 0.6, "--tokens", home / "tokens", "--cache-dir", home / "cache")
+    trim_json(*pruned, "-o", tmp_path / "masks", "--save-model", tmp_path / "model", *REC, *COMPUTE)
+    errors = read_manifest(tmp_path / "masks")["reconstruction"]
+    tokens = load_file(home / "tokens")["tokens"].long()
+    held = tokens[fitting_samples(len(tokens)) :]
+    dense, mine = (
+        AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)(held).logits.log_softmax(dim=-1).flatten(0, 1)
+        for place in (home / "nano", tmp_path / "model")
+    )
+    wanted = float(torch.nn.functional.kl_div(mine, dense, log_target=True, reduction="batchmean"))
+    last = list(errors.values())[-1]
+    assert last[1] == pytest.approx(wanted, rel=1e-3)
+    assert last[1] < last[0]
 
 
 def test_it_is_never_worse_than_its_start() -> None:

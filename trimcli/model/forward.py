@@ -30,12 +30,12 @@ class Forward:
     def __init__(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
 
-    def around(self, tokens: Tensor, replace: Callable[[DecoderLayer], Any]) -> Any:
-        """The model's own forward pass with every layer's forward replaced by `replace(layer)`."""
+    def around(self, tokens: Tensor, replace: Callable[[DecoderLayer], Any], *, graph: bool = False) -> Any:
+        """The model's own forward pass with every layer's forward replaced by `replace(layer)`; `graph` is kept."""
         for layer in self.skeleton.layers:
             layer.module.forward = replace(layer)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(graph):
                 return self.skeleton.model(input_ids=tokens.to(self.skeleton.device, torch.long), use_cache=False)
         finally:
             for layer in self.skeleton.layers:
@@ -116,7 +116,8 @@ class Forward:
         def logits(hidden: Tensor) -> Tensor:
             tokens = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
             value = self.reply(hidden)
-            found: Tensor = self.around(tokens, lambda layer: lambda *args, **kwargs: value).logits
+            made = self.around(tokens, lambda layer: lambda *args, **kwargs: value, graph=hidden.requires_grad)
+            found: Tensor = made.logits
             return found
 
         # What the embedding returns is replaced at the last layer anyway: its weights stay on disk.

@@ -1,16 +1,25 @@
 """One pruned decoder layer after the dense one: its masks learned, its weights reconstructed.
 
-Both work on the pruned model's hidden states, towards the dense model's.
+Both work on the pruned model's hidden states, towards the dense model's; the last layer's, towards its predictions.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from trimcli.methods.blocks.learn import Counts, Learnable, Learned, learn_masks
-from trimcli.methods.blocks.reconstruct import Batch, Reconstructed, mean_error, reconstruct
+from trimcli.methods.blocks.reconstruct import (
+    Batch,
+    Error,
+    Reconstructed,
+    divergence,
+    mean_error,
+    reconstruct,
+    relative_error,
+)
 from trimcli.methods.blocks.structure import Block
 from trimcli.methods.choice import Target
 from trimcli.methods.masks import slices
@@ -74,9 +83,9 @@ def learn_layer(
         counts: Counts = pattern[1] if pattern else "matrix" if recipe.refine_rows == "free" else "row"
         name = parameter_inside(layer, linear)
         matrices.append(Learnable(name, linear.within, weight.to(linear.parameter), keep, importance, counts))
-    training, heldout = _batches(walk, layer, recipe, guide.target)
     title = f"layer {layer.index + 1}/{len(walk.skeleton.layers)} learn masks"
-    with walk.progress.task(title, recipe.refine_steps) as advance:
+    with _measured(walk, layer) as error, walk.progress.task(title, recipe.refine_steps) as advance:
+        training, heldout = _batches(walk, layer, recipe, guide.target, error)
         steps, lr = recipe.refine_steps, recipe.refine_lr
         learned = learn_masks(layer.module, matrices, training, heldout, steps=steps, lr=lr, advance=advance)
     return {linear.name: keep for linear, keep in zip(mine, learned.keep, strict=True)}, learned
@@ -105,29 +114,40 @@ def reconstruct_layer(
     ]
     number = f"layer {layer.index + 1}/{len(walk.skeleton.layers)}"
 
-    def fit(title: str, target: Callable[[slice], Tensor], among: Collection[str]) -> Reconstructed:
+    def fit(title: str, target: Callable[[slice], Tensor], among: Collection[str], error: Error) -> Reconstructed:
         fitted = {name: held for name, held in masked.items() if name in among} | dict.fromkeys(vectors)
-        training, heldout = _batches(walk, layer, recipe, target)
+        training, heldout = _batches(walk, layer, recipe, target, error)
         with walk.progress.task(f"{number} reconstruct{title}", recipe.reconstruct_steps) as advance:
             steps, lr = recipe.reconstruct_steps, recipe.reconstruct_lr
             return reconstruct(layer.module, fitted, training, heldout, steps=steps, lr=lr, advance=advance)
 
-    if recipe.reconstruct == "layer":
-        return fit("", guide.target, masked)
-    start = {name: layer.module.get_parameter(name).detach().float() for name in [*masked, *vectors]}
-    before = mean_error(layer.module, {}, _batches(walk, layer, recipe, guide.target)[1])
-    attention, mlp = (
-        [parameter_inside(layer, linear) for linear in layer.linears if linear.name in block.linears]
-        for block in guide.blocks
-    )
-    with guide.blocks[1].silenced():
-        first = fit(" attention", guide.halfway, attention)
-    for name, value in first.values.items():
-        layer.module.get_parameter(name).data.copy_(value)
-    second = fit(" MLP", guide.target, mlp)
+    with _measured(walk, layer) as error:
+        if recipe.reconstruct == "layer":
+            return fit("", guide.target, masked, error)
+        start = {name: layer.module.get_parameter(name).detach().float() for name in [*masked, *vectors]}
+        before = mean_error(layer.module, {}, _batches(walk, layer, recipe, guide.target, error)[1])
+        attention, mlp = (
+            [parameter_inside(layer, linear) for linear in layer.linears if linear.name in block.linears]
+            for block in guide.blocks
+        )
+        with guide.blocks[1].silenced():
+            first = fit(" attention", guide.halfway, attention, relative_error)
+        for name, value in first.values.items():
+            layer.module.get_parameter(name).data.copy_(value)
+        second = fit(" MLP", guide.target, mlp, error)
     if second.after >= before:  # a better attention may still mislead the MLP
         return Reconstructed(start, before, before)
     return Reconstructed({**start, **first.values, **second.values}, before, second.after)
+
+
+@contextmanager
+def _measured(walk: Walk, layer: DecoderLayer) -> Iterator[Error]:
+    """How far a layer's hidden states are from the dense one's; the last one's count by what the model predicts."""
+    if layer.index + 1 < len(walk.skeleton.layers):
+        yield relative_error
+        return
+    with walk.stream.predictions() as logits:
+        yield relative_error if logits is None else divergence(logits)
 
 
 def parameter_inside(layer: DecoderLayer, linear: Matrix) -> str:
@@ -136,7 +156,7 @@ def parameter_inside(layer: DecoderLayer, linear: Matrix) -> str:
 
 
 def _batches(
-    walk: Walk, layer: DecoderLayer, recipe: Recipe, target: Callable[[slice], Tensor]
+    walk: Walk, layer: DecoderLayer, recipe: Recipe, target: Callable[[slice], Tensor], error: Error
 ) -> tuple[list[Batch], list[Batch]]:
     """The layer's batches, a step each, for training and held out; a lone sample is both."""
     rest = fitting_samples(walk.nsamples)
@@ -153,6 +173,6 @@ def _batches(
         parts = parted(1)
 
     def batch(rows: slice) -> Batch:
-        return Batch(partial(walk.stream.arguments, layer, rows), partial(target, rows))
+        return Batch(partial(walk.stream.arguments, layer, rows), partial(target, rows), error)
 
     return [batch(rows) for rows in parts[0]], [batch(rows) for rows in parts[1]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from trimcli.console import Progress
 from trimcli.errors import InputError
 from trimcli.methods.masks import slices
-from trimcli.model.forward import Embedder, Forward, Recording, first_output
+from trimcli.model.forward import Embedder, Forward, Head, Recording, first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.stream import Logits, Stream
 
@@ -117,6 +117,12 @@ class Recorded(Stream):
         """The part of the model after the last layer, loaded on use and dropped after."""
         with self.forward.head() as head:
             yield lambda rows, part: head(self.hidden[rows, part].to(self.skeleton.device))
+
+    @contextmanager
+    def predictions(self) -> Iterator[Head | None]:
+        """From other hidden states [b, L, H] after the last layer their logits, loaded on use and dropped after."""
+        with self.forward.head() as head:
+            yield head
 
 
 def _alike(one: Any, other: Any, device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from trimcli.model.forward import first_output
+from trimcli.model.forward import Head, first_output
 from trimcli.model.skeleton import DecoderLayer
 
 
@@ -61,6 +61,14 @@ class Stream(ABC):
     @abstractmethod
     def head(self) -> Iterator[Logits]:
         """The part of the model after the last layer, loaded on use and dropped after."""
+
+    @contextmanager
+    def predictions(self) -> Iterator[Head | None]:
+        """From other hidden states [b, L, H] after the last layer their logits, loaded on use and dropped after.
+
+        None where what follows that layer belongs to each sample's own pass.
+        """
+        yield None
 
     def outputs(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Tensor:
         """The hidden states [b, L, H] in what `run` returns."""

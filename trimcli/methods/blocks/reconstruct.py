@@ -14,13 +14,65 @@ from torch.func import functional_call
 
 BETAS = (0.9, 0.95)
 
+# Logits held at a time, of either model.
+LOGITS = 1 << 23
+
+Error = Callable[[Tensor, Tensor], Tensor]
+
+
+def relative_error(found: Tensor, target: Tensor) -> Tensor:
+    """Squared error of hidden states [b, L, H] relative to the target's square norm, the tokens' mean.
+
+    Token by token: a few carry activations a thousand times larger, and else they were all that is fitted.
+    """
+    found, target = found.float(), target.float()
+    gaps = (found - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)
+    return gaps.mean()
+
+
+def divergence(logits: Callable[[Tensor], Tensor]) -> Error:
+    """The error of the last layer: what the hidden states predict, against what the target does.
+
+    It is the KL divergence in nats a token. logits: [1, l, V] from hidden states [1, l, H], of a few tokens at a time.
+    """
+
+    def part(found: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            sure = logits(target).float().log_softmax(dim=-1)
+        given = logits(found).float().log_softmax(dim=-1)
+        # What the model rules out, with logits of minus infinity, is no difference.
+        return torch.where(sure.isneginf(), 0.0, sure.exp() * (sure - given)).sum()
+
+    def error(found: Tensor, target: Tensor) -> Tensor:
+        learns = found.requires_grad
+        held, wanted = found.detach().requires_grad_(learns), target.to(found.dtype)
+        with torch.no_grad():
+            tokens = max(1, LOGITS // logits(wanted[:1, :1]).shape[-1])
+        total = torch.zeros((), device=held.device)
+        for sample in range(len(held)):
+            for place in range(0, held.shape[1], tokens):
+                rows, columns = slice(sample, sample + 1), slice(place, place + tokens)
+                one = part(held[rows, columns], wanted[rows, columns])
+                if learns:  # at once, so that no more logits are held than these
+                    one.backward()
+                total += one.detach()
+        if held.grad is not None:
+            total = total + ((found - found.detach()) * held.grad).sum()
+        return total / held[..., 0].numel()
+
+    return error
+
 
 @dataclass(frozen=True)
 class Batch:
-    """What a layer is called with for some samples, and the hidden states [b, L, H] that the dense layer gives."""
+    """What a layer is called with for some samples, and the hidden states [b, L, H] that the dense layer gives.
+
+    error: how far the layer's hidden states are from those, a scalar.
+    """
 
     call: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     target: Callable[[], Tensor]
+    error: Error = relative_error
 
 
 @dataclass(frozen=True)
@@ -98,7 +150,7 @@ def layer_error(layer: nn.Module, values: Mapping[str, Tensor], batch: Batch) ->
     """The layer's error on a batch, a scalar with its graph; values: parameters to take in place of its own."""
     args, kwargs = batch.call()
     result = functional_call(layer, dict(values), args, kwargs)
-    return _error(result[0] if isinstance(result, tuple | list) else result, batch.target())
+    return batch.error(result[0] if isinstance(result, tuple | list) else result, batch.target())
 
 
 def mean_error(layer: nn.Module, values: Mapping[str, Tensor], batches: Sequence[Batch]) -> float:
@@ -109,10 +161,3 @@ def mean_error(layer: nn.Module, values: Mapping[str, Tensor], batches: Sequence
 
 def _under(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values * mask
-
-
-def _error(found: Tensor, target: Tensor) -> Tensor:
-    """Squared error relative to the target's square norm, token by token: else few tokens were all that is fitted."""
-    found, target = found.float(), target.float()
-    gaps = (found - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp(min=1e-12)
-    return gaps.mean()
