@@ -8,6 +8,7 @@ from typing import Any
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.tensors import dtype_name
+from trimcli.methods.blocks.reconstruct import LOGITS
 from trimcli.methods.choice import Target
 from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
@@ -27,6 +28,8 @@ REBUILT = 16
 # masks learned: dense and masked weights, importance, score, gradient, its mean and what moves, masks); and
 # what a batch's backward pass needs of its activations, by what a forward pass holds of them.
 FITTED, GRAPH = 28, 4
+# Copies of the logits held at a time while the last layer is fitted: both models', their logarithms, and gradients.
+PREDICTED = 6
 # Linears of one layer with equal inputs are at most so many groups: of attention, its output, the MLP.
 GROUPS = 3
 
@@ -216,6 +219,8 @@ def estimate_memory(
         if recipe.follows_dense:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
+            head = skeleton.model.get_output_embeddings()
+            rebuilt += head.weight.numel() * size + PREDICTED * 4 * LOGITS
         needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
         if trials is not None:  # the layer twice: its dense matrices are put back for every candidate
             tokens = (1 + trials.together) * min(trials.samples, nsamples) * seqlen

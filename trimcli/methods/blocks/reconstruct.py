@@ -15,7 +15,7 @@ from torch.func import functional_call
 BETAS = (0.9, 0.95)
 
 # Logits held at a time, of either model.
-LOGITS = 1 << 23
+LOGITS = 1 << 22
 
 Error = Callable[[Tensor, Tensor], Tensor]
 
