@@ -169,7 +169,7 @@ def test_candidates_that_walk_together_need_memory(base: Path, tmp_path: Path) -
         (Recipe(rows="trim"), 1, 2),
         (Recipe(method="obs"), 1, 0),  # a Gram is no larger for more samples
         (Recipe(method="magnitude", barber=BarberOptions()), 1, 0),
-        (Recipe(refine="learned"), 2, 1),
+        (Recipe(refine="learned"), 2, 0),  # what fitting the last layer holds outweighs the statistics
     ],
 )
 def test_more_samples_need_more_memory(
