@@ -1,0 +1,1 @@
+"""What a training leaves in a manifest: Record.of(state), document()."""
