@@ -123,7 +123,7 @@ class FinetuneOptions(RunOptions):
         drawn = {"--bos": self.bos != "auto", "--chat": self.chat}
         refused = [
             (self.steps and self.epochs, "--steps with --epochs: each says for how long"),
-            (self.mode != "admm" and chosen, f"{", ".join(chosen)} with --mode {self.mode}, whose masks are given"),
+            (self.mode != "admm" and chosen, f"{' with '.join(chosen)} with --mode {self.mode}, whose masks are given"),
             (len(chosen) > 1, f"{' with '.join(chosen)}: each says what goes"),
             (self.mode != "lora" and self.targets, f"--targets with --mode {self.mode}, which trains all"),
             (self.mode != "lora" and self.merge == "none", f"--merge none with --mode {self.mode}: it has no adapter"),
