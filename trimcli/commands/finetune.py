@@ -1,31 +1,26 @@
 """The finetune stage: a pruned model trained under its masks, or masks learned, to a pruned model directory."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from trimcli.commands.apply import pruned_linear
+from trimcli.commands.trained import Trained
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import InputError, OptionError, TrimError
-from trimcli.files.atomic import MARK, atomic_directory
-from trimcli.files.directory import PrunedTensors, commands_so_far, masked, write_model
-from trimcli.files.documents import read_mark, write_json
+from trimcli.errors import InputError, OptionError
+from trimcli.files.documents import read_mark
 from trimcli.files.held import DirectoryMasks, Masks
-from trimcli.files.manifest import ADAPTER, PACKED, PRUNED, ModelFingerprint, check_masks, manifest, sealed
+from trimcli.files.manifest import ModelFingerprint, check_masks
 from trimcli.files.masks import MaskFile
 from trimcli.files.outputs import check_outputs, check_space, inputs_of
-from trimcli.files.packing import PackedTensors
 from trimcli.files.tensors import tensor_digest
 from trimcli.memory import PeakMemory
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.walk import default_seqlen, max_positions
 from trimcli.text.blocks import training_blocks
-from trimcli.text.stdin import file_of
 from trimcli.text.tokens import load_tokenizer, read_tokens
 from trimcli.training import modes
 from trimcli.training.budget import goal_of
@@ -36,7 +31,7 @@ from trimcli.training.plan import FinetunePlan, make_plan, processes, split
 from trimcli.training.record import Record
 from trimcli.training.teacher import Teacher, at_hand, check_vocabulary
 from trimcli.training.trainer import autocast_dtype
-from trimcli.training.work import Work, is_first
+from trimcli.training.work import Work
 
 Announce = Callable[[FinetunePlan], None]
 Note = Callable[[str], None]
@@ -93,7 +88,7 @@ def finetune(
         check_space({output: 4 * session.skeleton.checkpoint.nbytes})
         with Work(output, session.key(), resume=options.resume, force=force) as work:
             outcome, records = session.train(work.folder)
-            written = session.write(output, outcome, records, force=force, seconds=time.monotonic() - started)
+            written = session.write(output, outcome, force=force, seconds=time.monotonic() - started)
     found = written["linears"].values() if "linears" in written else ()
     last = records[-1]
     return FinetuneSummary(
@@ -123,9 +118,9 @@ class _Session:
     def __init__(self, model: str, options: FinetuneOptions, progress: Progress, note: Note) -> None:
         self.options, self.progress, self.note = options, progress, note
         self.remarks: list[str] = []
-        together = processes() > 1  # then Trainer moves the model to the device of each
-        own = replace(options, dtype="float32", **({"device": "cpu"} if together else {}))
-        self.skeleton = open_model(model, own)
+        # Where several processes train together, Trainer moves the model to the device of each.
+        device = options.device if processes() == 1 else "cpu"
+        self.skeleton = open_model(model, replace(options, dtype="float32", device=device))
         self.mark = read_mark(self.skeleton.checkpoint.directory)
         self.masks = self._masks()
         names = self.masks.names if self.masks else list(self.skeleton.linears)
@@ -135,12 +130,7 @@ class _Session:
         self.samples = split(self._blocks(), str(options.tokens or options.dataset))
         self.teacher = self._teacher()
         self.plan = make_plan(
-            self.skeleton,
-            options,
-            samples=self.samples,
-            held=self._held(),
-            teacher=self.teacher,
-            adapted=self.chosen,
+            self.skeleton, options, samples=self.samples, held=self._held(), teacher=self.teacher, adapted=self.chosen
         )
 
     def _masks(self) -> Masks | None:
@@ -189,8 +179,8 @@ class _Session:
                 chat=options.chat,
             )
         if positions is not None and blocks.shape[1] > positions:
-            held = f"{options.tokens} holds samples of {blocks.shape[1]} tokens"
-            raise OptionError(f"{held}, beyond the {positions} positions of {skeleton.checkpoint.id}; give shorter ones.")
+            held = f"{options.tokens} holds samples of {blocks.shape[1]} tokens, beyond the {positions} positions of"
+            raise OptionError(f"{held} {skeleton.checkpoint.id}; give shorter ones.")
         return blocks
 
     def _teacher(self) -> Skeleton | None:
@@ -207,7 +197,7 @@ class _Session:
             near = at_hand(self.mark, **how)
             if near is None:
                 name = (self.mark.get("model") or {}).get("id")
-                self.remarks.append(f"the dense model {name} is not at hand, so there is no teacher; --teacher names one")
+                self.remarks.append(f"{name}, which it came from, is not at hand: no teacher; --teacher names one")
                 return None
             found = near
         else:
@@ -258,77 +248,19 @@ class _Session:
             self.remarks.append(f"no step was better than before ({before:.4f} nats held out), so the weights stay")
         return outcome, outcome.records
 
-    def write(self, output: Path, outcome: Any, records: list[Record], *, force: bool, seconds: float) -> dict[str, Any]:
+    def write(self, output: Path, outcome: modes.Outcome, *, force: bool, seconds: float) -> dict[str, Any]:
         """Write what came of it; returns its `trim.json`."""
-        options, skeleton = self.options, self.skeleton
         training = {
-            "mode": options.mode,
-            "phases": [record.document() for record in records],
+            "mode": self.options.mode,
+            "phases": [record.document() for record in outcome.records],
             "teacher": self.plan.teacher,
             "seconds": seconds,
-            "trained_from": skeleton.fingerprint.document(),
+            "trained_from": self.skeleton.fingerprint.document(),
             "remarks": self.remarks,
         }
-        said = self.mark.get("model")
-        shared: dict[str, Any] = {
-            "model": ModelFingerprint(**said) if said else skeleton.fingerprint,
-            "sources": {
-                "masks": options.masks,
-                "ratios": options.ratios,
-                "tokens": options.tokens and file_of(options.tokens),
-                "pruned": skeleton.checkpoint.directory / MARK if self.mark else None,
-            },
-            "training": training,
-            "commands": commands_so_far(*([self.mark] if self.mark else [])),
+        entries = {
+            linear.name: self.goal.entry(linear) if self.goal else self.masks.entry(linear.name)  # type: ignore[union-attr]
+            for linear in self.linears
         }
-        if outcome.adapter is not None:
-            return _write_adapter(outcome.adapter, output, manifest(ADAPTER, "finetune", options.document(), **shared), force)
-        if self.mark and options.mode != "admm":
-            shared["pruning"] = self.mark.get("pruning") or _origin(self.mark)
-        packed = (options.format or ("packed" if skeleton.checkpoint.is_packed else "dense")) == "packed"
-        document = manifest(PACKED if packed else PRUNED, "finetune", options.document(), **shared)
-        if not is_first():
-            return document
-        linears = {}
-        for linear in self.linears:
-            entry = self.goal.entry(linear) if self.goal else self.masks.entry(linear.name)  # type: ignore[union-attr]
-            keep = outcome.keep_of(linear.name)
-            zeros = keep.numel() - int(keep.count_nonzero())
-            linears[linear.name] = pruned_linear(linear, {**entry, "zeros": zeros})
-        kind = PackedTensors if packed else PrunedTensors
-        tensors = kind(skeleton.checkpoint, self._weights(outcome), linears, outcome.keep_of)
-        return write_model(tensors, output, document, force=force, progress=self.progress).document
-
-    def _weights(self, outcome: Any) -> Callable[[str], Tensor | None]:
-        """What replaces a checkpoint's tensors: in their own dtype, +0.0 outside of the masks. Raises TrimError."""
-        skeleton, parameters = self.skeleton, self.skeleton.stored_parameters()
-        same = {id(one): name for name, one in skeleton.model.named_parameters()}
-        byname = dict(skeleton.model.named_parameters(remove_duplicate=False))
-        held = {linear.key: linear for linear in self.linears}
-
-        def weight_of(key: str) -> Tensor | None:
-            name = same.get(id(byname[parameters[key]])) if key in parameters else None
-            if name not in outcome.values:
-                return None
-            value = outcome.values[name].to(skeleton.checkpoint.spec(key).dtype)
-            if not bool(torch.isfinite(value).all()):
-                raise TrimError(f"the trained {name} has values that {value.dtype} does not hold; give a smaller --lr.")
-            linear = held.get(key)
-            if linear is None:
-                return value
-            return linear.replaced(value, masked(linear.within(value), outcome.keep_of(linear.name)))
-
-        return weight_of
-
-
-def _origin(mark: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in mark.items() if key not in ("linears", "packed")}
-
-
-def _write_adapter(adapter: Any, output: Path, document: dict[str, Any], force: bool) -> dict[str, Any]:
-    """Write a peft adapter as peft does, with a `trim.json`."""
-    if is_first():
-        with atomic_directory(output, force=force) as folder:
-            adapter.save_pretrained(str(folder))
-            write_json(folder / MARK, sealed(document))
-    return document
+        trained = Trained(self.skeleton, self.options, self.mark, entries, outcome, training)
+        return trained.write(output, force=force, progress=self.progress)

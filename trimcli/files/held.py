@@ -32,8 +32,13 @@ FORM = {"linears": Must(Each(Must(LINEAR))), "model": {"id": TEXT, "structure": 
 class Masks(Protocol):
     """Masks by linear, whatever holds them: a masks file or a pruned directory."""
 
-    path: Path
-    manifest: dict[str, Any]
+    @property
+    def path(self) -> Path:
+        """What holds them."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What it says of itself."""
 
     @property
     def names(self) -> list[str]:

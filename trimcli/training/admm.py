@@ -21,6 +21,8 @@ from trimcli.model.matrix import Matrix
 
 # By so much lambda has grown at the end.
 GROWTH = 100.0
+# Added to the second moment, as Adam's own to its root: of what no gradient reached, magnitudes tell.
+EPSILON = 1e-16
 STATE = "admm.safetensors"
 # The bits of the float32 infinity: those of floats from 0 on are in the order of the floats.
 HIGHEST = 0x7F800000
@@ -78,9 +80,7 @@ class Splitting:
     nearest point by plain distance, and u zero.
     """
 
-    def __init__(
-        self, linears: Iterable[Matrix], budget: Budget, *, steps: int, interval: int, penalty: float
-    ) -> None:
+    def __init__(self, linears: Iterable[Matrix], budget: Budget, *, steps: int, interval: int, penalty: float) -> None:
         self.linears = {linear.name: linear for linear in linears}
         self.budget, self.steps, self.interval, self.penalty = budget, steps, interval, penalty
         self.step = 0
@@ -114,7 +114,7 @@ class Splitting:
         scores = {}
         for name, linear in self.linears.items():
             moment = linear.within(optimizer.state[_parameter(linear)]["exp_avg_sq"])
-            scores[name] = (linear.weight + self.u[name]).square_().mul_(moment)
+            scores[name] = (linear.weight + self.u[name]).square_().mul_(moment + EPSILON)
         self.keep = self.budget.project(scores)
         for name, linear in self.linears.items():
             found = linear.weight + self.u[name]

@@ -12,8 +12,8 @@ from trimcli.methods.masks import matrix_budget
 from trimcli.methods.recipe import check_patterns
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
-from trimcli.training.options import FinetuneOptions
 from trimcli.training.admm import Budget
+from trimcli.training.options import FinetuneOptions
 
 
 @dataclass(frozen=True)
@@ -61,4 +61,5 @@ def goal_of(options: FinetuneOptions, skeleton: Skeleton, linears: Sequence[Matr
         for linear in linears
         if targets[linear.name].pattern is None
     }
-    return Goal(Budget(counts=counts, patterns={name: one.pattern for name, one in targets.items() if one.pattern}), targets)
+    chosen = {name: one.pattern for name, one in targets.items() if one.pattern}
+    return Goal(Budget(counts=counts, patterns=chosen), targets)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trimcli.errors import OptionError
-from trimcli.model.matrix import Matrix
 from trimcli.files.names import inside_layer
+from trimcli.model.matrix import Matrix
 from trimcli.training.masked import KeepOf
 from trimcli.training.options import FinetuneOptions
 
@@ -31,7 +31,7 @@ class MaskedLora(LoraLinear):
         self.register_buffer("gone", None, persistent=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """s (B A) * keep, as the weight is stored: what the forward pass adds, and the merge."""
+        """The product s (B A) * keep, as the weight is stored: what the forward pass adds, and the merge."""
         delta = super().get_delta_weight(adapter)
         return delta if self.gone is None else delta.masked_fill(self.gone, 0)
 
@@ -50,15 +50,15 @@ class MaskedLora(LoraLinear):
         return result
 
 
-def adapted(linears: Mapping[str, Matrix], targets: Sequence[str] | None) -> list[Matrix]:
+def adapted(linears: Mapping[str, Matrix], targets: Sequence[str]) -> list[Matrix]:
     """The linears that get adapters: whose names end in one of `targets`, or all. Raises OptionError for none."""
     if targets == ("all",):
         return list(linears.values())
-    wanted = USUAL if targets is None else targets
+    wanted = targets or USUAL
     found = [linear for name, linear in linears.items() if f".{name}".endswith(tuple(f".{end}" for end in wanted))]
-    if targets is None and not found:
+    if not (targets or found):
         return list(linears.values())
-    for end in targets or ():
+    for end in targets:
         if not any(f".{name}".endswith(f".{end}") for name in linears):
             known = ", ".join(dict.fromkeys(inside_layer(name) for name in linears))
             raise OptionError(f"--targets {end!r} matches no linear; give some of {known}, or all.")

@@ -112,11 +112,7 @@ def train_admm(task: Task, budget: Budget) -> Outcome:
     parameters = _unfrozen(task)
     with torch.no_grad():
         splitting = Splitting(
-            task.linears,
-            budget,
-            steps=task.learned,
-            interval=task.options.interval,
-            penalty=task.options.penalty,
+            task.linears, budget, steps=task.learned, interval=task.options.interval, penalty=task.options.penalty
         )
     learned = Parts(task.folder / "learned")
     if not learned.finished():

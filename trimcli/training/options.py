@@ -30,7 +30,7 @@ class FinetuneOptions(RunOptions):
         "lora: small adapters, whose product the masks hold, too. full: every kept weight, which takes 16 bytes of "
         "memory each. admm: the masks are learned while all weights train, then full on what was found.",
     )
-    masks: Path | None = option(None, "A masks file of `trim prune`; what the directory's trim.json tells if not given.")
+    masks: Path | None = option(None, "A masks file of `trim prune`; what trim.json tells if not given.")
     format: Literal["dense", "packed"] | None = option(
         None, "dense: an ordinary directory. packed: keep bits and kept values. As the input if not given."
     )
@@ -40,7 +40,7 @@ class FinetuneOptions(RunOptions):
     tokens: Path | None = option(None, TOKENS, panel=SAMPLES)
     bos: Bos = option("auto", BOS, panel=SAMPLES)
     chat: bool = option(False, CHAT, panel=SAMPLES)
-    epochs: float | None = option(None, "How often each sample is seen: 1 if not given.", panel=COURSE, check=above_zero)
+    epochs: float | None = option(None, "How often samples are seen: 1 if not given.", panel=COURSE, check=above_zero)
     steps: int | None = option(None, "Optimizer steps, in the place of --epochs.", panel=COURSE, check=positive)
     batch_size: int = option(4, "Samples a pass, on each device.", panel=COURSE, check=positive)
     accumulate: int = option(4, "Passes a step: their gradients are added up.", panel=COURSE, check=positive)
@@ -70,8 +70,8 @@ class FinetuneOptions(RunOptions):
     rank: int = option(8, "Rank of the adapters.", panel=ADAPTERS, check=positive)
     alpha: float = option(16.0, "Their product is scaled by alpha / rank.", panel=ADAPTERS, check=above_zero)
     dropout: float = option(0.05, "Dropout of the adapters' inputs.", panel=ADAPTERS, check=fraction)
-    targets: tuple[str, ...] | None = option(
-        None,
+    targets: tuple[str, ...] = option(
+        (),
         "Ends of the names of linears that get adapters, separated by commas, or all; q_proj,v_proj if not given, and "
         "all where there are none such.",
         panel=ADAPTERS,

@@ -99,6 +99,7 @@ class Finetuner(Trainer):
         super().__init__(model, arguments, train_dataset=train, eval_dataset=heldout, callbacks=callbacks)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
+        self.samples = samples
         self._prepare_optimizer, self._teacher, self._kl = prepare, teacher, kl
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -127,8 +128,9 @@ class Finetuner(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        found = self.model.state_dict() if state_dict is None else state_dict
+        model: Any = self.model
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        found = model.state_dict() if state_dict is None else state_dict
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in found.items() if name in trained}
         save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
 
@@ -223,14 +225,16 @@ def train(trainer: Finetuner, run: Run, checkpoint: Path | None, progress: Progr
         trainer.add_callback(Watcher(advance, announce))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     state, arguments = trainer.state, trainer.args
+    width = trainer.samples[0].shape[1]
     loss, heldout = curves(state.log_history, "loss"), curves(state.log_history, "eval_loss")
     if not all(value == value and abs(value) != float("inf") for _, value in [*loss, *heldout]):
         raise TrimError(f"the loss is not finite from step {loss[-1][0]} on; give a smaller --lr, or --dtype float32.")
     best = state.global_step
     if run.keep_best:
-        best = int(state.best_global_step) if state.best_metric is not None and state.best_metric < before else 0
+        better = state.best_metric is not None and state.best_metric < before
+        best = int(state.best_global_step or 0) if better else 0
     each = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    tokens = state.global_step * each * trainer.train_dataset.tokens.shape[1]
+    tokens = state.global_step * each * width
     stopped = state.global_step < run.steps
     return Record(run.phase, state.global_step, tokens, loss, [(0, before), *heldout], best, stopped)
 
