@@ -123,6 +123,8 @@ class _Session:
         self.skeleton = open_model(model, replace(options, dtype="float32", device=device))
         self.mark = read_mark(self.skeleton.checkpoint.directory)
         self.masks = self._masks()
+        # What says which dense model it came from: the directory, or masks for one that another tool saved.
+        self.origin = self.mark or (self.masks.manifest if self.masks else {})
         names = self.masks.names if self.masks else list(self.skeleton.linears)
         self.linears = [self.skeleton.linears[name] for name in names]
         self.goal = goal_of(options, self.skeleton, self.linears, self.masks) if options.mode == "admm" else None
@@ -193,10 +195,10 @@ class _Session:
         if options.teacher is not None:
             found = open_model(options.teacher, replace(options, revision=None, device=str(skeleton.device)))
             found.dtype = how["dtype"]
-        elif self.mark:
-            near = at_hand(self.mark, **how)
+        elif self.origin:
+            near = at_hand(self.origin, **how)
             if near is None:
-                name = (self.mark.get("model") or {}).get("id")
+                name = (self.origin.get("model") or {}).get("id")
                 self.remarks.append(f"{name}, which it came from, is not at hand: no teacher; --teacher names one")
                 return None
             found = near
@@ -262,5 +264,5 @@ class _Session:
             linear.name: self.goal.entry(linear) if self.goal else self.masks.entry(linear.name)  # type: ignore[union-attr]
             for linear in self.linears
         }
-        trained = Trained(self.skeleton, self.options, self.mark, entries, outcome, training)
+        trained = Trained(self.skeleton, self.options, self.origin, entries, outcome, training)
         return trained.write(output, force=force, progress=self.progress)

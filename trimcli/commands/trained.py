@@ -27,14 +27,14 @@ from trimcli.training.work import is_first
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained model. mark: the `trim.json` of what it was trained from, empty for a dense one.
+    """A trained model. origin: the manifest of what it was trained from or of its masks, empty for a dense one.
 
     entries: by linear, `target` and `pattern` of its mask. training: what the manifest says of the training.
     """
 
     skeleton: Skeleton
     options: FinetuneOptions
-    mark: Mapping[str, Any]
+    origin: Mapping[str, Any]
     entries: Mapping[str, Mapping[str, Any]]
     outcome: Outcome
     training: Mapping[str, Any]
@@ -58,17 +58,17 @@ class Trained:
 
     def _document(self, schema: str) -> dict[str, Any]:
         """The manifest: the model stays the one that the pruned directory came from."""
-        options, said = self.options, self.mark.get("model")
+        options, said = self.options, self.origin.get("model")
         sources = {
             "masks": options.masks,
             "ratios": options.ratios,
             "tokens": options.tokens and file_of(options.tokens),
-            "pruned": self.skeleton.checkpoint.directory / MARK if self.mark else None,
+            "pruned": mark if (mark := self.skeleton.checkpoint.directory / MARK).is_file() else None,
         }
-        more: dict[str, Any] = {"training": self.training, "commands": commands_so_far(self.mark)}
-        if self.mark and options.mode != "admm":
-            own = {key: value for key, value in self.mark.items() if key not in ("linears", "packed")}
-            more["pruning"] = self.mark.get("pruning") or own
+        more: dict[str, Any] = {"training": self.training, "commands": commands_so_far(self.origin)}
+        if self.origin and options.mode != "admm":
+            own = {key: value for key, value in self.origin.items() if key not in ("linears", "packed")}
+            more["pruning"] = self.origin.get("pruning") or own
         model = ModelFingerprint(**said) if said else self.skeleton.fingerprint
         return manifest(schema, "finetune", options.document(), model, sources, **more)
 

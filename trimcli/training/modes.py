@@ -31,6 +31,7 @@ from trimcli.training.trainer import (
     last_checkpoint,
     on_device,
     train,
+    unheard,
 )
 from trimcli.training.work import is_first
 
@@ -86,7 +87,9 @@ def train_lora(task: Task, chosen: list[Matrix], keep_of: KeepOf) -> Outcome:
     """Adapters on the `chosen` linears, merged under the masks, or kept apart and plain."""
     options, held = task.options, [linear.name for linear in task.linears]
     set_seed(options.seed)
-    model = add_adapters(task.skeleton.model, chosen, held, keep_of, options, str(task.skeleton.checkpoint.directory))
+    base = str(task.skeleton.checkpoint.directory)
+    with unheard():
+        model = add_adapters(task.skeleton.model, chosen, held, keep_of, options, base)
     run = Run("lora", task.steps, task.folder / "train")
     record = _run(task, model, run, prepare=lambda optimizer: None)
     if not record.best:
@@ -95,7 +98,8 @@ def train_lora(task: Task, chosen: list[Matrix], keep_of: KeepOf) -> Outcome:
                 parameter.data.zero_()
     if options.merge == "none":
         return Outcome([record], {}, keep_of, model)
-    model.merge_and_unload()
+    with unheard():
+        model.merge_and_unload()
     names = [f"{linear.name}.{linear.parameter_name}" for linear in chosen]
     return Outcome([record], _values(task.skeleton, names) if record.best else {}, keep_of)
 

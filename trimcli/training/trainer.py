@@ -187,14 +187,21 @@ def autocast_dtype(options: FinetuneOptions, device: torch.device) -> torch.dtyp
 
 
 @contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Nothing but errors is heard of transformers, accelerate and peft."""
+    with warnings.catch_warnings(), quiet_libraries():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
-    """Trainer, which takes the first device that there is, takes this one; and nothing but errors is heard of it."""
+    """Trainer, which takes the first device that there is, takes this one."""
     before = os.environ.get("ACCELERATE_TORCH_DEVICE")
     if device.type == "cuda" and device.index:
         os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     try:
-        with warnings.catch_warnings(), quiet_libraries():
-            warnings.simplefilter("ignore")
+        with unheard():
             yield
     finally:
         if before is None:
