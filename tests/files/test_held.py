@@ -70,7 +70,7 @@ def test_what_is_not_told_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="was changed after trim wrote it"):
         DirectoryMasks(Checkpoint.open(directory))
     write_json(directory / MARK, {**document, "schema": "trim.adapter/1"}, force=True)
-    with pytest.raises(MismatchError, match="of schema 'trim.adapter/1'"):
+    with pytest.raises(MismatchError, match=r"of schema 'trim.adapter/1'"):
         DirectoryMasks(Checkpoint.open(directory))
     with pytest.raises(InputError, match=r"dense has no trim.json"):
         DirectoryMasks(Checkpoint.open(tmp_path / "dense"))

@@ -24,8 +24,8 @@ def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progres
     """Write the ordinary directory of a packed one, one tensor in memory. Raises InputError and OutputExists."""
     check_outputs([packed], directories=[output], force=force)
     checkpoint, found = _open_packed(packed)
-    kept = {name: found[name] for name in ("pruning", "training") if name in found}
-    more: dict[str, Any] = {**kept, "commands": commands_so_far(found)}
+    more: dict[str, Any] = {name: found[name] for name in ("pruning", "training") if name in found}
+    more["commands"] = commands_so_far(found)
     document = manifest(PRUNED, "unpack", {}, ModelFingerprint(**found["model"]), {"packed": packed / MARK}, **more)
     linears = {name: PrunedLinear.from_entry(entry) for name, entry in found["linears"].items()}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from trimcli.errors import InputError
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
+from trimcli.pipeline.plan import LIBRARIES
 from trimcli.training.options import FinetuneOptions
 
 # Bytes a trained weight: float32 value, gradient and Adam's two moments; under ADMM z and u besides, and scores.
@@ -136,7 +137,7 @@ def estimate_memory(
         state = 4 * weights + TRAINED * trained + sum(one.numel for one in skeleton.linears.values())
     if options.mode == "admm":
         state += SPLIT * sum(one.numel for one in skeleton.linears.values())
-    return state + activations + logits + teacher
+    return state + activations + logits + teacher + (LIBRARIES if skeleton.device.type == "cpu" else 0)
 
 
 def processes() -> int:

@@ -139,6 +139,8 @@ def arguments_of(options: FinetuneOptions, run: Run, device: torch.device) -> Tr
     """Trainer's arguments for a run. Autocast is bfloat16 where the options or a device that computes it say so."""
     every = min(options.every or max(1, run.steps // LOOKS), run.steps)
     half = autocast_dtype(options, device)
+    # Weights come to their projection at the end of ADMM, which a rate that has come down would not let them.
+    schedule = options.schedule if run.keep_best else "constant"
     best: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
     found = TrainingArguments(
         output_dir=str(run.folder),
@@ -147,7 +149,7 @@ def arguments_of(options: FinetuneOptions, run: Run, device: torch.device) -> Tr
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.accumulate,
         learning_rate=options.rate,
-        lr_scheduler_type="constant_with_warmup" if options.schedule == "constant" else options.schedule,
+        lr_scheduler_type="constant_with_warmup" if schedule == "constant" else schedule,
         warmup_steps=round(options.warmup * run.steps),
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
