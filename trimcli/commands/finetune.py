@@ -85,7 +85,7 @@ def finetune(
     with PeakMemory() as memory:
         session = _Session(model, options, progress, note)
         announce(session.plan)
-        check_space({output: 4 * session.skeleton.checkpoint.nbytes})
+        check_space({output: session.skeleton.checkpoint.nbytes + session.plan.checkpoint_bytes})
         with Work(output, session.key(), resume=options.resume, force=force) as work:
             outcome, records = session.train(work.folder)
             written = session.write(output, outcome, force=force, seconds=time.monotonic() - started)

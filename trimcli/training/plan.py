@@ -16,6 +16,8 @@ from trimcli.training.options import FinetuneOptions
 
 # Bytes a trained weight: float32 value, gradient and Adam's two moments; under ADMM z and u besides, and scores.
 TRAINED, SPLIT = 16, 12
+# Bytes a trained weight in a checkpoint: its value and the moments, in float32.
+SAVED = 12
 # Values of a decoder layer's activations kept for the way back, by hidden states; of one's that are computed anew.
 KEPT, ANEW = 34, 2
 # float32 copies of logits on the way: as the model gives them, normalised, and their gradient.
@@ -54,6 +56,11 @@ class FinetunePlan:
     def epochs(self) -> float:
         """How often each sample is seen."""
         return self.steps * self.step_samples / self.samples
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of the checkpoints that lie beside each other at most: the best, the last, and the one that replaces it."""
+        return 3 * (SAVED + (SPLIT if self.mode == "admm" else 0)) * self.trained
 
     def document(self) -> dict[str, Any]:
         """The plan as JSON."""
