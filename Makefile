@@ -62,8 +62,8 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-# Not the table of benchmarks/quality.py, which takes hours, and not what writes a model.
-BENCHES := $(filter-out benchmarks/quality.py benchmarks/smollm2.py,$(wildcard benchmarks/*.py))
+# Not the tables of benchmarks/quality.py and recovery.py, which take hours, and not what writes a model.
+BENCHES := $(filter-out benchmarks/quality.py benchmarks/recovery.py benchmarks/smollm2.py,$(wildcard benchmarks/*.py))
 bench: $(STAMP)
 	@set -e; for script in $(BENCHES); do \
 		name=$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done

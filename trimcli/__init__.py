@@ -2,7 +2,7 @@
 
 The stages as functions, each of which a command of `trim` calls:
 
-    calibrate, allocate, prune, apply_masks, evaluate, unpack, verify
+    calibrate, allocate, prune, apply_masks, finetune, evaluate, unpack, verify
 
 with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...), and `load_packed` and
 `load_exported` for what is not an ordinary directory. Importing this package imports no torch; the names load on
@@ -17,6 +17,7 @@ _HOMES = {
     "commands.apply": ("apply_masks",),
     "commands.calibrate": ("calibrate",),
     "commands.evaluate": ("evaluate",),
+    "commands.finetune": ("finetune",),
     "commands.options": (
         "AllocateOptions",
         "ApplyOptions",
@@ -36,6 +37,7 @@ _HOMES = {
     "methods.recipe": ("Recipe",),
     "methods.rows.options": ("TrimOptions",),
     "methods.updates.obs": ("ObsOptions",),
+    "training.options": ("FinetuneOptions",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = list(_HOME_OF)

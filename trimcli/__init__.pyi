@@ -2,6 +2,7 @@ from trimcli.commands.allocate import allocate as allocate
 from trimcli.commands.apply import apply_masks as apply_masks
 from trimcli.commands.calibrate import calibrate as calibrate
 from trimcli.commands.evaluate import evaluate as evaluate
+from trimcli.commands.finetune import finetune as finetune
 from trimcli.commands.options import AllocateOptions as AllocateOptions
 from trimcli.commands.options import ApplyOptions as ApplyOptions
 from trimcli.commands.options import CalibrateOptions as CalibrateOptions
@@ -21,3 +22,4 @@ from trimcli.methods.layers.owl import OwlOptions as OwlOptions
 from trimcli.methods.recipe import Recipe as Recipe
 from trimcli.methods.rows.options import TrimOptions as TrimOptions
 from trimcli.methods.updates.obs import ObsOptions as ObsOptions
+from trimcli.training.options import FinetuneOptions as FinetuneOptions

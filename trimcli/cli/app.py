@@ -16,6 +16,7 @@ from trimcli.cli.calibrate import calibrate
 from trimcli.cli.demo import demo
 from trimcli.cli.evaluate import evaluate
 from trimcli.cli.export import export
+from trimcli.cli.finetune import finetune
 from trimcli.cli.options import expanded
 from trimcli.cli.plan import plan
 from trimcli.cli.prune import prune
@@ -33,6 +34,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None], str | None]] = {
     "alloc-layers": (STAGES, alloc_layers, "trimcli.cli.groups:ALLOCATE"),
     "prune": (STAGES, prune, "trimcli.cli.groups:PRUNE"),
     "apply-masks": (STAGES, apply_masks, f"{OPTIONS}:ApplyOptions"),
+    "finetune": (STAGES, finetune, "trimcli.training.options:FinetuneOptions"),
     "eval": (STAGES, evaluate, f"{OPTIONS}:EvaluateOptions"),
     "plan": (MEASURE, plan, "trimcli.cli.groups:PRUNE"),
     "verify": (MEASURE, verify, f"{OPTIONS}:VerifyOptions"),

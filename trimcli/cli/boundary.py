@@ -40,7 +40,10 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
     if isinstance(problem, TrimError):
         return problem.exit_status, str(problem)
     if isinstance(problem, KeyboardInterrupt):
-        return 130, "interrupted; repeat the command: calibrate, prune and sweep go on where they stopped."
+        return (
+            130,
+            "interrupted; repeat the command: calibrate, prune, sweep, finetune --resume go on where they stopped.",
+        )
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {problem.filename}" if problem.filename else ""
         return 1, f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."

@@ -78,8 +78,7 @@ def apply_masks(
         pruning={key: value for key, value in found.manifest.items() if key != "linears"},
         commands=commands_so_far(found.manifest),
     )
-    what = checkpoint, weights, linears
-    tensors = PackedTensors(*what, found.keep) if packed else PrunedTensors(*what)
+    tensors = (PackedTensors if packed else PrunedTensors)(checkpoint, weights, linears, found.keep)
     written = write_model(tensors, output, document, force=force, max_shard_size=max_shard_size, progress=progress)
     zeros, sparsity = sum(one["zeros"] for one in written.document["linears"].values()), written.document["sparsity"]
     nbytes = written.dense_bytes, written.nbytes

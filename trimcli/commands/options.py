@@ -14,25 +14,14 @@ from trimcli.methods.stats import stored_statistics
 from trimcli.options import RUN, ModelOptions, Numerics, RunOptions, at_least, fraction, one_of, option, positive, words
 from trimcli.registry import misplaced
 from trimcli.text.encoding import Bos
+from trimcli.text.options import BOS, CHAT, DATASET, SEQLEN, TOKENS
 from trimcli.text.stdin import check_stdin
 
 SAMPLES, TARGET, TASKS = "Samples", "Target", "Zero-shot tasks (lm-eval)"
 ONLY = "Only linears whose full name matches this glob (repeatable)."
 SKIP = "Leave linears that match this glob out (repeatable)."
 BATCH = "Samples a batch; chosen if not given."
-SEQLEN = "the smaller of 2048 and the model's positions if not given."
-DATASET = (
-    "c4, wikitext2, ptb, a FILE (.txt, .jsonl, .json.gz, .parquet), hf:NAME with a text column, or - for standard "
-    "input: a text or JSON lines."
-)
-TOKENS = "A safetensors file (- for standard input) with an integer tensor `tokens` [nsamples, seqlen]: these samples."
-BOS = (
-    "Where the BOS token stands. each: at the head of every window, without which Gemma's perplexity is in the "
-    "thousands. once: at the head of a whole text, as published perplexities are measured. none: nowhere. auto: each "
-    "where the tokenizer puts one before a text of itself, else once."
-)
 PACK = "Join documents in random order, EOS between them, to full samples; else only those longer than one are drawn."
-CHAT = "Records hold `messages`, a list of {role, content}: render them by the tokenizer's chat template."
 STATS = "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation); nothing keeps the tokens alone."
 
 

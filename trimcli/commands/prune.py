@@ -271,7 +271,7 @@ class _Run:
         def weights(key: str) -> Tensor | None:
             return homes[fitted[key]].load(fitted[key]) if key in fitted else masked(key)
 
-        tensors = PrunedTensors(checkpoint, weights, linears)
+        tensors = PrunedTensors(checkpoint, weights, linears, keep)
         described = manifest(
             PRUNED,
             "prune",

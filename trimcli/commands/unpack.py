@@ -11,6 +11,7 @@ from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import PrunedLinear, PrunedTensors, WrittenModel, commands_so_far, write_model
 from trimcli.files.documents import read_json
+from trimcli.files.held import mask_in
 from trimcli.files.manifest import PACKED, PRUNED, ModelFingerprint, manifest
 from trimcli.files.outputs import check_outputs
 from trimcli.model.empty import build_empty
@@ -23,10 +24,15 @@ def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progres
     """Write the ordinary directory of a packed one, one tensor in memory. Raises InputError and OutputExists."""
     check_outputs([packed], directories=[output], force=force)
     checkpoint, found = _open_packed(packed)
-    more = {"pruning": found["pruning"], "commands": commands_so_far(found)}
+    more: dict[str, Any] = {name: found[name] for name in ("pruning", "training") if name in found}
+    more["commands"] = commands_so_far(found)
     document = manifest(PRUNED, "unpack", {}, ModelFingerprint(**found["model"]), {"packed": packed / MARK}, **more)
     linears = {name: PrunedLinear.from_entry(entry) for name, entry in found["linears"].items()}
-    tensors = PrunedTensors(checkpoint, lambda _: None, linears)
+
+    def keep_of(name: str) -> torch.Tensor | None:
+        return mask_in(checkpoint, found["linears"][name])
+
+    tensors = PrunedTensors(checkpoint, lambda _: None, linears, keep_of)
     return write_model(tensors, output, document, force=force, progress=progress)
 
 

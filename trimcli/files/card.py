@@ -39,7 +39,7 @@ def model_card_section(document: Mapping[str, Any]) -> str:
     if commands := document.get("commands"):
         fence = _fence("\n".join(commands), 3)
         lines += ["Commands:", "", f"{fence}sh", *commands, fence, ""]
-    lines += [*_table(linears), ""]
+    lines += [*_trained(document), *_table(linears), ""]
     if document["schema"] == PACKED:
         packed = (
             "The checkpoint is packed: pruned matrices are stored as keep bits and kept values. "
@@ -48,6 +48,19 @@ def model_card_section(document: Mapping[str, Any]) -> str:
         lines += [packed, ""]
     lines += [f"`trim verify` checks these figures against the shards (trim {document['trim']}).", END, ""]
     return "\n".join(lines)
+
+
+def _trained(document: Mapping[str, Any]) -> list[str]:
+    """How the directory was fine-tuned, where it was."""
+    training = document.get("training")
+    if not training:
+        return []
+    first, last = training["phases"][0], training["phases"][-1]
+    losses = first["heldout"][0][1], dict(last["heldout"])[last["best"]]
+    steps, tokens = (sum(phase[what] for phase in training["phases"]) for what in ("steps", "tokens"))
+    teacher = f", taught by {_code(training['teacher'])}" if training.get("teacher") else ""
+    what = f"Fine-tuned ({training['mode']}{teacher}): {steps:,} steps, {tokens:,} tokens, every zero kept; "
+    return [f"{what}held-out loss {losses[0]:.4f} before, {losses[1]:.4f} after.", ""]
 
 
 def _settings(pruning: Mapping[str, Any]) -> list[str]:

@@ -81,6 +81,15 @@ class Checkpoint:
         """A tensor on the CPU in its stored dtype, memory-mapped where the storage allows: do not write to it."""
         return self._tensors.load(key)
 
+    def keep_bits(self, key: str) -> Tensor | None:
+        """Which weights a packed matrix keeps, bool, of its stored shape; None for what is not stored packed."""
+        return self._tensors.keep_bits(key) if isinstance(self._tensors, PackedReader) else None
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the directory is a packed one."""
+        return isinstance(self._shards, PackedReader)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""

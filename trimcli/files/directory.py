@@ -2,7 +2,8 @@
 
 Its `trim.json` is the manifest, and per pruned linear where it is (`key`, `shape` [D_out, D_in], `transposed`), what
 was asked (`target`, `pattern`), how many weights its mask took (`pruned`), its exact number of `zeros`, and
-`keep_sha256`, the SHA-256 of the packed bits of `weight != 0`.
+`keep_sha256`, the SHA-256 of the packed bits of `weight != 0`; and of the kept weights that are zero, where there are
+some, the places in row order, `kept_zeros`, so that directory and `trim.json` together tell the mask.
 """
 
 import re
@@ -28,6 +29,8 @@ from trimcli.files.tensors import TensorSpec, bit_view, write_tensors
 from trimcli.methods import masks
 
 README = "README.md"
+# So many kept weights at zero are listed of a matrix: more are those of a model that was sparse before.
+LISTED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,14 @@ class PrunedLinear:
         pattern = tuple(entry["pattern"]) if entry["pattern"] else None
         return cls(**{**fields, "shape": tuple(entry["shape"]), "pattern": pattern})
 
-    def entry(self, weight: Tensor) -> dict[str, Any]:
-        """The record of the matrix as written; `weight` is the stored tensor."""
-        keep = (weight.T if self.transposed else weight) != 0
-        zeros = keep.numel() - int(keep.count_nonzero())
-        return {**asdict(self), "zeros": zeros, "keep_sha256": keep_digest(masks.pack(keep))}
+    def entry(self, weight: Tensor, keep: Tensor | None = None) -> dict[str, Any]:
+        """The record of the matrix as written; `weight` is the stored tensor, `keep` its mask, bool [D_out, D_in]."""
+        nonzero = (weight.T if self.transposed else weight) != 0
+        zeros = nonzero.numel() - int(nonzero.count_nonzero())
+        found = {**asdict(self), "zeros": zeros, "keep_sha256": keep_digest(masks.pack(nonzero))}
+        if keep is None or not 0 < zeros - self.pruned <= LISTED:
+            return found
+        return {**found, "kept_zeros": (keep & ~nonzero).flatten().nonzero().squeeze(1).tolist()}
 
 
 @dataclass(frozen=True)
@@ -127,12 +133,19 @@ def _twins(checkpoint: Checkpoint) -> set[str]:
 
 
 class PrunedTensors:
-    """The tensors of a pruned directory; a subclass may store others. weight_of(key): what replaces one, or None."""
+    """The tensors of a pruned directory; a subclass may store others. weight_of(key): what replaces one, or None.
+
+    keep_of(name): a linear's mask, bool [D_out, D_in], None where nobody knows it.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, weight_of: Callable[[str], Tensor | None], linears: Mapping[str, PrunedLinear]
+        self,
+        checkpoint: Checkpoint,
+        weight_of: Callable[[str], Tensor | None],
+        linears: Mapping[str, PrunedLinear],
+        keep_of: Callable[[str], Tensor | None] = lambda _: None,
     ) -> None:
-        self.checkpoint, self.linears, self._weight_of = checkpoint, linears, weight_of
+        self.checkpoint, self.linears, self._weight_of, self._keep_of = checkpoint, linears, weight_of, keep_of
         self.names = {linear.key: name for name, linear in linears.items()}
         self.entries: dict[str, dict[str, Any]] = {}
 
@@ -150,7 +163,9 @@ class PrunedTensors:
         value = self.checkpoint.load(key) if replaced is None else replaced
         if key in self.names:
             name = self.names[key]
-            self.entries[name] = self.linears[name].entry(value)
+            rows = value.T if self.linears[name].transposed else value
+            more = rows.numel() - int(rows.count_nonzero()) > self.linears[name].pruned
+            self.entries[name] = self.linears[name].entry(value, self._keep_of(name) if more else None)
         return value
 
     def finish(self, directory: Path, shards: Mapping[str, list[str]]) -> dict[str, Any]:

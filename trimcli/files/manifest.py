@@ -14,6 +14,7 @@ from trimcli.errors import MismatchError
 from trimcli.files.atomic import file_digest
 from trimcli.files.documents import canonical_json, finite_or_none
 
+ADAPTER = "trim.adapter/1"
 CALIBRATION = "trim.calibration/1"
 LAYER_SPARSITY = "trim.layer-sparsity/1"
 MASKS = "trim.masks/1"

@@ -98,6 +98,13 @@ class PackedReader(Shards):
         entry = self._tensors[key]
         return TensorSpec(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
 
+    def keep_bits(self, key: str) -> Tensor | None:
+        """Which weights a packed matrix keeps, bool, of its stored shape; None for what is stored as it is."""
+        entry = self._tensors[key]
+        if entry["kept"] is None:
+            return None
+        return masks.unpack(self._stored.load(stored_parts(key, entry)[0]), entry["shape"][1])
+
     def load(self, key: str) -> Tensor:
         """A tensor, decoded. Raises InputError if it is not what was written."""
         entry = self._tensors[key]

@@ -15,7 +15,7 @@ from trimcli.methods import masks
 
 
 class PackedTensors(PrunedTensors):
-    """One shard for each of the dense model. keep_of(name): bool [D_out, D_in], outside which `weight_of` is zero."""
+    """One shard for each of the dense model. keep_of(name): a mask outside which `weight_of` is zero."""
 
     def __init__(
         self,
@@ -24,8 +24,8 @@ class PackedTensors(PrunedTensors):
         linears: Mapping[str, PrunedLinear],
         keep_of: Callable[[str], Tensor],
     ) -> None:
-        super().__init__(checkpoint, weight_of, linears)
-        self._keep_of = keep_of
+        super().__init__(checkpoint, weight_of, linears, keep_of)
+        self._mask_of = keep_of
         self._records: dict[str, dict[str, Any]] = {}
         self._homes: dict[str, str] = {}
 
@@ -60,7 +60,7 @@ class PackedTensors(PrunedTensors):
     def _keep(self, key: str) -> Tensor:
         """The mask as the matrix is stored."""
         name = self.names[key]
-        keep = self._keep_of(name)
+        keep = self._mask_of(name)
         return keep.T.contiguous() if self.linears[name].transposed else keep
 
     def finish(self, directory: Path, shards: Mapping[str, list[str]]) -> dict[str, Any]:

@@ -165,6 +165,12 @@ class Skeleton:
         """The checkpoint tensor that a parameter, by full name, alone is; None where several parameters use it."""
         return None if parameter in self._kept or parameter in self._tied else self._names.plain.get(parameter)
 
+    def stored_parameters(self) -> dict[str, str]:
+        """Checkpoint tensor -> the parameter that it alone makes, by full name; tensors of tied ones have one each."""
+        made = {name for conversion in self._names.conversions for name in conversion.names}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        return {key: name for name, key in self._names.plain.items() if name in parameters and name not in made}
+
     def load_layer(self, layer: DecoderLayer) -> None:
         """Put a layer's parameters on the compute device in the compute dtype. Raises InputError on NaN or infinity."""
         self._fill(layer.name, layer.module, copy=True)

@@ -129,10 +129,21 @@ def distinct(labels: Sequence[str], paths: Sequence[Path]) -> list[str]:
     return list(labels)
 
 
+# How a pruned model was trained, in a few words.
+TRAINED = {"lora": "LoRA", "full": "fine-tuning", "admm": "ADMM training"}
+
+
 def method_of(pruning: Mapping[str, Any] | None) -> str:
     """A pruning in a few words, such as "Wanda + OWL + TRIM", from the manifest of its masks or directory."""
+    trained = str(((pruning or {}).get("training") or {}).get("mode") or "")
     while pruning and pruning.get("pruning"):
         pruning = pruning["pruning"]
+    pruned = _recipe_of(pruning)
+    return " + ".join(part for part in (pruned, TRAINED.get(trained, trained)) if part)
+
+
+def _recipe_of(pruning: Mapping[str, Any] | None) -> str:
+    """The recipe of a prune in a few words, empty where there is none."""
     options = (pruning or {}).get("options") or {}
     recipe = options.get("recipe") or {}
     if not pruning or "method" not in recipe:

@@ -11,6 +11,7 @@ from trimcli.report.compare import Table
 from trimcli.report.gather import Gathered, Source
 from trimcli.report.panels import MUTED, Figure, Panel, colour, grid, integers, named, series
 from trimcli.report.rows import row_figures
+from trimcli.report.training import training_figure
 
 LABELLED_LAYERS = 12
 METRIC_NAMES = {"owl": "outlier share", "alpha": "tail exponent"}
@@ -18,7 +19,7 @@ METRIC_NAMES = {"owl": "outlier share", "alpha": "tail exponent"}
 
 def figures(gathered: Gathered) -> list[Figure]:
     """Every figure that the given files have the numbers for."""
-    found = [_perplexity(gathered.table), _layers(gathered), _allocation(gathered)]
+    found = [_perplexity(gathered.table), _layers(gathered), _allocation(gathered), training_figure(gathered)]
     commands = {source.document.get("command_line") for source in gathered.of(ROWS)}
     for source in gathered.of(ROWS, MASKS):
         # A prune's masks and its statistics tell the same rows' sparsities.

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from trimcli.files.forms import ANY, COUNT, MODEL, NUMBER, OBJECT, SCORE, SHARE, SIZE, TEXT, Each, Must, check_form
-from trimcli.files.manifest import CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
+from trimcli.files.manifest import ADAPTER, CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
 
 # What a report is made of, and what that is called.
 KINDS = {
+    ADAPTER: "adapter",
     CALIBRATION: "calibration",
     LAYER_SPARSITY: "layer ratios",
     MASKS: "masks",
@@ -24,6 +25,14 @@ def _pruning(_: Any) -> dict[str, Any]:
     return ORIGIN
 
 
+CURVE = Must([Must((Must(COUNT), Must(NUMBER)))])
+TRAINING = {
+    "mode": Must(TEXT),
+    "teacher": TEXT,
+    "phases": Must(
+        [Must({"phase": Must(TEXT), "steps": Must(COUNT), "loss": CURVE, "heldout": CURVE, "best": Must(COUNT)})]
+    ),
+}
 ORIGIN: dict[str, Any] = {
     "trim": TEXT,
     "command_line": TEXT,
@@ -34,6 +43,7 @@ ORIGIN: dict[str, Any] = {
     "versions": Each(TEXT),
     "allocation": {"method": TEXT},
     "pruning": _pruning,
+    "training": TRAINING,
     "lm_eval": {"version": TEXT},
     "device": TEXT,
     "compute_dtype": TEXT,
@@ -59,6 +69,7 @@ PERPLEXITY = {
 }
 LINEARS = Each(Must({"shape": Must((Must(SIZE), Must(SIZE))), "zeros": Must(COUNT)}))
 FORMS: dict[str, dict[str, Any]] = {
+    ADAPTER: {"training": Must(TRAINING)},
     CALIBRATION: {},
     RESULTS: {
         "perplexity": [Must(PERPLEXITY)],

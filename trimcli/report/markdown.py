@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED
 from trimcli.report.gather import Gathered
 from trimcli.report.provenance import commands_of, versions_of
-from trimcli.report.sheets import Sheet, qualities, results, sparsities
+from trimcli.report.sheets import Sheet, qualities, results, sparsities, trainings
 
 SPECIAL = str.maketrans(
     {character: f"\\{character}" for character in "\\`*_{}[]|#~"} | {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
@@ -19,6 +19,7 @@ def page(gathered: Gathered) -> str:
     parts = [
         _section("Results", results(table, table.columns), table.notes),
         _section("Sparsity", sparsities(gathered, sources)),
+        _section("Training", trainings(gathered)),
         _section("Rows", qualities(gathered)),
         _commands(gathered),
         f"Measured with {escaped(versions)}.",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trimcli.files.manifest import LAYER_SPARSITY, ROWS
+from trimcli.files.manifest import ADAPTER, LAYER_SPARSITY, PACKED, PRUNED, ROWS
 from trimcli.files.names import grouped
 from trimcli.report.compare import MISSING, Column, Measure, Row, Table
 from trimcli.report.forms import KINDS
@@ -60,6 +60,22 @@ def qualities(gathered: Gathered) -> Sheet:
             better = sum(best > even for even, best in pairs)
             cells.append([source.label, f"{better} of {len(pairs)}", f"{before:.6f}", f"{after:.6f}"])
     return Sheet(["file", "matrices improved", "mean quality, even rows", "mean quality, TRIM"], 1, cells)
+
+
+def trainings(gathered: Gathered) -> Sheet:
+    """What trainings did to the held-out loss, a line a phase."""
+    cells = []
+    for source in gathered.of(ADAPTER, PRUNED, PACKED):
+        training = source.document.get("training") or {}
+        for phase in training.get("phases", []):
+            losses = dict(phase["heldout"])
+            best = losses.get(phase["best"])
+            first = phase["heldout"][0][1] if phase["heldout"] else None
+            numbers = [MISSING if value is None else figure(value) for value in (first, best)]
+            cells.append(
+                [source.label, phase["phase"], training.get("teacher") or MISSING, str(phase["steps"]), *numbers]
+            )
+    return Sheet(["file", "training", "teacher", "steps", "held-out loss before", "after"], 3, cells)
 
 
 def percent(fraction: float | None) -> str:
