@@ -2,10 +2,10 @@
 
 The stages as functions, each of which a command of `trim` calls:
 
-    calibrate, allocate, prune, apply_masks, evaluate, unpack, verify
+    calibrate, allocate, prune, apply_masks, evaluate, generate, unpack, verify
 
-with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...), and `load_packed` and
-`load_exported` for what is not an ordinary directory. Importing this package imports no torch; the names load on
+with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...), `load_sparse` for a model that holds and multiplies
+its pruned matrices packed, and `load_packed` and `load_exported` for what is not an ordinary directory. Importing this package imports no torch; the names load on
 first use.
 """
 
@@ -17,11 +17,13 @@ _HOMES = {
     "commands.apply": ("apply_masks",),
     "commands.calibrate": ("calibrate",),
     "commands.evaluate": ("evaluate",),
+    "commands.generate": ("generate", "load_sparse"),
     "commands.options": (
         "AllocateOptions",
         "ApplyOptions",
         "CalibrateOptions",
         "EvaluateOptions",
+        "GenerateOptions",
         "PruneOptions",
         "VerifyOptions",
     ),

@@ -16,6 +16,7 @@ constexpr int64_t GRAIN_WEIGHTS = 1 << 15;
 template <class V>
 at::Tensor product(const at::Tensor& x, const trim::Matrix<V>& matrix, const at::Tensor& bias, int64_t columns) {
     const int64_t n = x.size(0), rows = matrix.rows;
+    if (n == 0 || rows == 0) return at::empty({n, rows}, x.options());
     const trim::Isa isa = trim::best_isa();
     const int64_t grain = std::max<int64_t>(1, GRAIN_WEIGHTS / std::max<int64_t>(1, columns));
     if (n <= trim::MOST_COLUMNS) {
@@ -42,8 +43,8 @@ at::Tensor product(const at::Tensor& x, const trim::Matrix<V>& matrix, const at:
         at::Tensor part = y.narrow(0, first, last - first);
         at::mm_out(part, dense.narrow(0, 0, last - first).narrow(1, 0, columns), inputs);
     }
-    y = y.t();
-    return bias.defined() ? y + bias : y.contiguous();
+    if (bias.defined()) y.add_(bias.unsqueeze(1));
+    return y.t().contiguous();
 }
 
 template <class V>
