@@ -16,7 +16,6 @@ from trimcli.evaluation.perplexity import apply_masks_to_layer
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.tensors import dtype_name
 from trimcli.kernels.bitmap.model import MadeSparse, model_bytes, sparsify
-from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.walk import max_positions
 from trimcli.text.encoding import Encoder

@@ -40,7 +40,10 @@ def test_bits_and_values_that_do_not_go_together(keep: list[list[int]], kept: in
 
 
 def test_its_state_is_saved_and_loaded(compiled: Path) -> None:
-    module, other = SparseLinear.of(pruned(9, 20, 0.5, torch.float32)), SparseLinear.of(pruned(9, 20, 0.5, torch.float32))
+    module, other = (
+        SparseLinear.of(pruned(9, 20, 0.5, torch.float32)),
+        SparseLinear.of(pruned(9, 20, 0.5, torch.float32)),
+    )
     other.values.zero_()
     other.load_state_dict(module.state_dict())
     inputs = torch.randn(2, 20)

@@ -23,9 +23,7 @@ class MadeSparse:
     zeros: float
 
 
-def make_sparse(
-    skeleton: Skeleton, mask: MaskFile | None = None, *, progress: Progress = NO_PROGRESS
-) -> MadeSparse:
+def make_sparse(skeleton: Skeleton, mask: MaskFile | None = None, *, progress: Progress = NO_PROGRESS) -> MadeSparse:
     """Put a SparseLinear in the place of every pruned linear of a skeleton, reading one dense matrix at a time.
 
     mask: laid over the weights. Values stay in their stored dtype where the compute dtype holds them all, and take the
