@@ -4,9 +4,9 @@ The stages as functions, each of which a command of `trim` calls:
 
     calibrate, allocate, prune, apply_masks, evaluate, generate, unpack, verify
 
-with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...), `load_sparse` for a model that holds and multiplies
-its pruned matrices packed, and `load_packed` and `load_exported` for what is not an ordinary directory. Importing this package imports no torch; the names load on
-first use.
+with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...); `load_sparse` for a model that
+holds and multiplies its pruned matrices packed; `load_packed` and `load_exported` for what is not an ordinary
+directory. Importing this package imports no torch; the names load on first use.
 """
 
 from importlib import import_module

@@ -63,8 +63,8 @@ def test_the_logits_are_those_of_the_written_directory(
     family: str, kind: str, compiled: Path, request: pytest.FixtureRequest
 ) -> None:
     base: Path = request.getfixturevalue(family)
-    how = {"masks": base / "masks"} if kind == "masks" else {}
-    model: Any = load_sparse(base / ("model" if kind == "masks" else kind), dtype=torch.float32, **how)
+    masks = base / "masks" if kind == "masks" else None
+    model: Any = load_sparse(base / ("model" if kind == "masks" else kind), dtype=torch.float32, masks=masks)
     assert len(sparse_modules(model)) == (8 if family == "gpt2" else 28)
     expected = logits(dense(base / "pruned"))
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
@@ -156,8 +156,8 @@ with torch.no_grad():
 """
 
     def grown(kind: str) -> int:
-        command = [sys.executable, "-c", work, larger / kind, larger.parent / "small", compiled]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        given = map(str, (larger / kind, larger.parent / "small", compiled))
+        found = subprocess.run([sys.executable, "-c", work, *given], capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
         return int(found.stdout)
 

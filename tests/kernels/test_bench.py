@@ -69,13 +69,13 @@ def test_a_pruned_model_is_measured_dense_as_csr_and_as_bitmap(base: Path, compi
     assert "bitmap at 75.0% zeros" in result.verdicts[1]
     products = result.products[0]
     assert {one.shape: one.count for one in products.shapes} == {(40, 32): 4, (32, 40): 2, (32, 32): 4, (16, 32): 4}
-    for one in products.shapes:
-        weights = one.shape[0] * one.shape[1]
-        assert one.zeros == 0.75
-        assert one.nbytes["dense"] == 4 * weights
-        assert one.nbytes["bitmap"] == weights // 8 + weights + 8 * (one.shape[0] + 1)
-        assert one.floor == {form: size / products.bandwidth for form, size in one.nbytes.items()}
-        assert set(one.seconds) == {"dense", "bitmap", "csr"}
+    for race in products.shapes:
+        weights = race.shape[0] * race.shape[1]
+        assert race.zeros == 0.75
+        assert race.nbytes["dense"] == 4 * weights
+        assert race.nbytes["bitmap"] == weights // 8 + weights + 8 * (race.shape[0] + 1)
+        assert race.floor == {form: size / products.bandwidth for form, size in race.nbytes.items()}
+        assert set(race.seconds) == {"dense", "bitmap", "csr"}
     assert before == {path.name: path.read_bytes() for path in (base / "pruned").iterdir()}
 
 

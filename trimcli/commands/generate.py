@@ -154,8 +154,7 @@ def generate(
 def _rendered(encoder: Encoder, prompt: str) -> str:
     """A message by the chat template, up to where the answer begins."""
     messages = [{"role": "user", "content": prompt}]
-    text: str = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return text
+    return str(encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
 class _Pieces:

@@ -115,8 +115,11 @@ def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = 
             if device.type == "cuda":
                 why = "on a CUDA device, only 2:4 matrices computed in 16 bits have sparse kernels"
             verdicts.append(f"{model} was measured dense alone: {why}.")
-    found = {"measured": [asdict(one) for one in measured], "products": [asdict(one) for one in products]}
-    document = manifest(BENCH, "bench", options.document(), None, **found, verdicts=verdicts, machines=machines)
+    found: dict[str, Any] = {
+        "measured": [asdict(one) for one in measured],
+        "products": [asdict(one) for one in products],
+    }
+    document = manifest(BENCH, "bench", options.document(), None, None, **found, verdicts=verdicts, machines=machines)
     return BenchResult(tuple(measured), tuple(products), tuple(verdicts), document)
 
 
