@@ -40,8 +40,8 @@ constexpr int MOST_COLUMNS = 16;
 constexpr int64_t WORD = 64;
 // Values are read in whole vectors, which may reach so many beyond the last of a row.
 constexpr int64_t BEYOND = 32;
-// How far ahead of the values of a row memory is asked for.
-constexpr int64_t AHEAD_BYTES = 2048;
+// How far ahead of a row's values and bits memory is asked for.
+constexpr int64_t VALUES_AHEAD = 1024, BITS_AHEAD = 256;
 
 inline int64_t stride_of(int64_t bytes) { return (bytes * 8 + WORD - 1) / WORD * WORD; }
 
@@ -160,8 +160,8 @@ TRIM_AVX2 TRIM_INLINE float total(__m256 lanes) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_shuffle_ps(half, half, 1)));
 }
 
-TRIM_INLINE void ask_for(const void* place) {
-    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(place) + AHEAD_BYTES), _MM_HINT_T0);
+TRIM_INLINE void ask_for(const void* place, int64_t ahead) {
+    _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(place) + uintptr_t(ahead)), _MM_HINT_T0);
 }
 
 template <class V, int N>
@@ -172,7 +172,8 @@ TRIM_AVX2 void row_avx2(const uint8_t* bits, const V* values, int64_t bytes, con
         for (int c = 0; c < N; ++c) sum[u][c] = _mm256_setzero_ps();
     for (int64_t byte = 0; byte < bytes; byte += 8) {
         const uint64_t word = word_at(bits, byte, bytes);
-        ask_for(values);
+        ask_for(values, VALUES_AHEAD);
+        ask_for(bits + byte, BITS_AHEAD);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
             const unsigned keep = word >> 8 * i & 0xff;
@@ -228,7 +229,8 @@ TRIM_AVX512 void row_avx512(
         for (int c = 0; c < N; ++c) sum[u][c] = _mm512_setzero_ps();
     for (int64_t byte = 0; byte < bytes; byte += 8) {
         const uint64_t word = mirrored(word_at(bits, byte, bytes));
-        ask_for(values);
+        ask_for(values, VALUES_AHEAD);
+        ask_for(bits + byte, BITS_AHEAD);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
             const unsigned keep = word >> 16 * i & 0xffff;
@@ -272,7 +274,8 @@ TRIM_VBMI2 void row_vbmi2(
         for (int c = 0; c < N; ++c) sum[u][c] = _mm512_setzero_ps();
     for (int64_t byte = 0; byte < bytes; byte += 8) {
         const uint64_t word = mirrored(word_at(bits, byte, bytes));
-        ask_for(values);
+        ask_for(values, VALUES_AHEAD);
+        ask_for(bits + byte, BITS_AHEAD);
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {
             const uint32_t keep = uint32_t(word >> 32 * i);
