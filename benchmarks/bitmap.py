@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,8 @@ def products(shape: tuple[int, int], dtype: torch.dtype, repeats: int) -> Iterat
         weight = random_matrix(shape, zeros, dtype)
         sparse = SparseLinear.of(weight)
         runs: dict[str, Callable[[], object]] = {
-            "dense": lambda w=weight: nn.functional.linear(inputs, w),
-            "sparse": lambda module=sparse: module(inputs),
+            "dense": partial(nn.functional.linear, inputs, weight),
+            "sparse": partial(sparse, inputs),
         }
         best = fastest(runs, repeats)
         yield zeros, best["dense"], best["sparse"], sparse.nbytes
