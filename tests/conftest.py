@@ -51,6 +51,19 @@ def _accelerator() -> None:
     simulated_device()
 
 
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder of the compiled sparse products, which work from here on; a parallel run makes them once."""
+    if shutil.which("c++") is None or shutil.which("ninja") is None:
+        pytest.skip("there is no C++ compiler or no ninja here")
+    from trimcli.kernels.bitmap import build
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    build.load(folder)
+    return folder
+
+
 @pytest.fixture
 def sim() -> "Iterator[SimulatedDevice]":
     """An accelerator that is simulated on the CPU, `--device sim:0`: copies and waits are counted, memory is short."""

@@ -187,6 +187,12 @@ class _Module:
     def manual_seed_all(self, seed: int) -> None:
         """Nothing random happens on the device."""
 
+    def get_rng_state(self, _: Any = None) -> Tensor:
+        return torch.zeros(0, dtype=torch.uint8)
+
+    def set_rng_state(self, state: Tensor, _: Any = None) -> None:
+        """As little as to be got."""
+
     def mem_get_info(self, _: Any = None) -> tuple[int, int]:
         device = simulated_device()
         return device.total - device.live, device.total

@@ -2,11 +2,11 @@
 
 The stages as functions, each of which a command of `trim` calls:
 
-    calibrate, allocate, prune, apply_masks, finetune, evaluate, unpack, verify
+    calibrate, allocate, prune, apply_masks, finetune, evaluate, generate, unpack, verify
 
-with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...), and `load_packed` and
-`load_exported` for what is not an ordinary directory. Importing this package imports no torch; the names load on
-first use.
+with their options (CalibrateOptions, AllocateOptions, PruneOptions with a Recipe, ...); `load_sparse` for a model that
+holds and multiplies its pruned matrices packed; `load_packed` and `load_exported` for what is not an ordinary
+directory. Importing this package imports no torch; the names load on first use.
 """
 
 from importlib import import_module
@@ -18,11 +18,13 @@ _HOMES = {
     "commands.calibrate": ("calibrate",),
     "commands.evaluate": ("evaluate",),
     "commands.finetune": ("finetune",),
+    "commands.generate": ("generate", "load_sparse"),
     "commands.options": (
         "AllocateOptions",
         "ApplyOptions",
         "CalibrateOptions",
         "EvaluateOptions",
+        "GenerateOptions",
         "PruneOptions",
         "VerifyOptions",
     ),

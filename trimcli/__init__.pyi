@@ -3,10 +3,13 @@ from trimcli.commands.apply import apply_masks as apply_masks
 from trimcli.commands.calibrate import calibrate as calibrate
 from trimcli.commands.evaluate import evaluate as evaluate
 from trimcli.commands.finetune import finetune as finetune
+from trimcli.commands.generate import generate as generate
+from trimcli.commands.generate import load_sparse as load_sparse
 from trimcli.commands.options import AllocateOptions as AllocateOptions
 from trimcli.commands.options import ApplyOptions as ApplyOptions
 from trimcli.commands.options import CalibrateOptions as CalibrateOptions
 from trimcli.commands.options import EvaluateOptions as EvaluateOptions
+from trimcli.commands.options import GenerateOptions as GenerateOptions
 from trimcli.commands.options import PruneOptions as PruneOptions
 from trimcli.commands.options import VerifyOptions as VerifyOptions
 from trimcli.commands.prune import prune as prune

@@ -17,6 +17,8 @@ from trimcli.cli.demo import demo
 from trimcli.cli.evaluate import evaluate
 from trimcli.cli.export import export
 from trimcli.cli.finetune import finetune
+from trimcli.cli.generate import generate
+from trimcli.cli.kernels import kernels
 from trimcli.cli.options import expanded
 from trimcli.cli.plan import plan
 from trimcli.cli.prune import prune
@@ -43,6 +45,8 @@ COMMANDS: dict[str, tuple[str, Callable[..., None], str | None]] = {
     "sweep": (MORE, sweep, "trimcli.cli.groups:SWEEP"),
     "export": (MORE, export, "trimcli.kernels.options:ExportOptions"),
     "bench": (MORE, bench, "trimcli.kernels.options:BenchOptions"),
+    "generate": (MORE, generate, f"{OPTIONS}:GenerateOptions"),
+    "kernels": (MORE, kernels, None),
     "unpack": (MORE, unpack, None),
     "cache": (MORE, cache, None),
     "demo": (MORE, demo, None),

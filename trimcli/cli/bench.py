@@ -8,7 +8,9 @@ import typer
 from trimcli.cli.output import Say, rows_table, show, size
 
 if TYPE_CHECKING:
-    from trimcli.kernels.bench import BenchResult
+    from rich.table import Table
+
+    from trimcli.kernels.bench import BenchResult, Products
     from trimcli.kernels.options import BenchOptions
 
 
@@ -21,8 +23,9 @@ def bench(
 ) -> None:
     """Tokens per second and bytes, dense against sparse, on this machine, and whether sparsity pays here.
 
-    A model is measured dense and with its pruned matrices in the form that the device has sparse kernels for; an
-    export dense and as it was exported.
+    A model is measured dense and with its pruned matrices in the forms that the device has sparse products for (on a
+    CPU bitmap, keep bits and kept values, and csr); an export dense and as it was exported. On a CPU every shape of
+    matrix is raced, too, beside the time that copying as many bytes takes.
 
     Example: trim bench Qwen2.5-3B-90 Qwen2.5-3B-90-csr
     """
@@ -47,4 +50,22 @@ def _print(result: "BenchResult") -> None:
     ]
     headers = ["model", "form", "zeros", "disk", "memory", *rates]
     table = rows_table(headers, rows, "tokens per second, medians; b: batch", words=["form"])
-    show(table, *(f"\n{sentence}" for sentence in result.verdicts))
+    tables = [table, *(_products(one) for one in result.products)]
+    show(*tables, *(f"\n{sentence}" for sentence in result.verdicts))
+
+
+def _products(products: "Products") -> "Table":
+    rows = [
+        [
+            f"{one.shape[0]} x {one.shape[1]}",
+            f"{one.count}",
+            f"{one.zeros:.2%}",
+            *(f"{1e3 * seconds:.3f}" for seconds in one.seconds.values()),
+            *(f"{1e3 * one.floor[form]:.3f}" for form in ("dense", "bitmap")),
+        ]
+        for one in products.shapes
+    ]
+    forms = list(products.shapes[0].seconds)
+    headers = ["matrix", "count", "zeros", *forms, "dense copied", "bitmap copied"]
+    name = Path(products.model).name
+    return rows_table(headers, rows, f"{name}: milliseconds of a product with one input row, medians", words=[])

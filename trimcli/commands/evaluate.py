@@ -15,6 +15,7 @@ from trimcli.files.manifest import RESULTS, check_masks, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.tensors import dtype_name
+from trimcli.kernels.bitmap.model import sparsify
 from trimcli.memory import PeakMemory
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.proof import open_proven
@@ -39,6 +40,7 @@ def evaluate(
         skeleton = open_proven(model, options, progress)
         mask = open_masks(options.masks, skeleton) if options.masks else None
         tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
+        sparse = sparsify(skeleton, mask, options.cache_dir, progress) if options.sparse else None
         measured = _perplexities(skeleton, tokenizer, mask, options, progress)
         sparsity = _sparsity(skeleton, mask)
         tasks = _tasks(skeleton, tokenizer, mask, options, progress, force) if options.tasks else {}
@@ -54,6 +56,7 @@ def evaluate(
         **tasks,
         sparsity=sparsity,
         pruning=_pruning(skeleton, mask),
+        multiplied_sparse=None if sparse is None else len(sparse.names),
         compute_dtype=dtype_name(skeleton.dtype),
         device=str(skeleton.device),
         seconds=time.monotonic() - started,

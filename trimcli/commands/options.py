@@ -11,7 +11,20 @@ from trimcli.methods.choice import parse_pattern, uniform_target
 from trimcli.methods.layers.base import ALLOCATIONS, LayerAllocation, Trials
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import stored_statistics
-from trimcli.options import RUN, ModelOptions, Numerics, RunOptions, at_least, fraction, one_of, option, positive, words
+from trimcli.options import (
+    RUN,
+    ModelOptions,
+    Numerics,
+    RunOptions,
+    above_zero,
+    at_least,
+    fraction,
+    not_negative,
+    one_of,
+    option,
+    positive,
+    words,
+)
 from trimcli.registry import misplaced
 from trimcli.text.encoding import Bos
 from trimcli.text.options import BOS, CHAT, DATASET, SEQLEN, TOKENS
@@ -22,6 +35,7 @@ ONLY = "Only linears whose full name matches this glob (repeatable)."
 SKIP = "Leave linears that match this glob out (repeatable)."
 BATCH = "Samples a batch; chosen if not given."
 PACK = "Join documents in random order, EOS between them, to full samples; else only those longer than one are drawn."
+SPARSE = "Hold the pruned matrices of all layers as keep bits and kept values, and multiply with those."
 STATS = "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation); nothing keeps the tokens alone."
 
 
@@ -240,6 +254,7 @@ class EvaluateOptions(RunOptions):
     bos: Bos = option("auto", BOS)
     chat: bool = option(False, CHAT)
     batch_size: int | None = option(None, "Windows or task sequences a batch; chosen if not given.", check=positive)
+    sparse: bool = option(False, SPARSE)
     tasks: tuple[str, ...] = option((), "lm-eval tasks or groups: boolq,rte,hellaswag,winogrande,...", panel=TASKS)
     include_path: Path | None = option(None, "A folder of local task files.", panel=TASKS)
     num_fewshot: int | None = option(None, "Examples before each question.", panel=TASKS)
@@ -261,6 +276,28 @@ class EvaluateOptions(RunOptions):
             if value is not None and not self.tasks:
                 flag = f"--{name.replace('_', '-')}"
                 raise OptionError(f"{flag} {value} does nothing without --tasks; give --tasks or leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(RunOptions):
+    """How a text goes on."""
+
+    masks: Path | None = option(None, "The model under these masks, without writing it.")
+    max_new_tokens: int = option(128, "Tokens at most; fewer where the model's positions end.", check=positive)
+    temperature: float = option(0.0, "Of the draws; 0 takes the likeliest token.", check=not_negative)
+    top_p: float | None = option(None, "Draw among the likeliest tokens of this share together.", check=above_zero)
+    top_k: int | None = option(None, "Draw among so many likeliest tokens.", check=positive)
+    chat: bool = option(False, "The prompt is a message, rendered by the tokenizer's chat template.")
+    dense: bool = option(False, "Hold pruned matrices dense, too, for comparison.")
+
+    def check(self) -> None:
+        """Raise OptionError for values and combinations that cannot be used."""
+        super().check()
+        for flag, value in (("--top-p", self.top_p), ("--top-k", self.top_k)):
+            if value is not None and not self.temperature:
+                raise OptionError(f"{flag} {value} does nothing without --temperature; give one, such as 0.7.")
+        if self.top_p is not None and self.top_p > 1:
+            raise OptionError(f"--top-p {self.top_p} is above 1; it is a share, such as 0.95.")
 
 
 @dataclass(frozen=True)

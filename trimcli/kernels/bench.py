@@ -1,4 +1,4 @@
-"""`trim bench`: tokens per second and bytes of a model, dense and sparse, on the machine at hand."""
+"""`trim bench`: tokens per second, seconds of products and bytes, dense and sparse, on the machine at hand."""
 
 import inspect
 import statistics
@@ -18,10 +18,14 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_mark
 from trimcli.files.manifest import manifest
 from trimcli.kernels import forms
+from trimcli.kernels.bitmap.model import held, sparsify
 from trimcli.kernels.exported import EXPORT, ExportedCheckpoint, exported_skeleton
 from trimcli.kernels.options import BenchOptions
+from trimcli.kernels.shapes import ShapeRace, break_even, race_shape
+from trimcli.kernels.timing import copy_bandwidth
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import empty
+from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.walk import max_positions
 
@@ -41,7 +45,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Measured:
-    """One form (dense, csr or semi-structured) of one model, made in memory or exported.
+    """One form (dense, csr, semi-structured or bitmap) of one model, made in memory or exported.
 
     sparse: of `linears` matrices, how many are in that form. zeros: fraction of the linears' weights. disk: bytes of
     the weight files, None for a form in memory alone. memory: bytes of parameters and buffers.
@@ -59,10 +63,25 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Products:
+    """One input row times the pruned matrices of a model on the CPU, a matrix for each shape.
+
+    bandwidth: bytes a second that this CPU copies, read and written. break_even: the least fraction of zeros, of those
+    tried, from which on a matrix of the largest shape is faster as keep bits; None for none.
+    """
+
+    model: str
+    shapes: tuple[ShapeRace, ...]
+    bandwidth: float
+    break_even: float | None
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """What was measured, and what it means, in sentences. document: `trim.bench/1`."""
 
     measured: tuple[Measured, ...]
+    products: tuple[Products, ...]
     verdicts: tuple[str, ...]
     document: Mapping[str, Any]
 
@@ -70,10 +89,11 @@ class BenchResult:
 def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = NO_PROGRESS) -> BenchResult:
     """Measure models and exports, one form in memory at a time. Raises UsageError and HubError.
 
-    Of a model: dense, and what its zeros allow (csr on a CPU, semi-structured for 2:4 on a CUDA device).
+    Of a model: dense, and what its zeros allow (csr and bitmap on a CPU, semi-structured for 2:4 on a CUDA device).
     """
     options.check()
     measured: list[Measured] = []
+    products: list[Products] = []
     verdicts: list[str] = []
     machines: dict[str, str] = {}
     for model in models:
@@ -87,14 +107,20 @@ def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = 
         dense, *others = _forms(model, export, device, options, progress)
         measured += [dense, *others]
         verdicts += [verdict(dense, form, machines[model]) for form in others]
+        if any(form.form == "bitmap" for form in others):
+            products.append(_products(model, options, progress))
+            verdicts.append(products_verdict(products[-1], machines[model]))
         if not others:
             why = "none of its matrices is pruned"
             if device.type == "cuda":
                 why = "on a CUDA device, only 2:4 matrices computed in 16 bits have sparse kernels"
             verdicts.append(f"{model} was measured dense alone: {why}.")
-    found = [asdict(one) for one in measured]
-    document = manifest(BENCH, "bench", options.document(), None, measured=found, verdicts=verdicts, machines=machines)
-    return BenchResult(tuple(measured), tuple(verdicts), document)
+    found: dict[str, Any] = {
+        "measured": [asdict(one) for one in measured],
+        "products": [asdict(one) for one in products],
+    }
+    document = manifest(BENCH, "bench", options.document(), None, None, **found, verdicts=verdicts, machines=machines)
+    return BenchResult(tuple(measured), tuple(products), tuple(verdicts), document)
 
 
 def verdict(dense: Measured, sparse: Measured, where: str) -> str:
@@ -114,6 +140,44 @@ def verdict(dense: Measured, sparse: Measured, where: str) -> str:
         f"{name} at {sparse.zeros:.1%} zeros runs at these multiples of dense's speed on {where}: "
         f"{', '.join(figures)}, with {sparse.memory / dense.memory:.2f}x the memory; sparsity {found}."
     )
+
+
+def products_verdict(products: Products, where: str) -> str:
+    """What the products say: their speed over the model's matrices together, and from which sparsity on they pay."""
+
+    def whole(name: str, form: str) -> float:
+        return sum(one.count * getattr(one, name)[form] for one in products.shapes)
+
+    dense = whole("seconds", "dense")
+    figures = [f"{dense / whole('seconds', form):.2f}x as {form}" for form in ("bitmap", "csr")]
+    share = whole("floor", "bitmap") / whole("seconds", "bitmap")
+    at = f"at {products.shapes[0].shape[0]} x {products.shapes[0].shape[1]}"
+    pays = f"keep bits pay from {products.break_even:.0%} zeros on" if products.break_even else "keep bits never pay"
+    return (
+        f"{products.model}: one input row times its pruned matrices runs at {' and '.join(figures)} of dense's speed "
+        f"on {where}, as bitmap at {share:.0%} of the speed at which as many bytes are copied; {at}, {pays}."
+    )
+
+
+def _products(model: str, options: BenchOptions, progress: Progress) -> Products:
+    """Race a matrix of every shape, the largest first."""
+    checkpoint = Checkpoint.open(model, revision=options.revision)
+    dtype = compute_dtype(options.dtype, checkpoint, torch.device("cpu"))
+    skeleton = Skeleton(checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code)
+    recorded = forms.pruned_names(checkpoint)
+    shapes: dict[tuple[int, int], list[Matrix]] = {}
+    for linear in sorted(skeleton.linears.values(), key=lambda linear: -linear.numel):
+        if recorded is None or linear.name in recorded:
+            shapes.setdefault(linear.shape, []).append(linear)
+    bandwidth, races = copy_bandwidth(options.repeat), []
+    with progress.task("racing products", len(shapes) + 1) as step:
+        for linears in shapes.values():
+            weight = held(linears[0].read(checkpoint), dtype).contiguous()
+            races.append(race_shape(weight, dtype, len(linears), bandwidth, options.repeat))
+            step()
+        even = break_even(races[0].shape, weight.dtype, dtype, options.repeat)
+        step()
+    return Products(model, tuple(races), bandwidth, even)
 
 
 def _forms(
@@ -145,6 +209,11 @@ def _forms(
         yield measured(exported.to, len(exported.sparse), _bytes_on_disk(exported))
     elif sparse := _make_sparse(skeleton):
         yield measured("csr" if device.type == "cpu" else "semi-structured", sparse, None)
+        if device.type == "cpu":
+            skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust)
+            if made := sparsify(skeleton, None, options.cache_dir, progress).names:
+                skeleton.load_everything()
+                yield measured("bitmap", len(made), None)
 
 
 def _make_sparse(skeleton: Skeleton) -> int:

@@ -5,10 +5,8 @@ of 4 kept, in 16 bits, as torch packs it for a CUDA device's sparse tensor cores
 cuSPARSELt's is bound to its version and to the device's generation, CUTLASS's to devices of compute capability 8.
 """
 
-import statistics
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, cast
 
@@ -19,6 +17,7 @@ from trimcli.errors import MismatchError, OptionError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_mark
 from trimcli.files.tensors import dtype_name
+from trimcli.kernels.timing import timed
 from trimcli.model.empty import empty
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
@@ -27,9 +26,6 @@ from trimcli.model.skeleton import Skeleton
 CSR_PARTS = ("crow_indices", "col_indices", "values")
 SEMI_PARTS = ("packed", "meta")
 PARTS: dict[str, tuple[str, ...]] = {"csr": CSR_PARTS, "semi-structured": SEMI_PARTS}
-# Written between two timings, so that a matrix comes from memory as it does when all others were read before it.
-FLUSH_BYTES = 64 << 20
-REPEATS = 7
 # Trained weights are exactly zero now and then; more than this share of them was pruned.
 FEW = 0.01
 
@@ -193,18 +189,9 @@ def race(weight: Tensor, sparse: Tensor, dtype: torch.dtype) -> Race:
     dense = weight.to(dtype).contiguous()
     inputs = torch.randn(1, weight.shape[1]).to(dtype)
     module = SparseLinear(computed(sparse))
-    flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8)
-
-    def seconds(run: Callable[[], Tensor]) -> float:
-        flush.add_(1)
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
-
     with torch.no_grad():
-        runs = lambda: nn.functional.linear(inputs, dense), lambda: module(inputs)
-        turns = [tuple(map(seconds, runs)) for _ in range(REPEATS + 1)]
-    return Race(*map(statistics.median, zip(*turns[1:], strict=True)))  # the first turn warms up
+        seconds = timed({"dense": lambda: nn.functional.linear(inputs, dense), "sparse": lambda: module(inputs)})
+    return Race(**seconds)
 
 
 def _no_beta_warning() -> AbstractContextManager[Any]:

@@ -23,11 +23,13 @@ class BenchOptions(RunOptions):
     """What to measure."""
 
     tokens: int = option(64, "Tokens of the prompt, and as many decoded after it.", check=positive)
-    batch: tuple[int, ...] = option((1, 8), "Sequences at a time, each in turn, separated by commas.", check=positive)
+    batch: tuple[int, ...] = option(
+        (1, 4, 16), "Sequences at a time, each in turn, separated by commas.", check=positive
+    )
     repeat: int = option(5, "Rounds; medians are shown.", check=positive)
 
     def check(self) -> None:
         """Raise OptionError for values that cannot be used."""
         super().check()
         if not self.batch:
-            raise OptionError("--batch names no batch size; give at least one, such as 1,8.")
+            raise OptionError("--batch names no batch size; give at least one, such as 1,4,16.")
