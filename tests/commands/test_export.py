@@ -21,7 +21,7 @@ from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import sealed
 from trimcli.kernels.exported import ExportedCheckpoint, load_exported
-from trimcli.kernels.forms import Race, SemiStructured, SparseLinear
+from trimcli.kernels.forms import Race, SemiStructured, FormLinear
 from trimcli.kernels.options import ExportOptions
 
 UP, QUERY = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"
@@ -58,7 +58,7 @@ def dense_logits(directory: Path) -> Tensor:
 
 
 def sparse_modules(model: Any) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
+    return [name for name, module in model.named_modules() if isinstance(module, FormLinear)]
 
 
 @pytest.mark.usefixtures("sparse_wins")

@@ -10,7 +10,7 @@ from tests.small_models import gpt2_config, random_model, save, skeleton_of
 from trimcli.errors import OptionError
 from trimcli.kernels.forms import (
     SemiStructured,
-    SparseLinear,
+    FormLinear,
     computed,
     csr_from_parts,
     is_two_of_four,
@@ -58,7 +58,7 @@ def test_parts_that_are_no_matrix_are_refused() -> None:
 def test_a_sparse_linear_is_the_linear(shape: tuple[int, ...], bias: bool) -> None:
     dense = nn.Linear(10, 6, bias=bias)
     dense.weight.data = half_zero(6, 10)
-    sparse = SparseLinear(to_csr(dense.weight.data), dense.bias)
+    sparse = FormLinear(to_csr(dense.weight.data), dense.bias)
     inputs = torch.randn(shape)
     with torch.no_grad():
         torch.testing.assert_close(sparse(inputs), dense(inputs))
@@ -66,7 +66,7 @@ def test_a_sparse_linear_is_the_linear(shape: tuple[int, ...], bias: bool) -> No
 
 def test_sixteen_bits_are_computed_in_float32() -> None:
     weight = half_zero(6, 10, torch.bfloat16)
-    sparse = SparseLinear(computed(to_csr(weight)))
+    sparse = FormLinear(computed(to_csr(weight)))
     assert sparse.weight.dtype == torch.float32
     inputs = torch.randn(3, 10).bfloat16()
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_replaced_linear_keeps_its_bias_and_lets_go_of_its_weight(tmp_path: Pa
     before = linear.module(inputs)
     replace_linear(skeleton, linear, to_csr(linear.weight))
     module = skeleton.model.get_submodule(linear.name)
-    assert isinstance(module, SparseLinear)
+    assert isinstance(module, FormLinear)
     torch.testing.assert_close(module(inputs), before)
     assert {parameter.device.type for parameter in linear.module.parameters()} == {"meta"}
 
@@ -155,4 +155,4 @@ def test_semi_structured_is_the_matrix(dtype: torch.dtype) -> None:
     for rows in (1, 3, 40):
         inputs = torch.randn(rows, 128, device="cuda", dtype=dtype)
         expected = nn.functional.linear(inputs, weight.cuda())
-        torch.testing.assert_close(SparseLinear(again)(inputs), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(FormLinear(again)(inputs), expected, rtol=2e-2, atol=2e-2)

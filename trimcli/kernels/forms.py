@@ -41,7 +41,7 @@ def was_pruned(name: str, zeros: float, recorded: set[str] | None) -> bool:
     return zeros > FEW if recorded is None else name in recorded
 
 
-class SparseLinear(nn.Module):
+class FormLinear(nn.Module):
     """y = x W^T + b with a sparse W: inputs [..., D_in] of any float dtype, outputs [..., D_out] of the same.
 
     weight: [D_out, D_in], CSR in float32 or float64, or semi-structured in the inputs' dtype. bias: [D_out] or None.
@@ -162,10 +162,10 @@ def stored_bytes(tensor: Tensor) -> int:
 
 
 def replace_linear(skeleton: Skeleton, linear: Matrix, weight: Tensor) -> None:
-    """Put a SparseLinear of the sparse `weight` [D_out, D_in] in the linear's place, with its bias."""
+    """Put a FormLinear of the sparse `weight` [D_out, D_in] in the linear's place, with its bias."""
     parent, _, leaf = linear.name.rpartition(".")
     bias = cast(nn.Parameter | None, linear.module.bias)
-    setattr(skeleton.model.get_submodule(parent), leaf, SparseLinear(weight, bias))
+    setattr(skeleton.model.get_submodule(parent), leaf, FormLinear(weight, bias))
     empty(linear.module)
 
 
@@ -188,7 +188,7 @@ def race(weight: Tensor, sparse: Tensor, dtype: torch.dtype) -> Race:
     """Time one input row through a matrix [D_out, D_in], dense in `dtype` and as CSR, in turn, on the CPU."""
     dense = weight.to(dtype).contiguous()
     inputs = torch.randn(1, weight.shape[1]).to(dtype)
-    module = SparseLinear(computed(sparse))
+    module = FormLinear(computed(sparse))
     with torch.no_grad():
         seconds = timed({"dense": lambda: nn.functional.linear(inputs, dense), "sparse": lambda: module(inputs)})
     return Race(**seconds)

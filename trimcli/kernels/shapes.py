@@ -43,7 +43,7 @@ def race_shape(
     }
     nbytes = {"dense": dense.nbytes, "bitmap": bitmap.nbytes}
     if csr:
-        rows = forms.SparseLinear(forms.computed(forms.to_csr(weight)))
+        rows = forms.FormLinear(forms.computed(forms.to_csr(weight)))
         runs["csr"], nbytes["csr"] = (lambda: rows(inputs)), forms.stored_bytes(rows.weight)
     zeros = 1 - len(bitmap.values) / weight.numel()
     with torch.no_grad():
