@@ -21,7 +21,7 @@ from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import sealed
 from trimcli.kernels.exported import ExportedCheckpoint, load_exported
-from trimcli.kernels.forms import Race, SemiStructured, FormLinear
+from trimcli.kernels.forms import FormLinear, Race, SemiStructured
 from trimcli.kernels.options import ExportOptions
 
 UP, QUERY = "model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from tests.small_models import gpt2_config, random_model, save, skeleton_of
 from trimcli.errors import OptionError
 from trimcli.kernels.forms import (
-    SemiStructured,
     FormLinear,
+    SemiStructured,
     computed,
     csr_from_parts,
     is_two_of_four,
