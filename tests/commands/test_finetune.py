@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.finetuned import assert_same, options, pruned_model, save_counting, tuned, weights
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
-from tests.trim_cli import save_tokens, tree, zeros
+from tests.trim_cli import save_tokens, tree, trim_json, zeros
 from trimcli.commands.apply import apply_masks
 from trimcli.commands.finetune import FinetuneSummary, finetune
 from trimcli.commands.options import ApplyOptions, VerifyOptions
@@ -154,6 +154,31 @@ def test_a_loss_that_is_not_finite_is_told_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(TrimError, match=r"the loss is not finite.*smaller --lr"):
         tuned(pruned, tmp_path / "out", lr=1e30, clip=0.0, warmup=0.0, kl=0.0)
     assert tree(tmp_path) == before
+
+
+# --- several processes ---
+
+
+@pytest.mark.parametrize("mode", ["full", "admm"])
+def test_two_processes_train_as_one_with_twice_the_samples(mode: str, tmp_path: Path) -> None:
+    """Each takes half of a step's samples; one speaks, and one writes."""
+    pruned = pruned_model(llama_config(), tmp_path)
+    shared = ["--tokens", tmp_path / "tokens", "--mode", mode, "--steps", 4, "--lr", 1e-3, "--device", "cpu", "--json"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*torchrun, "-m", "trimcli", "finetune", pruned, "-o", tmp_path / "two", *shared, "--batch-size", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two, one = (
+        json.loads(done.stdout),
+        trim_json("finetune", pruned, "-o", tmp_path / "one", *shared, "--batch-size", 4),
+    )
+    assert two["tokens"] == one["tokens"]
+    assert two["zeros"] == one["zeros"] > 0
+    assert two["after"] == pytest.approx(one["after"], rel=0.02)
+    assert done.stderr.count("step 4 of 4") == (mode == "full")
+    verify(tmp_path / "two", VerifyOptions()).check()
+    assert not [name for name in tree(tmp_path) if name.startswith(".")]
 
 
 # --- interrupted -----------------------------------------------------------------------------------------
@@ -328,6 +353,12 @@ def test_what_cannot_be_trained_is_told_and_leaves_nothing(case: str, home: Path
     with pytest.raises(error, match=message):
         tuned(home / model, home / "out", **fields)
     assert tree(home) == before
+
+
+def test_sharded_matrices_have_no_projection(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(OptionError, match="--mode admm does not go with FSDP"):
+        tuned(home / "dense", home / "out", mode="admm", sparsity=0.5)
 
 
 def test_a_manifest_that_no_longer_fits_the_weights_is_refused(home: Path, tmp_path: Path) -> None:

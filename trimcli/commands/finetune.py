@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from trimcli.commands.trained import Trained
@@ -118,6 +119,10 @@ class _Session:
     def __init__(self, model: str, options: FinetuneOptions, progress: Progress, note: Note) -> None:
         self.options, self.progress, self.note = options, progress, note
         self.remarks: list[str] = []
+        if options.mode == "admm" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise OptionError(
+                "--mode admm does not go with FSDP, where no process holds whole matrices; run it without."
+            )
         # Where several processes train together, Trainer moves the model to the device of each.
         device = options.device if processes() == 1 else "cpu"
         self.skeleton = open_model(model, replace(options, dtype="float32", device=device))
