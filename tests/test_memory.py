@@ -1,9 +1,11 @@
 """Peak memory of runs that follow each other and lie within each other."""
 
+import gc
+
 import pytest
 import torch
 
-from trimcli.memory import PeakMemory
+from trimcli.memory import PeakMemory, collect_as_usual, collect_rarely
 
 
 class Cards:
@@ -62,3 +64,19 @@ def test_a_run_that_fails_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with PeakMemory():
         cards.hold(0, 90)
     assert "cuda" not in failed.document()
+
+
+def test_garbage_is_looked_for_rarely_only_until_everything_is_imported() -> None:
+    usual = gc.get_threshold()
+    collect_as_usual()
+    assert gc.get_freeze_count() == 0
+    try:
+        collect_rarely()
+        assert gc.get_threshold()[0] > usual[0]
+        assert gc.isenabled()
+        collect_as_usual()
+        assert gc.get_threshold() == usual
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.set_threshold(*usual)
+        gc.unfreeze()

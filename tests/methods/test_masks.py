@@ -299,6 +299,35 @@ def test_projection_refuses_an_impossible_target(target: float) -> None:
         masks.project(torch.zeros(2), torch.ones(2), target, 0.95)
 
 
+def bisected(start: Tensor, weights: Tensor, target: float, top: float) -> Tensor:
+    """The projection by plain bisection, every step of it."""
+    shares = weights / weights.sum()
+
+    def excess(shift: float) -> float:
+        return float((start + shift).clamp(0, top) @ shares) - target
+
+    low, high = -float(start.max()), top - float(start.min())
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess(middle) <= 0 else (low, middle)
+    return (start + min(low, high, key=lambda shift: abs(excess(shift)))).clamp(0, top)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 0.05, 0.5, 3.0])
+@pytest.mark.parametrize("two_values", [False, True])
+def test_projection_is_plain_bisections_to_the_last_bit(spread: float, two_values: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    for count in (2, 3, 17, 256, 301):
+        target = 0.1 + 0.8 * float(torch.rand((), generator=draw))
+        drawn = torch.randn(count, generator=draw, dtype=torch.float64)
+        start = target + spread * ((drawn > 0).double() if two_values else drawn)
+        for weights in (torch.ones(count).double(), torch.rand(count, generator=draw).double() ** 4):
+            if bool((start == start[0]).all()):
+                continue
+            expected = bisected(start, weights, target, max(0.95, target))
+            assert torch.equal(masks.project(start, weights, target, 0.95), expected)
+
+
 def test_projection_refuses_bad_vectors() -> None:
     with pytest.raises(ValueError, match="not finite"):
         masks.project(torch.tensor([0.1, torch.inf]), torch.ones(2), 0.5, 0.95)

@@ -1,5 +1,7 @@
 """What linears that share an input share, and what a statistic is made of."""
 
+import platform
+
 import pytest
 import torch
 from torch import Tensor
@@ -179,3 +181,16 @@ def test_what_is_derived_is_made_once_for_all_who_share_it() -> None:
     with pytest.raises(ValueError, match="'c' is derived from all columns; ask for it before taking some"):
         stats.of(slice(0, 2)).once("c", make)
     assert LinearStats(gram=torch.eye(3)).once("a", make) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 256, 256), (1, 37, 19), (3, 1, 7), (2, 300, 1000), (5, 16, 130), (2, 4, 0)])
+def test_square_norms_are_torchs(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    wide = 3 * torch.randn((*shape[:2], 2 * shape[2]), generator=torch.Generator().manual_seed(0)).to(dtype)
+    for inputs in (wide[..., : shape[2]], wide[..., : shape[2]].contiguous(), wide[..., ::2]):
+        found = torch.zeros(shape[0], shape[2])
+        SQNORM.add(found, inputs, slice(0, shape[0]), shape[0])
+        expected = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).square()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        if platform.machine() == "x86_64":  # masks that were chosen before stay what they were
+            assert torch.equal(found, expected)

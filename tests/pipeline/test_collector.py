@@ -1,6 +1,7 @@
 """What hooks gather, against the formulas computed from the model's own activations in float64."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from tests.families import VOCABULARY, save_family
 from tests.small_models import add_uncalled_linears, llama_config, random_model, save, skeleton_of
 from trimcli.errors import InputError, TrimError
 from trimcli.methods.stats import GRAM, STATISTICS, GramOptions, LinearStats
+from trimcli.model.matrix import Matrix
 from trimcli.pipeline.collector import Collector, find_groups, refuse_unusable
 from trimcli.pipeline.walk import Walk
 
@@ -116,6 +118,52 @@ def test_what_is_not_needed_is_not_gathered(needs: set[str], tmp_path: Path) -> 
     assert all(set(found.tensors) == needs for found in stats.values())
     q, k = (stats[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
     assert q is k
+
+
+def outputs_of(linear: Matrix) -> list[Tensor]:
+    """What a linear gives from now on."""
+    given: list[Tensor] = []
+    linear.module.register_forward_hook(lambda _, args, output: given.append(output))
+    return given
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_layer_is_left_where_the_last_statistic_is_taken(batch_size: int, tmp_path: Path) -> None:
+    tokens = torch.randint(2, 60, (5, 12), generator=torch.Generator().manual_seed(1))
+    skeleton = skeleton_of(save(random_model(llama_config()), tmp_path / "llama"))
+    walk = Walk(skeleton, tokens, batch_size=batch_size)
+    layer = skeleton.layers[0]
+    skeleton.load_layer(layer)
+    groups, before = walk.groups(layer), walk.states(slice(0, 5)).clone()
+    first, middle, last = (outputs_of(groups[place].linears[0]) for place in (0, 1, -1))
+    left, whole, part = (Collector(some, ALL, 5, 12, skeleton.device) for some in (groups, groups, groups[:1]))
+    walk.collect(layer, left)
+    assert (len(first), len(middle), len(last)) == (5 // batch_size, 5 // batch_size, 0)
+    assert torch.equal(walk.states(slice(0, 5)), before)
+    walk.collect(layer, part)
+    assert (len(first), len(middle), len(last)) == (5 // batch_size, 5 // batch_size, 0)
+    walk.advance(layer, whole)
+    assert len(last) == 5 // batch_size
+    for found in (left, part):
+        for name, stats in found.by_linear().items():
+            for kind, tensor in stats.tensors.items():
+                assert torch.equal(tensor, whole.by_linear()[name].tensors[kind])
+
+
+def test_a_layer_that_calls_a_linear_again_is_run_to_its_end(tmp_path: Path) -> None:
+    skeleton = skeleton_of(save(random_model(llama_config()), tmp_path / "llama"))
+    walk = Walk(skeleton, torch.arange(24).reshape(2, 12))
+    layer = skeleton.layers[0]
+    skeleton.load_layer(layer)
+    last = outputs_of(layer.linears[-1])
+    mlp: Any = layer.module.mlp
+    whole = mlp.forward
+    mlp.forward = lambda hidden: whole(hidden) + whole(2 * hidden)
+    groups = walk.groups(layer)
+    assert [group.once for group in groups] == [True, True, False, False, False]
+    last.clear()
+    walk.collect(layer, Collector(groups, ALL, 2, 12, skeleton.device))
+    assert len(last) == 2
 
 
 GROUPS = {

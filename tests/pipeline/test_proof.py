@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.families import COMMON, SPECIAL, save_family
 from tests.small_models import llama_config, random_model, save, save_random, skeleton_of, with_tensors
@@ -110,7 +111,7 @@ def test_what_was_found_is_kept_for_models_of_the_structure(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize(
-    "garbage", ["", "[]", "{}", '{"schema": "trim.proof/1"}', '{"schema": "trim.proof/1", "form": 5, "returns": null}']
+    "garbage", ["", "[]", "{}", '{"schema": "trim.proof/2"}', '{"schema": "trim.proof/2", "form": 5, "returns": null}']
 )
 def test_a_kept_proof_that_is_not_whole_is_made_anew(garbage: str, tmp_path: Path) -> None:
     skeleton = skeleton_of(save_family("llama", tmp_path / "llama"))
@@ -238,3 +239,21 @@ def test_what_several_layers_use_stays_dense_and_is_said(tmp_path: Path) -> None
     trim_json("prune", model, "-o", masks, "--sparsity", 0.5, "--method", "magnitude")
     trim_json("apply-masks", model, masks, "-o", tmp_path / "pruned")
     assert_both_ways_measure_alike(model, masks, tmp_path)
+
+
+def test_a_layer_that_half_a_pass_leaves_changed_is_run_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = LlamaDecoderLayer.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        given = 2 * hidden_states if getattr(self, "inside", False) else hidden_states
+        self.inside = True
+        result = own(self, given, *args, **kwargs)
+        self.inside = False
+        return result
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    skeleton = skeleton_of(save(random_model(llama_config()), tmp_path / "llama"))
+    prove(skeleton, tmp_path / "cache")
+    assert skeleton.form == "suspended"

@@ -27,6 +27,7 @@ from trimcli.cli.sweep import sweep
 from trimcli.cli.verify import verify
 from trimcli.console import prepare_streams
 from trimcli.errors import TrimError
+from trimcli.memory import collect_rarely
 
 STAGES, MEASURE, MORE = "Stages, each with a file", "Measure and check", "More"
 OPTIONS = "trimcli.commands.options"
@@ -149,4 +150,5 @@ def program(
 
 def main() -> None:
     """Entry point of the console script."""
+    collect_rarely()
     app()

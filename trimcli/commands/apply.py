@@ -123,7 +123,8 @@ def masked_weights(
         weight = new_of(linear.name)
         if weight is None:
             weight = masked(linear.within(stored), keep_of(linear.name))
-        return linear.replaced(stored, weight)
+        whole = (weight.shape, weight.dtype, linear.transposed) == (stored.shape, stored.dtype, False)
+        return weight if whole else linear.replaced(stored, weight)
 
     return weight_of
 

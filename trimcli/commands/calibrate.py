@@ -111,7 +111,8 @@ def _gather(
                 for layer in walk.layers():
                     if layer.index >= done:
                         collector = Collector(walk.groups(layer), needs, walk.nsamples, walk.seqlen, skeleton.device)
-                        walk.advance(layer, collector)
+                        last = layer.index + 1 == len(skeleton.layers)
+                        (walk.collect if last else walk.advance)(layer, collector)
                         _write_part(parts, layer.index, collector)
                     elif done < len(skeleton.layers):
                         walk.advance(layer)

@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trimcli.commands.options import EvaluateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, MismatchError, OptionError
@@ -14,7 +16,7 @@ from trimcli.files.documents import read_mark, write_json
 from trimcli.files.manifest import RESULTS, check_masks, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.outputs import check_outputs, inputs_of
-from trimcli.files.tensors import dtype_name
+from trimcli.files.tensors import dtype_name, nonzero
 from trimcli.kernels.bitmap.model import sparsify
 from trimcli.memory import PeakMemory
 from trimcli.model.skeleton import Skeleton
@@ -110,10 +112,10 @@ def _sparsity(skeleton: Skeleton, mask: MaskFile | None) -> dict[str, Any]:
     """Zeros read from the weights: `total` fraction over the linears, `zeros`, `weights`, and per linear."""
     zeros = {}
     for name, linear in skeleton.linears.items():
-        stays = linear.read(skeleton.checkpoint) != 0
+        stays = nonzero(linear.read(skeleton.checkpoint)).numpy()
         if mask is not None and name in mask.names:
-            stays = stays & mask.keep(name)
-        zeros[name] = stays.numel() - int(stays.count_nonzero())
+            stays &= mask.keep(name).numpy()
+        zeros[name] = stays.size - int(np.count_nonzero(stays))
     weights = sum(linear.numel for linear in skeleton.linears.values())
     return {
         "total": sum(zeros.values()) / weights if weights else 0.0,

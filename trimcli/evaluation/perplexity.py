@@ -12,9 +12,11 @@ from trimcli.pipeline.walk import Walk
 
 # Hidden states of at most this many bytes are walked together; more windows take another round through the layers.
 ROUND_BYTES = 4 << 30
-# Logits held at a time: few enough to stay in the processor's cache, but never those of fewer tokens than this, or
-# reading the head's weights would take longer than multiplying with them.
-LOGITS, TOKENS = 1 << 21, 256
+# Logits held at a time: on a CPU few enough to stay in its cache, elsewhere many enough to fill the device, but never
+# those of fewer tokens than this, or reading the head's weights would take longer than multiplying with them.
+LOGITS, DEVICE_LOGITS, TOKENS = 1 << 21, 1 << 28, 256
+# Of a logit, with what the cross-entropy makes of it, and as much again to spare.
+LOGIT_BYTES = 32
 
 
 def perplexity(
@@ -54,7 +56,7 @@ def _round(
     with walk.head() as head, progress.task("measuring windows", len(windows)) as step:
         vocabulary = skeleton.model.get_output_embeddings().weight.shape[0]
         length = windows.shape[1] - 1
-        tokens = max(TOKENS, LOGITS // vocabulary)
+        tokens = max(TOKENS, _logits(skeleton.device) // vocabulary)
         together, piece = max(1, tokens // length), min(length, tokens)
         targets = windows[:, 1:].to(skeleton.device, torch.long)
         total = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)
@@ -65,6 +67,14 @@ def _round(
                 total[rows] += _losses(head(rows, part), targets[rows, part])
             step(rows.stop - rows.start)
     return total / length
+
+
+def _logits(device: torch.device) -> int:
+    """How many logits are held at a time on `device`."""
+    if device.type == "cpu":
+        return LOGITS
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return min(DEVICE_LOGITS, int(free) // LOGIT_BYTES)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

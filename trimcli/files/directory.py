@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from trimcli.files.documents import write_json
 from trimcli.files.manifest import COMMAND_LINE, with_linears
 from trimcli.files.masks import keep_digest
 from trimcli.files.outputs import check_space
-from trimcli.files.tensors import TensorSpec, bit_view, write_tensors
+from trimcli.files.tensors import TensorSpec, bit_view, nonzero, write_tensors
 from trimcli.methods import masks
 
 README = "README.md"
@@ -53,12 +54,12 @@ class PrunedLinear:
 
     def entry(self, weight: Tensor, keep: Tensor | None = None) -> dict[str, Any]:
         """The record of the matrix as written; `weight` is the stored tensor, `keep` its mask, bool [D_out, D_in]."""
-        nonzero = (weight.T if self.transposed else weight) != 0
-        zeros = nonzero.numel() - int(nonzero.count_nonzero())
-        found = {**asdict(self), "zeros": zeros, "keep_sha256": keep_digest(masks.pack(nonzero))}
+        there = nonzero(weight.T if self.transposed else weight)
+        zeros = there.numel() - int(np.count_nonzero(there.numpy()))
+        found = {**asdict(self), "zeros": zeros, "keep_sha256": keep_digest(masks.pack(there))}
         if keep is None or not 0 < zeros - self.pruned <= LISTED:
             return found
-        return {**found, "kept_zeros": (keep & ~nonzero).flatten().nonzero().squeeze(1).tolist()}
+        return {**found, "kept_zeros": (keep & ~there).flatten().nonzero().squeeze(1).tolist()}
 
 
 @dataclass(frozen=True)

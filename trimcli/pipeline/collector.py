@@ -1,7 +1,7 @@
 """What hooks gather from the inputs of a layer's linears; those that share an input share its statistics."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,9 +18,13 @@ from trimcli.model.skeleton import DecoderLayer
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of one layer that read the same tensor, in module order; groups are in order of execution."""
+    """Linears of one layer that read the same tensor, in module order; groups are in order of execution.
+
+    once: whether the layer calls each of them once.
+    """
 
     linears: tuple[Matrix, ...]
+    once: bool
 
     @property
     def name(self) -> str:
@@ -53,7 +57,12 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
         raise TrimError(f"{what}; leave it dense with {' '.join(globs)}.")
     # What is called several times reads what no other linear does, even where it begins with the same tensor.
     groups = grouped(read, lambda name: read[name][0] if len(read[name]) == 1 else name)
-    return [InputGroup(tuple(mine[name] for name in mine if name in names)) for names in groups.values()]
+    return [
+        InputGroup(
+            tuple(mine[name] for name in mine if name in names), once=all(len(read[name]) == 1 for name in names)
+        )
+        for names in groups.values()
+    ]
 
 
 def _part(name: str, linears: Collection[str], unused: Collection[str]) -> str:
@@ -64,6 +73,10 @@ def _part(name: str, linears: Collection[str], unused: Collection[str]) -> str:
     if len(held) > 1 and "." in place and all(other in unused for other in held):
         return place.rpartition(".")[0] + ".*"
     return place
+
+
+class LeftEarly(Exception):
+    """Leaves a layer where the last statistic has been taken: what it would go on to compute is of no use."""
 
 
 @dataclass
@@ -84,6 +97,8 @@ class Collector:
     _pairing: bool = False
     _gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     _samples: slice = field(default_factory=lambda: slice(0, 0))
+    _leaves: bool = False
+    _left: int = 0
 
     def reset(self) -> None:
         """Forget everything: before the first batch, and when a pass starts over."""
@@ -94,24 +109,29 @@ class Collector:
                 self._gathered[group.name][one.name] = start
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hook the first linear of every group for the duration."""
+    def watching(self, *, leaves: bool = False) -> Iterator[None]:
+        """Hook the first linear of every group for the duration. leaves: a layer may be left with `LeftEarly`."""
+        self._leaves = leaves and all(group.once for group in self.groups)
         with ExitStack() as hooks:
             for group in self.groups:
                 module = group.linears[0].module
                 hooks.enter_context(module.register_forward_pre_hook(partial(self._take_in, group.name)))
             yield
 
-    def batch(self, samples: slice) -> None:
-        """The next forward pass holds these samples."""
-        self._samples = samples
+    @contextmanager
+    def batch(self, samples: slice) -> Iterator[None]:
+        """The forward pass inside holds these samples; if it is left early, that is the end of the block."""
+        self._samples, self._left = samples, len(self.groups)
         if self.dense is not None:
             self._paired = {group.name: [] for group in self.groups}
             self._pairing = True
             try:
-                self.dense(samples)
+                with suppress(LeftEarly):
+                    self.dense(samples)
             finally:
-                self._pairing = False
+                self._pairing, self._left = False, len(self.groups)
+        with suppress(LeftEarly):
+            yield
 
     def _take_in(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         """The hook of the group `name`."""
@@ -124,10 +144,13 @@ class Collector:
             inputs = inputs.reshape(count, -1, inputs.shape[-1])
         if self._pairing:
             self._paired[name].append(inputs)
-            return
-        dense = self._paired[name].pop(0) if self.dense is not None else None
-        for one, gathered in ((STATISTICS[key], gathered) for key, gathered in self._gathered[name].items()):
-            one.add(gathered, inputs, self._samples, self.nsamples, *([dense] if one.paired else []))
+        else:
+            dense = self._paired[name].pop(0) if self.dense is not None else None
+            for one, gathered in ((STATISTICS[key], gathered) for key, gathered in self._gathered[name].items()):
+                one.add(gathered, inputs, self._samples, self.nsamples, *([dense] if one.paired else []))
+        self._left -= 1
+        if self._leaves and not self._left:
+            raise LeftEarly
 
     def by_linear(self) -> dict[str, LinearStats]:
         """Full module name -> its group's statistics. Raises InputError when activations are not finite."""

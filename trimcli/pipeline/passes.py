@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimcli.console import Progress
@@ -92,6 +93,12 @@ class Passes:
         """The weight [D_out, D_in] as stored, on the compute device: the layer's own may have fewer bits."""
         return linear.read(self.skeleton.checkpoint).to(self.skeleton.device)
 
+    def _dense(self, linear: Matrix) -> Tensor:
+        """`_stored` of a linear that is loaded and not pruned yet: its own weight where that has every bit of it."""
+        assert linear.key is not None
+        own, stored = self.skeleton.dtype, self.skeleton.checkpoint.spec(linear.key).dtype
+        return linear.weight if torch.promote_types(own, stored) == own else self._stored(linear)
+
     def _prune_from_file(self, layer: DecoderLayer) -> "PartWriter":
         """Without propagation: statistics from the calibration file, one matrix in memory."""
         writer = PartWriter(self)
@@ -102,7 +109,7 @@ class Passes:
                 refuse_unusable(stats, linear.name)
                 moved = {name: tensor.to(self.skeleton.device) for name, tensor in stats.tensors.items()}
                 stats = LinearStats(**moved)
-            writer.add(linear, self._choose(linear, stats))
+            writer.add(linear, self._choose(linear, self._stored(linear), stats))
         return writer
 
     def _prune_layer(self, walk: Walk, layer: DecoderLayer, guide: Guide | None) -> "PartWriter":
@@ -123,7 +130,7 @@ class Passes:
             if self.recipe.input_recalc and number:
                 self._recalculate(walk, layer, group, stats)
             for linear in group.linears:
-                outcome = self._choose(linear, stats[linear.name])
+                outcome = self._choose(linear, self._dense(linear), stats[linear.name])
                 if self.recipe.refine == "learned":
                     weight = self._stored(linear)
                     pruned[linear.name] = weight, outcome.keep, wanda(weight, stats[linear.name])
@@ -141,8 +148,7 @@ class Passes:
             writer.refit(layer, reconstruct_layer(walk, guide, layer, keep, self.recipe))
         return writer
 
-    def _choose(self, linear: Matrix, stats: LinearStats) -> Outcome:
-        weight = self._stored(linear)
+    def _choose(self, linear: Matrix, weight: Tensor, stats: LinearStats) -> Outcome:
         return self.recipe.choose(weight, stats, self.targets[linear.name], keep_zeros=self.keep_zeros)
 
     def _collect(

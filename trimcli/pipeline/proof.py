@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, TrimError, first_line
@@ -25,9 +25,10 @@ from trimcli.methods.masks import slices
 from trimcli.model.forward import Forward, first_output, form_of, split_call
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton, open_model
 from trimcli.options import RunOptions
+from trimcli.pipeline.collector import LeftEarly
 from trimcli.pipeline.walk import Walk, max_positions, not_finite
 
-PROOF = "trim.proof/1"
+PROOF = "trim.proof/2"
 SAMPLES, LENGTH = 5, 12
 # How far a token's values may be from the model's own, relative to their norm: what the dtype's rounding may do within
 # a layer. In 16 bits a token in ten may be further off: a router's near tie falls either way.
@@ -221,7 +222,7 @@ def _difference(skeleton: Skeleton, tokens: Tensor, own: _Own, form: Form) -> st
                 expected = own.arrived[layer.index + 1]
                 for rows in slices(SAMPLES, walk.batch_size):
                     if rows.start == 0:
-                        walk.call(layer, rows)  # as when statistics are gathered: it must leave no trace
+                        _gather_nothing(walk, layer, rows)
                     result = walk.stream.run(layer, rows)
                     states = _samples(expected, rows, first_output(result))
                     if gap := _apart(first_output(result), states):
@@ -235,6 +236,22 @@ def _difference(skeleton: Skeleton, tokens: Tensor, own: _Own, form: Form) -> st
                     if gap := _apart(found, own.logits[rows]):
                         return f"differs from its own forward pass after the last layer by {gap:.1%}"
     return ""
+
+
+def _gather_nothing(walk: Walk, layer: DecoderLayer, rows: slice) -> None:
+    """Run the layer as when statistics are gathered, wholly and up to its last linear: it must leave no trace."""
+    called: list[nn.Module] = []
+    with contextlib.ExitStack() as hooks:
+        for module in {linear.module for linear in layer.linears}:
+            hooks.enter_context(module.register_forward_pre_hook(lambda module, _: called.append(module)))
+        walk.call(layer, rows)
+    if called and walk.stream.leaves:
+        with called[-1].register_forward_pre_hook(_leave), contextlib.suppress(LeftEarly):
+            walk.call(layer, rows)
+
+
+def _leave(*_: Any) -> None:
+    raise LeftEarly
 
 
 def _samples(states: Tensor, rows: slice, like: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ SHARE = 0.4
 class Recorded(Stream):
     """Samples whose layers are called with what was recorded once for batches of each size. tokens: integer [N, L]."""
 
+    leaves = True
+
     def __init__(self, skeleton: Skeleton, tokens: Tensor, batch_size: int, progress: Progress) -> None:
         self.skeleton, self.batch_size = skeleton, batch_size
         self.forward = Forward(skeleton)

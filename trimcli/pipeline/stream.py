@@ -22,6 +22,8 @@ class Stream(ABC):
     """Samples between two decoder layers. batch_size: of the batches that it takes, in steps from the first sample."""
 
     batch_size: int
+    # Whether a layer may be left half way, to be run again later: whether nothing but its own arguments goes into it.
+    leaves = False
 
     @abstractmethod
     def states(self, rows: slice) -> Tensor:

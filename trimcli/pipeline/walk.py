@@ -83,7 +83,7 @@ class Walk:
 
     def collect(self, layer: DecoderLayer, collector: Collector) -> None:
         """Gather statistics of the layer's inputs; the hidden states stay as they are."""
-        with collector.watching():
+        with collector.watching(leaves=self.stream.leaves):
             self._pass(layer, collector, advance=False)
 
     def advance(self, layer: DecoderLayer, collector: Collector | None = None, *, rows: slice | None = None) -> None:
@@ -126,12 +126,12 @@ class Walk:
     ) -> bool:
         """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way."""
         try:
-            if collector is not None:
-                collector.batch(rows)
-            result = self.stream.run(layer, rows)
-            if advance:
-                sound &= torch.isfinite(first_output(result)).all()
-                self.stream.put(layer, rows, result)
+            with nullcontext() if collector is None else collector.batch(rows):
+                result = self.stream.run(layer, rows)
+                if advance:
+                    for extreme in torch.aminmax(first_output(result)):
+                        sound &= torch.isfinite(extreme)
+                    self.stream.put(layer, rows, result)
         except RuntimeError as problem:
             if not _out_of_memory(problem):
                 raise

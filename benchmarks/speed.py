@@ -1,0 +1,288 @@
+"""Seconds of the stages beside floors that are measured in the same run: ratios, which machines have in common.
+
+    python -m benchmarks.speed --model tiny-qwen2=DIR --model SmolLM2-135M=DIR
+
+Every stage and its floor take turns, and of each the quickest turn counts: a plain transformers forward pass over the
+same tokens (through the layers; for perplexity with head and loss), a prune by wanda for what TRIM adds, reading the
+shards, copying the checkpoint. Figures go to benchmarks/results/MACHINE.json as they are found, and what is there is
+not measured again, so that a run can be cut short; the table of all of them is benchmarks/SPEED.md. Models are those
+named, the embedded one, and random weights in the shapes of Qwen2.5, cut to few layers, tokens and a small vocabulary.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.memory import config, make_model
+from benchmarks.support.provenance import machine, publish, table, versions
+from trimcli.commands.apply import apply_masks
+from trimcli.commands.calibrate import calibrate
+from trimcli.commands.options import CalibrateOptions, PruneOptions
+from trimcli.commands.prune import prune
+from trimcli.evaluation.perplexity import perplexity
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.tensors import TensorSpec, write_tensors
+from trimcli.methods.recipe import Recipe
+from trimcli.options import RunOptions
+from trimcli.pipeline.proof import open_proven
+
+HERE = Path(__file__).parent
+DEMO = HERE.parent / "trimcli" / "demo" / "model"
+Work = Callable[[], Any]
+# Hidden size, intermediate size, heads, key and value heads; layers and samples that are measured, of the model's own.
+SHAPES = {
+    "Qwen2.5-0.5B": ((896, 4864, 14, 2), 2, 16),
+    "Qwen2.5-1.5B": ((1536, 8960, 12, 2), 2, 8),
+    "Qwen2.5-7B": ((3584, 18944, 28, 4), 1, 4),
+}
+VOCABULARY = 4096
+GOALS = {
+    "start-up": "1.5 s",
+    "wanda": "at most 1.8",
+    "wanda + TRIM": "at most 1.25",
+    "sparsegpt": "at most 3",
+    "perplexity": "at most 1.15",
+    "apply-masks": "at most 1.25 (80% of copy speed)",
+}
+# A command up to its first layer, in a fresh interpreter: how long since the shell started it.
+STARTING = """
+import os, sys, time
+started = float(sys.argv.pop(1))
+from trimcli.cli.app import main
+from trimcli.memory import collect_rarely
+collect_rarely()  # as main does, before it has anything imported
+from trimcli.model.skeleton import Skeleton
+def first(*_):
+    print(time.time() - started, flush=True)
+    os._exit(0)
+Skeleton.load_layer = first
+main()
+"""
+IMPORTING = """
+import os, sys, time
+started, kind = float(sys.argv[1]), sys.argv[2]
+import torch, transformers
+getattr(transformers, kind)
+print(time.time() - started)
+"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, what it is measured beside, and the name of that."""
+
+    work: Work
+    floor: Work
+    beside: str
+
+
+class Bench:
+    """One model's stages. tokens: int64 [nsamples, seqlen]."""
+
+    def __init__(self, name: str, directory: Path, samples: int, seqlen: int, folder: Path) -> None:
+        self.name, self.directory, self.folder = name, str(directory), folder
+        self.checkpoint = Checkpoint.open(directory)
+        shape, vocabulary = (samples, seqlen), self.checkpoint.config_document["vocab_size"]
+        self.tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
+        self.batch = max(1, 2048 // seqlen)
+        file = folder / "tokens.safetensors"
+        write_tensors(file, {"tokens": TensorSpec(torch.int32, shape)}, lambda _: self.tokens.int())
+        self.run: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cache_dir": folder / "cache"}
+        self.calibrating = CalibrateOptions(tokens=file, **self.run)
+        self.own = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+    def stages(self) -> dict[str, Stage]:
+        """By name."""
+        masks, plain = self.folder / "wanda.safetensors", "forward pass"
+        return {
+            "calibrate": Stage(self._calibrate, self._forward, plain),
+            "wanda": Stage(self._pruned("wanda"), self._forward, plain),
+            "wanda + TRIM": Stage(self._pruned("trim", rows="trim"), self._pruned("wanda"), "wanda"),
+            "TRIM's product": Stage(self._product, self._forward, plain),
+            "sparsegpt": Stage(self._pruned("sparsegpt", method="sparsegpt"), self._forward, plain),
+            "perplexity": Stage(self._perplexity, self._losses, "forward pass with loss"),
+            "magnitude": Stage(self._pruned("magnitude", method="magnitude"), self._read, "reading the shards"),
+            "apply-masks": Stage(lambda: self._apply(masks), self._copy, "copying the checkpoint"),
+        }
+
+    def _calibrate(self) -> Any:
+        return calibrate(self.directory, self.folder / "calibration", self.calibrating, force=True)
+
+    def _pruned(self, name: str, **choices: Any) -> Work:
+        saves = self.folder / f"{name}-model" if name == "sparsegpt" else None
+        source: dict[str, Any] = {} if name == "magnitude" else {"calibration": self.folder / "calibration"}
+        options = PruneOptions(recipe=Recipe(**choices), sparsity=0.5, save_model=saves, **source, **self.run)
+
+        def work() -> Any:
+            return prune(self.directory, self.folder / f"{name}.safetensors", options, force=True)
+
+        return work
+
+    @torch.no_grad()
+    def _forward(self) -> None:
+        for batch in self.tokens.split(self.batch):
+            self.own.base_model(input_ids=batch, use_cache=False)
+
+    @torch.no_grad()
+    def _losses(self) -> None:
+        for batch in self.tokens.split(self.batch):
+            self.own(input_ids=batch, labels=batch, use_cache=False)
+
+    def _perplexity(self) -> Any:
+        return perplexity(open_proven(self.directory, RunOptions(**self.run)), self.tokens)
+
+    @torch.no_grad()
+    def _product(self) -> None:
+        for module in self.own.base_model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight @ torch.ones(module.in_features, len(self.tokens))
+
+    def _read(self) -> None:
+        for key in self.checkpoint.keys():  # noqa: SIM118 - no mapping
+            self.checkpoint.load(key).clone()
+
+    def _apply(self, masks: Path) -> Any:
+        return apply_masks(self.directory, masks, self.folder / "applied", force=True)
+
+    def _copy(self) -> None:
+        target = self.folder / "copied"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir()
+        for path in Path(self.directory).iterdir():
+            shutil.copyfile(path, target / path.name)
+            with (target / path.name).open("rb+") as handle:  # as what trim writes lies on the disk when it ends
+                os.fsync(handle.fileno())
+
+
+def measured(stage: Stage, repeats: int) -> dict[str, Any]:
+    """Seconds and processor seconds of a stage and its floor, the least of `repeats` turns, and its peak memory."""
+    peak = getattr(stage.work(), "peak_memory", {}).get("anonymous")  # the first use is nobody's
+    stage.floor()
+    turns = [(_timed(stage.floor), _timed(stage.work)) for _ in range(repeats)]
+    (floor, floor_cpu), (seconds, cpu) = ([min(one[k][i] for one in turns) for i in (0, 1)] for k in (0, 1))
+    found = {"beside": stage.beside, "seconds": seconds, "cpu": cpu, "floor": floor, "floor_cpu": floor_cpu}
+    return {**found, "peak": peak}
+
+
+def _timed(work: Work) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def started(bench: Bench, repeats: int) -> dict[str, Any]:
+    """From the shell to the first layer, beside importing torch and the model's class alone."""
+    kind = bench.checkpoint.config_document["architectures"][0]
+    words = ["prune", bench.directory, "-o", str(bench.folder / "start"), "--sparsity", "0.5", "--device", "cpu"]
+    words += ["--dtype", "float32", "--calibration", str(bench.folder / "calibration")]
+    words += ["--cache-dir", str(bench.folder / "cache")]
+
+    def seconds(program: str, *given: str) -> float:
+        command = [sys.executable, "-W", "ignore", "-c", program, str(time.time()), *given]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+    pairs = [(seconds(IMPORTING, kind), seconds(STARTING, *words)) for _ in range(repeats)]
+    floor, whole = (min(one[k] for one in pairs) for k in (0, 1))
+    return {"beside": "importing torch and the model's class", "seconds": whole, "floor": floor, "peak": None}
+
+
+def models(named: Mapping[str, Path], work: Path) -> dict[str, tuple[Path, int | None, str]]:
+    """Name -> directory, samples (None for as asked), and what of the model is measured."""
+    found: dict[str, tuple[Path, int | None, str]] = {name: (path, None, "whole") for name, path in named.items()}
+    found["embedded"] = (DEMO, None, "whole")
+    for name, ((hidden, intermediate, heads, kv_heads), layers, samples) in SHAPES.items():
+        shape = {"hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads}
+        given = argparse.Namespace(**shape, layers=layers, vocabulary=VOCABULARY)
+        scaled = f"{layers} of its layers, random, vocabulary {VOCABULARY}"
+        found[f"{name} shapes"] = (make_model(work, config(given)), samples, scaled)
+    return found
+
+
+def tables(document: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of SPEED.md for one machine."""
+    yield from (f"## {document['machine']}", "", f"{document['versions']}; the ratio is what tells.", "")
+    for name, one in document["models"].items():
+        yield from (f"### {name}", "", f"{one['what']}; {one['samples']} x {one['seqlen']} tokens, float32.", "")
+        rows = [
+            (
+                stage,
+                f"{fact['seconds']:.2f}",
+                f"{fact['seconds'] / one['layers']:.3f}",
+                f"{fact['peak'] / 2**20:.0f}" if fact["peak"] else "",
+                f"{fact['beside']} {fact['floor']:.2f}",
+                f"{fact['seconds'] / fact['floor']:.2f}",
+                f"{fact['cpu'] / fact['floor_cpu']:.2f}" if "cpu" in fact else "",
+                GOALS.get(stage, ""),
+            )
+            for stage, fact in one["stages"].items()
+        ]
+        columns = ("stage", "s", "s a layer", "peak MiB", "floor, s", "ratio", "CPU ratio", "goal")
+        yield from (*table(columns, rows), "")
+    yield from (f"llm-compressor: {document['llm-compressor']}.", "")
+
+
+def main() -> None:
+    """Measure what is not there yet, and write the tables anew."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a model (repeatable)")
+    parser.add_argument("--only", default="", help="only models whose name holds this")
+    parser.add_argument("--samples", type=int, default=64, help="calibration samples of whole models (default 64)")
+    parser.add_argument("--seqlen", type=int, default=256, help="tokens of a sample (default 256)")
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each stage (default 3)")
+    parser.add_argument("--again", action="store_true", help="measure anew what is there")
+    parser.add_argument("--work", type=Path, help="where the random models are kept (default: a temporary folder)")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=HERE / "SPEED.md", help="the Markdown file to write")
+    given = parser.parse_args()
+    work: Path = given.work or Path(tempfile.gettempdir()) / "trim-benchmarks"
+    for folder in (work, given.results):
+        folder.mkdir(parents=True, exist_ok=True)
+    named = {name: Path(path) for name, _, path in (one.partition("=") for one in given.model)}
+    file = given.results / f"{re.sub(r'[^a-z0-9]+', '-', machine().lower()).strip('-')}.json"
+    document = json.loads(file.read_text()) if file.is_file() else {"models": {}}
+    peer = "installed, not measured" if importlib.util.find_spec("llmcompressor") else "not installed"
+    document |= {"machine": machine(), "versions": versions(), "llm-compressor": peer}
+    for name, (directory, samples, what) in models(named, work).items():
+        if given.only not in name:
+            continue
+        samples, seqlen = samples or given.samples, given.seqlen
+        layers = Checkpoint.open(directory).config_document["num_hidden_layers"]
+        known = {"what": what, "samples": samples, "seqlen": seqlen, "layers": layers}
+        entry = document["models"].get(name, {})
+        if given.again or {key: entry.get(key) for key in known} != known:
+            entry = document["models"][name] = {**known, "stages": {}}
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            bench = Bench(name, directory, samples, seqlen, Path(folder))
+            stages = bench.stages()
+            missing = [stage for stage in ("start-up", *stages) if stage not in entry["stages"]]
+            if missing:
+                stages["calibrate"].work()
+                stages["wanda"].work()
+            for stage in missing:
+                start = stage == "start-up"
+                fact = started(bench, given.repeats) if start else measured(stages[stage], given.repeats)
+                entry["stages"][stage] = fact
+                file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                print(f"{name}, {stage}: {fact['seconds'] / fact['floor']:.2f} x {fact['beside']}", file=sys.stderr)
+    lines = ["# Speed", "", "    " + "python -m benchmarks.speed", ""]
+    for one in sorted(given.results.glob("*.json")):
+        lines += tables(json.loads(one.read_text()))
+    publish(lines, given.out)
+
+
+if __name__ == "__main__":
+    main()
