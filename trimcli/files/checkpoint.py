@@ -9,7 +9,7 @@ from torch import Tensor
 
 from trimcli.errors import HubError, InputError
 from trimcli.files.atomic import MARK
-from trimcli.files.documents import read_json, read_mark
+from trimcli.files.documents import read_json, read_mark, refuse_later
 from trimcli.files.manifest import PACKED
 from trimcli.files.packed import PackedReader
 from trimcli.files.quantized import as_plain, without_quantization
@@ -143,7 +143,9 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
 
 
 def _open_shards(directory: Path) -> Shards:
-    if read_mark(directory).get("schema") == PACKED:
+    mark = read_mark(directory)
+    refuse_later(mark, [PACKED], directory / MARK)
+    if mark.get("schema") == PACKED:
         return PackedReader(directory)
     for name, single, form in ((SAFE_INDEX, SAFE_SINGLE, SafeShards), (BIN_INDEX, BIN_SINGLE, BinShards)):
         # Where both lie there, transformers reads the single file.

@@ -2,7 +2,7 @@
 
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -61,6 +61,23 @@ class SafeShards(Shards):
         return self._handles[self.home[key]].get_tensor(key)
 
 
+def _plain_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped. Raises ValueError for what claims more than the file holds."""
+    mapped = zipfile.is_zipfile(path)
+    if mapped:  # files from before PyTorch 1.6 are no zip archives and cannot be mapped
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("its parts are compressed")
+    found = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"it holds a {type(found).__name__}, not tensors by name")
+    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.device.type != "cpu" or value.nbytes > path.stat().st_size:
+            raise ValueError(f"{key} is no plain tensor, or claims more than the file holds")
+    return tensors
+
+
 class BinShards(Shards):
     """Tensors in `pytorch_model*.bin`, unpickled by the restricted reader and mapped."""
 
@@ -70,12 +87,10 @@ class BinShards(Shards):
         for name in names:
             path = directory / name
             try:
-                # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-                found = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+                tensors = _plain_tensors(path)
             except Exception as problem:  # torch raises anything from RuntimeError to UnpicklingError here
                 what = f"{path} cannot be read as a plain weights file ({first_line(problem)})"
                 raise InputError(f"{what}; give a safetensors one.") from None
-            tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
             self._tensors.update(tensors)
             self.files[name] = list(tensors)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import atomic_file
 from trimcli.files.documents import finite_or_none, parse_json
+from trimcli.files.forms import Scalar
 
 # What safetensors calls them. The order is the alignment of its layout: widest first, so every tensor starts aligned.
 DTYPES = {
@@ -50,6 +51,10 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def dtype_name(dtype: torch.dtype) -> str:
     """How files and options call a dtype: float32."""
     return str(dtype).removeprefix("torch.")
+
+
+NAMED = {dtype_name(dtype): dtype for dtype in DTYPES}
+DTYPE = Scalar("a dtype", lambda value: isinstance(value, str) and value in NAMED)
 
 
 @dataclass(frozen=True)
