@@ -48,16 +48,17 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
         where = f" writing {problem.filename}" if problem.filename else ""
         return 1, f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."
     if isinstance(problem, PermissionError) or (isinstance(problem, OSError) and problem.errno == errno.EROFS):
-        return 2, f"no permission for {problem.filename}; choose another path or change its rights."
+        where = problem.filename or "a file"
+        return 1, f"no permission for {where} ({problem.strerror or problem}); choose another path or change its rights."
     if isinstance(problem, BrokenPipeError):
         # What is still to be flushed at exit goes nowhere, rather than fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, "what was to read the output closed it; the output is not whole."
-    if isinstance(problem, OSError) and problem.filename and problem.strerror:
-        return 1, f"{problem.filename} cannot be used ({problem.strerror}); choose another path."
+    if isinstance(problem, OSError) and problem.strerror:
+        return 1, f"{problem.filename or 'a file'} cannot be used ({problem.strerror}); choose another path."
     if isinstance(problem, MemoryError) or "out of memory" in str(problem).lower() or "can't allocate" in str(problem):
         return 1, "memory ran out; give a smaller --batch-size, --nsamples or --seqlen, or --device cpu."
-    if isinstance(problem, Exception) and not isinstance(problem, typer.Abort | typer.BadParameter):
+    if not isinstance(problem, SystemExit | GeneratorExit | typer.Abort | typer.BadParameter):
         first = (str(problem).splitlines() or [""])[0]
         what = f"internal error, {type(problem).__name__}: {first}"
         return 1, f"{what}; set TRIM_TRACEBACK=1 for the traceback, and report it."

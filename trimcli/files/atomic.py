@@ -254,7 +254,9 @@ def _staged(target: Path, *, directory: bool, force: bool) -> Iterator[Path]:
             yield output.staged
             for path in [*output.staged.rglob("*"), output.staged]:
                 _sync(path)
-        except BaseException:
+        except BaseException as problem:
+            if isinstance(problem, OSError) and problem.errno is not None and problem.filename is None:
+                problem.filename = str(target)  # a write that fails does not say where
             output.withdraw()
             raise
         finally:

@@ -24,6 +24,17 @@ def shard_names(names: Iterable[Any], record: Path) -> list[str]:
     return found
 
 
+def refuse_outside(path: Path, directory: Path) -> None:
+    """Raise InputError for a file of a model directory that is a link out of it: who made the directory chose to where.
+
+    Not for one into the hub's cache, where files lie in `models--*/blobs`.
+    """
+    place = path.resolve()
+    cached = place.parent.name == "blobs" and place.parent.parent.name.startswith("models--")
+    if not cached and not place.is_relative_to(directory.resolve()):
+        raise InputError(f"{path} is a link out of the model directory, to {place}; put the file itself there.")
+
+
 class Shards(ABC):
     """Tensors in the shards of one directory. files: shard file name -> the names of the tensors in it."""
 
@@ -47,6 +58,8 @@ class SafeShards(Shards):
 
     def __init__(self, directory: Path, names: Iterable[str]) -> None:
         self._paths = {name: directory / name for name in names}
+        for path in self._paths.values():
+            refuse_outside(path, directory)
         self._handles = {name: open_tensors(path) for name, path in self._paths.items()}
         self.files = {name: list(handle.keys()) for name, handle in self._handles.items()}
         self.home = {key: name for name, keys in self.files.items() for key in keys}
@@ -86,6 +99,7 @@ class BinShards(Shards):
         self.files = {}
         for name in names:
             path = directory / name
+            refuse_outside(path, directory)
             try:
                 tensors = _plain_tensors(path)
             except Exception as problem:  # torch raises anything from RuntimeError to UnpicklingError here
