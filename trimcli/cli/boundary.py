@@ -13,6 +13,8 @@ import typer
 from trimcli.console import inert
 from trimcli.errors import TrimError
 
+INTERRUPTED = "interrupted; repeat the command: calibrate, prune, sweep, finetune --resume go on where they stopped."
+
 
 def guarded(work: Callable[[], None]) -> None:
     """Do the work in a context of its own, so that the command line it notes is its own, too."""
@@ -40,10 +42,7 @@ def explain(problem: BaseException) -> tuple[int, str | None]:
     if isinstance(problem, TrimError):
         return problem.exit_status, str(problem)
     if isinstance(problem, KeyboardInterrupt):
-        return (
-            130,
-            "interrupted; repeat the command: calibrate, prune, sweep, finetune --resume go on where they stopped.",
-        )
+        return 130, INTERRUPTED
     if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" writing {problem.filename}" if problem.filename else ""
         return 1, f"the disk is full{where}; free space or name an output on another disk (--cache-dir too)."

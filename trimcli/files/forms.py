@@ -70,7 +70,16 @@ MASKED_LINEAR = {
     "pruned": COUNT,
 }
 PRUNED_LINEAR = {**MASKED_LINEAR, "key": Must(TEXT), "transposed": Must(FLAG)}
-PRUNING = {"numerics": TEXT, "options": OBJECT, "commands": [Must(TEXT)], "command_line": TEXT}
+# Of a prune's manifest, and of what carries it.
+PRUNING = {
+    "numerics": TEXT,
+    "options": {"recipe": OBJECT, "calibrate": OBJECT},
+    "allocation": {"method": TEXT},
+    "commands": [Must(TEXT)],
+    "command_line": TEXT,
+    "model": MODEL,
+    "bos": TEXT,
+}
 
 
 def check_form(document: Any, form: Any, path: Path, what: str) -> None:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from trimcli.errors import InputError
-from trimcli.files.forms import MASKED_LINEAR, MODEL, PRUNING, Each, Must, check_form
+from trimcli.files.forms import MASKED_LINEAR, PRUNING, Each, Must, check_form
 from trimcli.files.manifest import MASKS, is_intact, with_linears
 from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, spec_of, tensor_digest, write_artifact
 from trimcli.methods import masks
 
-FORM = {**PRUNING, "model": MODEL, "linears": Must(Each(Must(MASKED_LINEAR)))}
+FORM = {**PRUNING, "linears": Must(Each(Must(MASKED_LINEAR)))}
 
 
 def keep_digest(packed: Tensor) -> str:
