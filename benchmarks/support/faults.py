@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-# Errors that last until something is done about them, and those that hit one call.
-LASTING = {errno.ENOSPC, errno.EROFS}
-# A full disk lets go of files.
+# What a full disk lets happen: files go, and names move once there was room for one.
 RELEASING = {"unlink", "rmdir"}
+MOVING = {"rename", "replace"}
 
 
 @dataclass
@@ -36,7 +35,9 @@ class Faults:
             return
         self.calls.append(call)
         count = len(self.calls)
-        if self.at and (count == self.at or (count > self.at and self.number in LASTING)):
+        # These two last until something is done about them; the others hit one call.
+        lasting = self.number == errno.EROFS or (self.number == errno.ENOSPC and call not in MOVING)
+        if self.at and (count == self.at or (count > self.at and lasting)):
             raise OSError(self.number, os.strerror(self.number), *([] if call in ("write", "fsync") else [name]))
 
     @staticmethod
@@ -98,7 +99,7 @@ def failing(faults: Faults) -> Iterator[None]:
         stack.enter_context(mock.patch.object(builtins, "open", opened))
         stack.enter_context(mock.patch.object(os, "open", low_level))
         for call, place in (
-            ("write", 0), ("fsync", 0), ("rename", 1), ("replace", 1), ("mkdir", 0), ("sendfile", 0), ("unlink", 0),
+            ("write", 0), ("fsync", 0), ("rename", 1), ("replace", 1), ("mkdir", 0), ("link", 1), ("sendfile", 0), ("unlink", 0),
             ("rmdir", 0),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(os, call, counted(call, getattr(os, call), place)))

@@ -1,8 +1,10 @@
 """Random command lines: every command, every option that it has, values good and bad."""
 
 import random
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import typer
 
@@ -33,15 +35,15 @@ def random_line(corpus: Corpus, rng: random.Random) -> list[str]:
     if name not in COMMANDS:
         return [name, rng.choice(TEXTS)]
     line = [name]
-    if rng.random() < 0.5 and name == "prune":
-        line += [str(corpus.home / "model"), "-o", f"{corpus.out}/m", "--calibration", str(corpus.home / "calib")]
-        line += ["--sparsity", "0.5", *corpus.run]
+    usable = [one for _, lines in corpus.readers().values() for one in lines if one[0] == name]
+    if usable and rng.random() < 0.6:
+        line = list(rng.choice(usable))
     else:
         arguments = [one for one in _command(name).params if one.param_type_name == "argument"]
         for _ in range(max(0, len(arguments) + rng.choice((0, 0, 0, 0, -1, 1)))):
             line.append(_path(corpus, rng))
     options = [one for one in _command(name).params if one.param_type_name == "option" and one.name != "help"]
-    for option in rng.sample(options, min(len(options), rng.choice((0, 1, 2, 3, 6)))):
+    for option in rng.sample(options, min(len(options), rng.choice((0, 1, 1, 2, 3, 6)))):
         line += _given(option, corpus, rng)
     if "--cache-dir" not in line and any(one.name == "cache_dir" for one in options):
         line += ["--cache-dir", str(corpus.home / "cache")]
@@ -56,15 +58,23 @@ def _given(option: Any, corpus: Corpus, rng: random.Random) -> list[str]:
         return [flag, rng.choice((str(corpus.home / "cache"), str(corpus.out / "c"), str(corpus.home / "masks")))]
     if option.name in ("output", "save_model", "stats_out", "log_samples", "metrics_cache"):
         return [flag, rng.choice((f"{corpus.out}/{rng.choice('abc')}", f"{corpus.out}/a/b", f"{corpus.out}/[b]\x1b[31m"))]
-    choices = list(getattr(option.type, "choices", []))
-    kind = getattr(option.type, "name", "")
-    if choices and rng.random() < 0.7:
-        return [flag, str(getattr(rng.choice(choices), "value", rng.choice(choices)))]
-    if kind in ("path", "file", "directory") or rng.random() < 0.15:
+    kinds = list(_leaves(option.bare_type))
+    if (choices := [one for one in kinds if isinstance(one, str)]) and rng.random() < 0.7:
+        return [flag, rng.choice(choices)]
+    if Path in kinds or rng.random() < 0.15:
         return [flag, _path(corpus, rng)]
-    if kind.startswith(("integer", "int")):
+    if int in kinds:
         return [flag, rng.choice(SMALL)]
-    return [flag, rng.choice(NUMBERS if kind.startswith("float") else (*TEXTS, *NUMBERS))]
+    return [flag, rng.choice(NUMBERS if float in kinds else (*TEXTS, *NUMBERS))]
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """The types and literal values that an annotation is made of."""
+    inner = get_args(annotation)
+    if not inner:
+        yield annotation
+    for one in inner:
+        yield from _leaves(one)
 
 
 def _path(corpus: Corpus, rng: random.Random) -> str:

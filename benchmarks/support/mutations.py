@@ -92,8 +92,9 @@ def damage(document: Any, rng: random.Random) -> None:
         container[key], other[there] = other[there], container[key]
     elif how == 3 and isinstance(container, list):
         container.append(container[key])
-    elif how == 4 and isinstance(container[key], int | float):
-        container[key] = rng.choice((-container[key], container[key] + 1, container[key] * 10**6, str(container[key])))
+    elif how in (4, 5) and isinstance(container[key], int | float):
+        value = container[key]
+        container[key] = rng.choice((-value, value + 1, value * 2, value * 10**3, value * 10**6, value * 10**9, str(value)))
     elif how == 4 and key == "schema":
         container[key] = str(container[key]).rpartition("/")[0] + LATER
     else:

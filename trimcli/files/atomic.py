@@ -168,10 +168,13 @@ class _Output:
 
     def stand(self, *, alone: bool) -> None:
         """Rename what is staged in place, keeping what stood there as `old`."""
+        _remove(self.old)
         if alone and not self.staged.is_dir():
+            with contextlib.suppress(OSError):  # nothing there, or a file system without links
+                os.link(self.target, self.old)
+                self._replaces = True
             self.staged.replace(self.target)  # in one step, so that there is a whole file at every moment
             return
-        _remove(self.old)
         self._replaces = os.path.lexists(self.target)
         if self._replaces:
             self._hold(self.target)
@@ -181,8 +184,9 @@ class _Output:
     def withdraw(self) -> None:
         """Remove what is staged and undo `stand`, however far it came."""
         if self._replaces and os.path.lexists(self.old):
-            _remove(self.target)
-            self.old.rename(self.target)
+            if self.target.is_dir():
+                _remove(self.target)
+            self.old.replace(self.target)
         elif self._replaces is False and not os.path.lexists(self.staged):
             _remove(self.target)
         _remove(self.staged)
