@@ -138,7 +138,11 @@ def block(folder: Path, what: str, count: int, start: int, options: argparse.Nam
             tally, sandbox = Tally(), Sandbox(home, options.keep)
             base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             with memory_limit(MOST):
-                work = sandbox.random_line if what == "lines" else lambda rng, into: sandbox.damaged_file(rng, into, options.only)
+                work = (
+                    sandbox.random_line
+                    if what == "lines"
+                    else lambda rng, into: sandbox.damaged_file(rng, into, options.only)
+                )
                 examples(lambda rng: work(rng, tally), count, start)
             tally.peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024
             tally_file.write_text(repr((dict(tally.runs), tally.wrong, tally.peak)))

@@ -56,7 +56,7 @@ def start(
     pid = os.fork()
     if pid:
         return Child(pid, said)
-    status = 70
+    status, over = 70, False
     try:
         os.chdir(folder)
         descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -69,10 +69,11 @@ def start(
                 app(list(line))
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 1
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
+            over = True
+            sys.stdout.flush()
+            sys.stderr.flush()
     except BaseException:
-        os.write(2, traceback.format_exc().encode())
+        if not over:
+            os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(status)

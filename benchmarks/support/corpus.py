@@ -146,14 +146,24 @@ def build(home: Path) -> Corpus:
     done("calibrate", model, "-o", home / "calib", *tokens, *run)
     done("alloc-layers", model, "-o", home / "ratios.json", *HALF, "--method", "owl", "--calibration", home / "calib")
     ratios = json.loads((home / "ratios.json").read_text())
-    mixed = {**ratios, "pattern": dict.fromkeys(ratios["sparsity"], [2, 4])}
+    mixed = {**ratios, "pattern": {key: [2, 4] for key in ratios["sparsity"]}}
     mixed["sparsity"] = dict.fromkeys(ratios["sparsity"], 0.5)
     (home / "mixed.json").write_text(json.dumps(mixed))
     made = ("-o", home / "masks", "--save-model", home / "pruned", "--stats-out", home / "rows.json")
     done("prune", model, *made, *HALF, "--use-trim", "--iterations", 2, "--calibration", home / "calib", *run)
     done("apply-masks", model, home / "masks", "-o", home / "packed", "--format", "packed")
     done("export", home / "pruned", "--to", "csr", "-o", home / "exported", "--device", "cpu")
-    done("alloc-layers", model, "-o", home / "a.json", *HALF, "--method", "alpha", "--metrics-cache", home / "metrics.json")
+    done(
+        "alloc-layers",
+        model,
+        "-o",
+        home / "a.json",
+        *HALF,
+        "--method",
+        "alpha",
+        "--metrics-cache",
+        home / "metrics.json",
+    )
     np.save(home / "keep.npy", np.array([0.4, 0.6]))
     _results(home)
     _interrupted(corpus)

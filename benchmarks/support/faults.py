@@ -99,8 +99,8 @@ def failing(faults: Faults) -> Iterator[None]:
         stack.enter_context(mock.patch.object(builtins, "open", opened))
         stack.enter_context(mock.patch.object(os, "open", low_level))
         for call, place in (
-            ("write", 0), ("fsync", 0), ("rename", 1), ("replace", 1), ("mkdir", 0), ("link", 1), ("sendfile", 0), ("unlink", 0),
-            ("rmdir", 0),
+            ("write", 0), ("fsync", 0), ("rename", 1), ("replace", 1), ("mkdir", 0), ("link", 1), ("sendfile", 0),
+            ("unlink", 0), ("rmdir", 0),
         ):  # fmt: skip
             stack.enter_context(mock.patch.object(os, call, counted(call, getattr(os, call), place)))
         yield

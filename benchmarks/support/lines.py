@@ -17,9 +17,10 @@ LEFT_OUT = {"demo"}
 SMALL = ("0", "1", "2", "3", "-1", "x", "", "nan")
 NUMBERS = (*SMALL, "0.5", "0.999", "1.5", "1e9", "-0", "2:4", "9" * 30, "inf", "٣", "0x10", "1_0")
 TEXTS = (
-    "", "x", "-", "--", "none", "auto", "cpu", "float32", "wanda", "2:4", "1:0", "4:2", "unstructured", "*", "[", "*.q_proj",
-    "model.layers.0.*", "[bold]x[/bold]", "[/]", "\x1b[31mred\x1b[0m", "\u202egnp.exe", "a\nb", "ü", "\ud800", "~", "..", "%s", "{}",
-    "hf:", "hf:x:y:z", "c4", "org/name", "https://example.com/x", "a" * 300, "5GB", "0B", "1e3KB", "WD", "output1", "trim",
+    "", "x", "-", "--", "none", "auto", "cpu", "float32", "wanda", "2:4", "1:0", "4:2", "unstructured", "*", "[",
+    "*.q_proj", "model.layers.0.*", "[bold]x[/bold]", "[/]", "\x1b[31mred\x1b[0m", "\u202egnp.exe", "a\nb", "ü",
+    "\ud800", "~", "..", "%s", "{}", "hf:", "hf:x:y:z", "c4", "org/name", "https://example.com/x", "a" * 300, "5GB",
+    "0B", "1e3KB", "WD", "output1", "trim",
 )  # fmt: skip
 
 
@@ -57,7 +58,10 @@ def _given(option: Any, corpus: Corpus, rng: random.Random) -> list[str]:
     if option.name == "cache_dir":
         return [flag, rng.choice((str(corpus.home / "cache"), str(corpus.out / "c"), str(corpus.home / "masks")))]
     if option.name in ("output", "save_model", "stats_out", "log_samples", "metrics_cache"):
-        return [flag, rng.choice((f"{corpus.out}/{rng.choice('abc')}", f"{corpus.out}/a/b", f"{corpus.out}/[b]\x1b[31m"))]
+        return [
+            flag,
+            rng.choice((f"{corpus.out}/{rng.choice('abc')}", f"{corpus.out}/a/b", f"{corpus.out}/[b]\x1b[31m")),
+        ]
     kinds = list(_leaves(option.bare_type))
     if (choices := [one for one in kinds if isinstance(one, str)]) and rng.random() < 0.7:
         return [flag, rng.choice(choices)]

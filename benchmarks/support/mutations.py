@@ -15,7 +15,8 @@ for _ in range(60):
 VALUES: list[Any] = [
     None, True, False, -1, 0, 1, 2, 3, 7, 2**20, 2**31, 2**53 + 1, 2**63, 10**30, 0.5, -0.5, 1.0, 1e-300, 1e308,
     float("nan"), float("inf"), "", "x", ".", "..", "../../etc/passwd", "/etc/passwd", "C:\\x", "a/b", "\0", "\ud800",
-    "[bold red]x[/bold red][/]", "\x1b[31mred\x1b]0;title\x07", "\u202egnp.exe", "<script>alert(1)</script>", "9" * 5000,
+    "[bold red]x[/bold red][/]", "\x1b[31mred\x1b]0;title\x07", "\u202egnp.exe", "<script>alert(1)</script>",
+    "9" * 5000,
     "float32", "Tensor", "load", "cuda", [], {}, [1], [[]], [2, 4], [4, 2], [0, 0], [-1, 4], {"a": 1}, [None] * 3, DEEP,
 ]  # fmt: skip
 # What may follow a document's schema.
@@ -94,7 +95,9 @@ def damage(document: Any, rng: random.Random) -> None:
         container.append(container[key])
     elif how in (4, 5) and isinstance(container[key], int | float):
         value = container[key]
-        container[key] = rng.choice((-value, value + 1, value * 2, value * 10**3, value * 10**6, value * 10**9, str(value)))
+        container[key] = rng.choice(
+            (-value, value + 1, value * 2, value * 10**3, value * 10**6, value * 10**9, str(value))
+        )
     elif how == 4 and key == "schema":
         container[key] = str(container[key]).rpartition("/")[0] + LATER
     else:
@@ -123,7 +126,9 @@ def _text(data: bytes, rng: random.Random) -> bytes:
     if how == 0:
         return text.replace("{", '{"schema": 1, "schema": "trim.masks/1", ', 1).encode()
     if how == 1:
-        return (text[: at + 1] + rng.choice(("NaN,", "-Infinity,", "1e999,", "9" * 5000 + ",")) + text[at + 1 :]).encode()
+        return (
+            text[: at + 1] + rng.choice(("NaN,", "-Infinity,", "1e999,", "9" * 5000 + ",")) + text[at + 1 :]
+        ).encode()
     if how == 2:
         return (text[: at + 1] + "[" * rng.choice((50, 120, 5000, 200_000))).encode()
     if how == 3:
@@ -156,13 +161,17 @@ def _header(data: bytes, rng: random.Random) -> bytes:
     if how == 0:
         entry["data_offsets"] = header[rng.choice(names)]["data_offsets"]
     elif how == 1:
-        entry["data_offsets"][rng.randrange(2)] = rng.choice((0, -1, 1, 8, len(payload), len(payload) + 8, 10**10, 2**63))
+        entry["data_offsets"][rng.randrange(2)] = rng.choice(
+            (0, -1, 1, 8, len(payload), len(payload) + 8, 10**10, 2**63)
+        )
     elif how == 2:
         entry["shape"] = rng.choice(
             ([], [0], [10**10], [10**5, 10**5], [2**32, 2**32], [2**63], entry["shape"][::-1], [*entry["shape"], 1])
         )
     elif how == 3:
-        entry["dtype"] = rng.choice(("F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X"))
+        entry["dtype"] = rng.choice(
+            ("F64", "F32", "F16", "BF16", "I64", "I8", "U8", "BOOL", "F8_E4M3", "F4", "C64", "X")
+        )
     elif how == 4:
         one, other = rng.choice(names), rng.choice(names)
         header[one], header[other] = header[other], header[one]
@@ -201,6 +210,12 @@ def _payload(data: bytes, rng: random.Random) -> bytes:
         return data
     at = rng.randrange(len(payload)) // 4 * 4
     what = rng.choice(
-        (struct.pack("<f", float("nan")), struct.pack("<f", float("inf")), struct.pack("<f", 3e38), b"\xff" * 8, bytes(400))
+        (
+            struct.pack("<f", float("nan")),
+            struct.pack("<f", float("inf")),
+            struct.pack("<f", 3e38),
+            b"\xff" * 8,
+            bytes(400),
+        )
     )
     return joined(header, payload[:at] + what + payload[at + len(what) :])[: len(data)]

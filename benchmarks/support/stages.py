@@ -17,18 +17,17 @@ TIMES = {"seconds", "peak_memory"}
 
 @dataclass(frozen=True)
 class Stage:
-    """A command by name, with its outputs. resumes: it goes on where it stopped. timed: what it writes hangs on time."""
+    """A command by name, with its outputs. timed: its outputs hang on time."""
 
     name: str
     line: tuple[str, ...]
     outputs: tuple[str, ...]
-    resumes: bool = False
     timed: bool = False
 
 
 def _prune(name: str, *more: str, given: tuple[str, ...] = ("--calibration", "calib")) -> Stage:
     line = ("prune", "model", "-o", "masks", "--save-model", "pruned", *HALF, *given, *more, *CACHE)
-    return Stage(f"prune, {name}", line, ("masks", "pruned"), resumes=True)
+    return Stage(f"prune, {name}", line, ("masks", "pruned"))
 
 
 RECONSTRUCT = ("--reconstruct-steps", "2")
@@ -37,11 +36,10 @@ ROWS = Stage(
     ("prune", "model", "-o", "masks", "--stats-out", "rows.json", "--save-model", "pruned", *HALF, "--use-trim",
      "--iterations", "2", "--calibration", "calib", *CACHE),
     ("masks", "rows.json", "rows.safetensors", "pruned"),
-    resumes=True,
 )  # fmt: skip
 TOKENS = ("--tokens", "tokens.safetensors")
 PIPELINE = (
-    Stage("calibrate", ("calibrate", "model", "-o", "calibration", *TOKENS, *CACHE), ("calibration",), resumes=True),
+    Stage("calibrate", ("calibrate", "model", "-o", "calibration", *TOKENS, *CACHE), ("calibration",)),
     Stage("alloc-layers", ("alloc-layers", "model", "-o", "ratios.json", *HALF, "--method", "owl", "--calibration",
           "calib", *CACHE), ("ratios.json",)),
     ROWS,
@@ -66,7 +64,7 @@ STAGES = (
     Stage("unpack", ("unpack", "given-packed", "-o", "unpacked"), ("unpacked",)),
     Stage("export", ("export", "given-pruned", "-o", "exported"), ("exported",), timed=True),
     Stage("sweep", ("sweep", "model", "-o", "sweep.json", *HALF, "--method", "wanda,magnitude", "--holdout", "2",
-          *TOKENS, *CACHE), ("sweep.json",), resumes=True),
+          *TOKENS, *CACHE), ("sweep.json",)),
 )  # fmt: skip
 
 

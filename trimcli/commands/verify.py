@@ -18,9 +18,9 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_json, refuse_later
 from trimcli.files.forms import Each, Must, check_form
 from trimcli.files.manifest import MASKS, PACKED, PRUNED, ModelFingerprint, check_masks, is_intact
-from trimcli.files.masks import MaskFile, keep_digest
+from trimcli.files.masks import MaskFile, keep_digest, keep_spec
 from trimcli.files.names import grouped, layer_of
-from trimcli.files.tensors import open_tensors, read_manifest
+from trimcli.files.tensors import open_tensors, read_manifest, spec_of
 from trimcli.methods import masks
 from trimcli.model.skeleton import Skeleton
 
@@ -184,10 +184,10 @@ def _verify_masks(path: Path, progress: Progress) -> VerifyReport:
 
     def read(name: str) -> Tensor:
         shape = document["linears"][name]["shape"]
-        packed = handle.get_tensor(f"{name}.keep") if f"{name}.keep" in stored else None
-        if packed is None or list(packed.shape) != [shape[0], -(-shape[1] // 8)]:
+        key = f"{name}.keep"
+        if key not in stored or spec_of(handle, key, path) != keep_spec(shape):
             raise InputError(f"{name}: the file holds no mask of shape {shape}")
-        return masks.unpack(packed, shape[1])
+        return masks.unpack(handle.get_tensor(key), shape[1])
 
     edited = [] if is_intact(document) else ["its manifest is not what trim wrote: it was edited"]
     report = VerifyReport(str(path), MASKS, [], edited)

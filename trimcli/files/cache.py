@@ -13,7 +13,6 @@ from trimcli.errors import TrimError
 from trimcli.files.documents import canonical_json, finite_or_none
 from trimcli.files.parts import Parts
 
-
 # How an entry is called, see `digest`.
 OWN = re.compile(r"[0-9a-f]{20}(\.\w+)?")
 

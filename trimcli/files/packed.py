@@ -26,13 +26,7 @@ from trimcli.files.shards import SafeShards, Shards, shard_names
 from trimcli.files.tensors import DTYPE, NAMED, TensorSpec, bit_view, tensor_digest
 from trimcli.methods import masks
 
-TENSOR = {
-    "shard": Must(TEXT),
-    "dtype": Must(DTYPE),
-    "shape": Must([Must(COUNT)]),
-    "kept": COUNT,
-    "sha256": Must(TEXT),
-}
+TENSOR = {"shard": Must(TEXT), "dtype": Must(DTYPE), "shape": Must([Must(COUNT)]), "kept": COUNT, "sha256": Must(TEXT)}
 FORM = {
     **PRUNING,
     "packed": Must({"shards": Must(Each(Must(TEXT))), "tensors": Must(Each(Must(TENSOR)))}),

@@ -179,9 +179,11 @@ def write_artifact(
         write_tensors(temporary, specs, tensor, {"format": "pt", "manifest": text})
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10, however many digits there are."""
+    parts = re.split(r"([0-9]+)", name)
+    digits = {part: part.lstrip("0") for part in parts[1::2]}
+    return [(0, len(digits[part]), digits[part]) if part in digits else (1, 0, part) for part in parts]
 
 
 def bit_view(tensor: Tensor) -> np.ndarray[Any, Any]:
