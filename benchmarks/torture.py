@@ -30,7 +30,7 @@ from benchmarks.support.faults import Faults, failing
 from benchmarks.support.provenance import head, publish, table
 from benchmarks.support.stages import PIPELINE, STAGES, Stage, build, contents, pieces, put_old
 
-SECONDS = 120.0
+SECONDS = 300.0
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES, errno.EROFS)
 # Until a command begins, SIGTERM and Ctrl-C end it as they end any program, since there is nothing to leave tidy.
 SIGNALS = {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}, signal.SIGINT: {130}}
@@ -147,7 +147,7 @@ def kills(bench: Bench, count: int, rng: random.Random, stages: Sequence[Stage] 
             wrong = f"Ctrl-C said {child.sentence()[:200]!r}"
         wrong = wrong or bench.state(stage, work, before)
         again = bench.start(stage, work)
-        if not wrong and (status := again.wait(SECONDS)):
+        if (status := again.wait(SECONDS)) and not wrong:
             wrong = f"killed by {sent.name}, and repeated it ended with {status}: {again.sentence()[:200]}"
         outcome.add(stage.name, sent.name, wrong or bench.differs(stage, work))
         if (number + 1) % 20 == 0:
@@ -174,7 +174,7 @@ def faults(bench: Bench, count: int | None, rng: random.Random, stages: Sequence
             # Where nothing can be written any more, not even a name, the next run puts back what was put aside.
             wrong = bench.state(stage, work, before) if number == errno.EROFS else "the earlier outputs do not stand"
         again = bench.start(stage, work)
-        if not wrong and (status := again.wait(SECONDS)):
+        if (status := again.wait(SECONDS)) and not wrong:
             wrong = f"repeated it ended with {status}: {again.sentence()[:200]}"
         wrong = wrong or bench.differs(stage, work)
         outcome.add(stage.name, errno.errorcode[number], wrong and f"{errno.errorcode[number]} at write {at}: {wrong}")

@@ -38,7 +38,7 @@ class Corpus:
     def readers(self) -> dict[str, tuple[list[str], list[list[str]]]]:
         """Kind -> the files of that kind, and the command lines that read them."""
         home, out, run = self.home, self.out, list(self.run)
-        model, calib, masks = str(home / "model"), str(home / "calib"), str(home / "masks")
+        model, calib, masks = str(home / "model"), str(home / "calib"), str(home / "masks.safetensors")
         tokens = ["--tokens", str(home / "tokens.safetensors")]
         magnitude = ["prune", "{}", "-o", f"{out}/m", "--method", "magnitude", *HALF, *run]
 
@@ -99,7 +99,7 @@ class Corpus:
             "calibration": (["calib"], calibrated),
             "ratios": (["ratios.json"], ratios),
             "mixed ratios": (["mixed.json"], mixed),
-            "masks": (["masks"], masked),
+            "masks": (["masks.safetensors"], masked),
             "pruned mark": (["pruned/trim.json"], written),
             "packed shards": (_named(home, "packed", ".safetensors"), pack),
             "packed mark": (["packed/trim.json"], pack),
@@ -149,9 +149,9 @@ def build(home: Path) -> Corpus:
     mixed = {**ratios, "pattern": {key: [2, 4] for key in ratios["sparsity"]}}
     mixed["sparsity"] = dict.fromkeys(ratios["sparsity"], 0.5)
     (home / "mixed.json").write_text(json.dumps(mixed))
-    made = ("-o", home / "masks", "--save-model", home / "pruned", "--stats-out", home / "rows.json")
+    made = ("-o", home / "masks.safetensors", "--save-model", home / "pruned", "--stats-out", home / "rows.json")
     done("prune", model, *made, *HALF, "--use-trim", "--iterations", 2, "--calibration", home / "calib", *run)
-    done("apply-masks", model, home / "masks", "-o", home / "packed", "--format", "packed")
+    done("apply-masks", model, home / "masks.safetensors", "-o", home / "packed", "--format", "packed")
     done("export", home / "pruned", "--to", "csr", "-o", home / "exported", "--device", "cpu")
     done(
         "alloc-layers",

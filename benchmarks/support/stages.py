@@ -63,8 +63,8 @@ STAGES = (
           ("applied",)),
     Stage("unpack", ("unpack", "given-packed", "-o", "unpacked"), ("unpacked",)),
     Stage("export", ("export", "given-pruned", "-o", "exported"), ("exported",), timed=True),
-    Stage("sweep", ("sweep", "model", "-o", "sweep.json", *HALF, "--method", "wanda,magnitude", "--holdout", "2",
-          *TOKENS, *CACHE), ("sweep.json",)),
+    Stage("sweep", ("sweep", "model", "-o", "sweep.json", *HALF, "--method", "wanda,magnitude", "--alloc", "uniform",
+          "--trim", "off", "--holdout", "2", *TOKENS, *CACHE), ("sweep.json",)),
 )  # fmt: skip
 
 
