@@ -77,7 +77,7 @@ def test_a_later_version_is_said_to_be_one(schema: str, base: Path, tmp_path: Pa
 
     if schema in (PRUNED, PACKED):
         directory = with_mark(base / ("pruned" if schema == PRUNED else "packed"), tmp_path / "dir", renew)
-        lines = [("verify", directory), ("report", directory, "--format", "md")]
+        lines: list[tuple[object, ...]] = [("verify", directory), ("report", directory, "--format", "md")]
         lines += [("unpack", directory, "-o", tmp_path / "out")] if schema == PACKED else []
     elif schema in (CALIBRATION, MASKS):
         name, out = ("calib" if schema == CALIBRATION else "masks"), tmp_path / "out"
