@@ -69,7 +69,7 @@ MASKED_LINEAR = {
     "pattern": (Must(SIZE), Must(SIZE)),
     "pruned": COUNT,
 }
-PRUNED_LINEAR = {**MASKED_LINEAR, "key": Must(TEXT), "transposed": Must(FLAG)}
+PRUNED_LINEAR = {**MASKED_LINEAR, "key": Must(TEXT), "transposed": Must(FLAG), "kept_zeros": [Must(COUNT)]}
 # Of a prune's manifest, and of what carries it.
 PRUNING = {
     "numerics": TEXT,
