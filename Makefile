@@ -8,7 +8,7 @@ IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c '$(IN_RANGE)' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo demo-real test test-all lint format bench clean
+.PHONY: help demo demo-real test test-all lint format bench torture fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +19,8 @@ help:
 	@echo 'make lint      linters, types, and which room imports which'
 	@echo 'make format    let ruff rewrite what it can'
 	@echo 'make bench     run the benchmark scripts that take minutes'
+	@echo 'make torture   kill every command at random moments, fail every write, run two at once'
+	@echo 'make fuzz      damaged files of every kind and random command lines'
 	@echo 'make clean     remove the environment and all caches'
 
 $(STAMP): pyproject.toml constraints.txt
@@ -62,11 +64,21 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-# Not the tables of benchmarks/quality.py and recovery.py, which take hours, and not what writes a model.
-BENCHES := $(filter-out benchmarks/quality.py benchmarks/recovery.py benchmarks/smollm2.py,$(wildcard benchmarks/*.py))
+# Not the tables of quality.py and recovery.py, which take hours, not what writes a model, and not what has a target here.
+APART := $(addprefix benchmarks/,quality.py recovery.py smollm2.py torture.py fuzz.py)
+BENCHES := $(filter-out $(APART),$(wildcard benchmarks/*.py))
 bench: $(STAMP)
 	@set -e; for script in $(BENCHES); do \
 		name=$$(basename "$$script" .py); echo "== $$name"; $(BIN)/python -m "benchmarks.$$name"; done
+
+# Other seeds, smaller parts: make torture ARGS='--seed 1 --kills 20 --faults 50 --pairs 5'
+torture: ARGS := --seed 0 --kills 200 --faults all --pairs 50 --out benchmarks/results-torture.md
+torture: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.torture $(ARGS)
+
+fuzz: ARGS := --seed 0 --examples 10000 --lines 2000 --out benchmarks/results-fuzz.md
+fuzz: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fuzz $(ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist

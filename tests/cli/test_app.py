@@ -175,12 +175,21 @@ class ProblemError(Exception):
     pass
 
 
+class PanicError(BaseException):
+    """As libraries in Rust raise."""
+
+
 @pytest.mark.parametrize(
     ("problem", "status", "sentence"),
     [
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "/x"), 1, "the disk is full writing /x"),
-        (PermissionError(errno.EACCES, "denied", "/x"), 2, "no permission for /x"),
+        (PermissionError(errno.EACCES, "denied", "/x"), 1, "no permission for /x (denied)"),
+        (PermissionError("in use"), 1, "no permission for a file"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 1, "no permission for /x (Read-only file system)"),
+        (OSError(errno.EIO, "Input/output error"), 1, "a file cannot be used (Input/output error)"),
+        (OSError(errno.EIO, "Input/output error", "/x"), 1, "/x cannot be used (Input/output error)"),
+        (PanicError("in another library"), 1, "internal error, PanicError: in another library"),
         (MemoryError(), 1, "memory ran out"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "memory ran out"),
         (ProblemError("odd\nmore"), 1, "internal error, ProblemError: odd; set TRIM_TRACEBACK=1"),

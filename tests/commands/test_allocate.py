@@ -80,7 +80,7 @@ def outliers(nano_qwen2: Path, calibration: Path) -> list[float]:
         for part in PARTS:
             module = "self_attn" if part in "qkvo" else "mlp"
             name = f"model.layers.{layer}.{module}.{part}_proj"
-            sqnorm = norms.statistics(name).sqnorm
+            sqnorm = norms.statistics(name, weights[f"{name}.weight"].shape[1]).sqnorm
             scores.append((weights[f"{name}.weight"].float().abs() * sqnorm.sqrt()).flatten())
         together = torch.cat(scores).double()
         found.append(100 * float((together > 5 * together.mean()).double().mean()))

@@ -53,7 +53,7 @@ def test_the_file_holds_tokens_and_statistics(base: Path) -> None:
         collector = Collector(walk.groups(layer), needs, 5, 16, skeleton.device)
         walk.advance(layer, collector)
         for name, expected in collector.by_linear().items():
-            stats = found.statistics(name)
+            stats = found.statistics(name, skeleton.linears[name].d_in)
             assert set(stats.tensors) == {"sqnorm", "inputs"}
             assert torch.equal(stats.sqnorm, expected[SQNORM])
             assert torch.equal(stats.inputs, expected[INPUTS])
@@ -159,10 +159,10 @@ def test_only_and_skip(base: Path, tmp_path: Path) -> None:
     assert set(found.manifest["shares"]) == set(expected)
     for name in expected:
         for one in (SQNORM, INPUTS):
-            assert torch.equal(found.statistics(name)[one], whole.statistics(name)[one])
+            assert torch.equal(found.statistics(name, 32)[one], whole.statistics(name, 32)[one])
     for name in (O, "model.layers.1.mlp.up_proj"):
         with pytest.raises(InputError, match=f"holds no statistics of {name}"):
-            found.statistics(name)
+            found.statistics(name, 32)
     with pytest.raises(OptionError, match=r"nothing matches: of 14 linears \(such as model\.layers\.0\.self_attn"):
         calibrate(model, tmp_path / "none", replace(options, only=("*.attn.*",)))
     with pytest.warns(UserWarning, match=r"--skip '\*\.attn\.\*' matches none of the 14 linears"):
@@ -200,7 +200,7 @@ def test_a_linear_that_its_layer_never_calls_can_be_skipped(
         found = CalibrationFile(tmp_path / "calib")
         assert set(found.manifest["shares"]) == called
         with pytest.raises(InputError, match=f"holds no statistics of {spare}"):
-            found.statistics(spare)
+            found.statistics(spare, 32)
     # Tokens alone need no linear to be called.
     trim_json("calibrate", model, "-o", tmp_path / "tokens", "--stats", "", *run)
 
@@ -222,7 +222,7 @@ def test_the_file_of_another_model_is_refused(base: Path, tmp_path: Path) -> Non
     with pytest.raises(MismatchError, match=r"made for the model .*model.* not for .*other"):
         found.check(skeleton_of(tmp_path / "other").fingerprint)
     with pytest.raises(InputError, match=r"holds no statistics of transformer\.h\.0"):
-        found.statistics("transformer.h.0.attn.c_attn")
+        found.statistics("transformer.h.0.attn.c_attn", 32)
 
 
 def test_a_file_of_another_kind_is_refused(base: Path) -> None:

@@ -1,5 +1,6 @@
 """Outputs that appear whole, one by one and together."""
 
+import contextlib
 import errno
 import os
 from collections.abc import Callable
@@ -201,6 +202,29 @@ def test_a_sync_that_fails_at_the_end_brings_the_old_ones_back(tmp_path: Path, m
     with pytest.raises(OSError, match="broken"):
         write()
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("call", ["link", "replace", "fsync"])
+@pytest.mark.parametrize("number", range(3))
+def test_one_file_stands_again_whatever_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+) -> None:
+    write_file(tmp_path / "masks", OLD)
+    failing = Failing(getattr(os, call), number, OSError(errno.EIO, "broken"))
+    monkeypatch.setattr(os, call, failing)
+    with contextlib.suppress(OSError):
+        write_file(tmp_path / "masks")
+    failed = failing.calls > number
+    assert contents(tmp_path) == {"masks": (OLD if failed else NEW).encode()}
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool) -> None:
+    if replaces:
+        write_file(tmp_path / "masks", OLD)
+    monkeypatch.setattr(os, "link", Failing(os.link, 0, OSError(errno.EPERM, "not permitted")))
+    write_file(tmp_path / "masks")
+    assert contents(tmp_path) == {"masks": NEW.encode()}
 
 
 @pytest.mark.parametrize("inner", ["pruned", "pruned/masks", "../{}/pruned"])

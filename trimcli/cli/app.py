@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 from trimcli.cli.alloc_layers import alloc_layers
 from trimcli.cli.apply_masks import apply_masks, unpack
 from trimcli.cli.bench import bench
-from trimcli.cli.boundary import say, usage
+from trimcli.cli.boundary import interrupted, say, usage
 from trimcli.cli.cache import cache
 from trimcli.cli.calibrate import calibrate
 from trimcli.cli.demo import demo
@@ -103,7 +103,9 @@ class Program(TyperGroup):
         if not settings.get("standalone_mode", True):
             return super().main(*args, **settings)
         try:
-            sys.exit(super().main(*args, **{**settings, "standalone_mode": False}) or 0)
+            status = super().main(*args, **{**settings, "standalone_mode": False}) or 0
+            interrupted(status)
+            sys.exit(status)
         except typer.Abort:
             sys.exit(130)
         except TrimError as problem:  # while a command is made: a package with methods that cannot be loaded

@@ -1,11 +1,9 @@
 """What a command prints: one JSON document, or tables and facts for people. No torch at import time."""
 
-import contextlib
 import json
 import os
 import re
 import shlex
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -50,9 +48,6 @@ class Say:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         if not sys.warnoptions:
             warnings.simplefilter("ignore")
-        with contextlib.suppress(ValueError):  # only the main thread may; a server's worker keeps its own
-            # Leave as after Ctrl-C, so that nothing half-written stays.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         COMMAND_LINE.set(well_formed(shlex.join(["trim", *sys.argv[1:]])))
         streams = values.get("output") is not None and is_stdout(values["output"])
         if streams and values["as_json"]:

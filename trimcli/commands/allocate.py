@@ -20,6 +20,7 @@ from trimcli.methods.layers.base import spread
 from trimcli.methods.layers.projection import settle, weighted_mean
 from trimcli.methods.stats import LinearStats
 from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.pipeline.collector import refuse_unusable
 from trimcli.pipeline.plan import chosen_linears
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.trial import divergences
@@ -105,8 +106,10 @@ class _ModelSurvey:
     def stats(self, name: str) -> LinearStats:
         """Its statistics on dense inputs, on the compute device."""
         assert self._calibration is not None, "checked by AllocateOptions.check"
-        found, needs = self._calibration.statistics(name).tensors, self._options.allocating.needs
-        return LinearStats(**{kind: found[kind].to(self._skeleton.device) for kind in needs})
+        found = self._calibration.statistics(name, self.shapes[name][1])
+        refuse_unusable(found, name)
+        needs = self._options.allocating.needs
+        return LinearStats(**{kind: found.tensors[kind].to(self._skeleton.device) for kind in needs})
 
     def losses(self, candidates: Sequence[Tensor], samples: slice) -> list[float]:
         """Nats a token from the dense model's predictions on these samples, pruned by wanda to each candidate [n]."""

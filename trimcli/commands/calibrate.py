@@ -10,7 +10,7 @@ from torch import Tensor
 from trimcli.commands.options import CalibrateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.cache import Cache
-from trimcli.files.manifest import CALIBRATION, manifest
+from trimcli.files.manifest import CALIBRATION, manifest, sealed
 from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.parts import Part, Parts
 from trimcli.files.tensors import TensorSpec, dtype_name, write_artifact
@@ -139,7 +139,7 @@ def _gather(
         def tensor(name: str) -> Tensor:
             return tokens.int() if name == "tokens" else homes[name].load(name)
 
-        write_artifact(output, document, specs, tensor, force=force)
+        write_artifact(output, sealed(document), specs, tensor, force=force)
         parts.discard()
     return len(shares)
 

@@ -12,34 +12,23 @@ from torch import Tensor
 from trimcli.commands.options import VerifyOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import CheckFailed, InputError, MismatchError
+from trimcli.files import forms
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.documents import read_json
-from trimcli.files.forms import ANY, COUNT, OBJECT, SHARE, SIZE, TEXT, Each, Must, check_form
+from trimcli.files.documents import read_json, refuse_later
+from trimcli.files.forms import Each, Must, check_form
 from trimcli.files.manifest import MASKS, PACKED, PRUNED, ModelFingerprint, check_masks, is_intact
-from trimcli.files.masks import MaskFile, keep_digest
+from trimcli.files.masks import MaskFile, keep_digest, keep_spec
 from trimcli.files.names import grouped, layer_of
-from trimcli.files.tensors import open_tensors, read_manifest
+from trimcli.files.tensors import open_tensors, read_manifest, spec_of
 from trimcli.methods import masks
 from trimcli.model.skeleton import Skeleton
 
 BINS = 20
 # What the claims have to be to be held against anything; an edited manifest is read, too.
-CLAIM = {
-    "shape": Must((Must(SIZE), Must(SIZE))),
-    "zeros": Must(COUNT),
-    "keep_sha256": Must(TEXT),
-    "target": SHARE,
-    "pattern": (Must(SIZE), Must(SIZE)),
-    "pruned": COUNT,
-}
-MANIFEST = {"numerics": TEXT, "options": OBJECT, "pruning": {"numerics": TEXT, "options": OBJECT}}
-OF_MASKS = {**MANIFEST, "linears": Must(Each(Must(CLAIM)))}
-OF_MODEL = {
-    **MANIFEST,
-    "linears": Must(Each(Must({**CLAIM, "key": Must(TEXT), "transposed": Must(ANY)}))),
-    "model": Must({"id": Must(TEXT), "structure": Must(TEXT), "content": TEXT}),
-}
+MANIFEST = {**forms.PRUNING, "pruning": forms.PRUNING}
+OF_MASKS = {**MANIFEST, "linears": Must(Each(Must(forms.MASKED_LINEAR)))}
+OF_MODEL = {**MANIFEST, "linears": Must(Each(Must(forms.PRUNED_LINEAR))), "model": Must(forms.WHOLE_MODEL)}
 
 
 @dataclass(frozen=True)
@@ -144,6 +133,7 @@ def verify(path: Path, options: VerifyOptions | None = None, *, progress: Progre
 def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> VerifyReport:
     document = read_json(path / MARK)
     schema = document.get("schema")
+    refuse_later(document, (PRUNED, PACKED), path / MARK)
     if schema not in (PRUNED, PACKED):
         raise MismatchError(f"{path / MARK} is of schema {schema!r}, neither {PRUNED!r} nor {PACKED!r}.")
     report = VerifyReport(str(path), schema, [])
@@ -194,10 +184,10 @@ def _verify_masks(path: Path, progress: Progress) -> VerifyReport:
 
     def read(name: str) -> Tensor:
         shape = document["linears"][name]["shape"]
-        packed = handle.get_tensor(f"{name}.keep") if f"{name}.keep" in stored else None
-        if packed is None or list(packed.shape) != [shape[0], -(-shape[1] // 8)]:
+        key = f"{name}.keep"
+        if key not in stored or spec_of(handle, key, path) != keep_spec(shape):
             raise InputError(f"{name}: the file holds no mask of shape {shape}")
-        return masks.unpack(packed, shape[1])
+        return masks.unpack(handle.get_tensor(key), shape[1])
 
     edited = [] if is_intact(document) else ["its manifest is not what trim wrote: it was edited"]
     report = VerifyReport(str(path), MASKS, [], edited)

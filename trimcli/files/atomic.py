@@ -5,6 +5,7 @@ What a killed run leaves there, the next one that looks at the target mends: see
 
 import contextlib
 import contextvars
+import errno
 import hashlib
 import os
 import re
@@ -21,6 +22,8 @@ except ImportError:  # Windows, where nothing that is open can be renamed: nothi
     fcntl = None  # type: ignore[assignment]
 
 MARK = "trim.json"
+# What a link is answered where there is nothing, or none is possible.
+NO_LINKS = {errno.ENOENT, errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EMLINK, errno.EINVAL}
 # What is neither a file nor a directory, by how `stat` tells it.
 SPECIAL = {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
@@ -168,21 +171,34 @@ class _Output:
 
     def stand(self, *, alone: bool) -> None:
         """Rename what is staged in place, keeping what stood there as `old`."""
+        _remove(self.old)
         if alone and not self.staged.is_dir():
+            self._replaces = self._keep_aside()
             self.staged.replace(self.target)  # in one step, so that there is a whole file at every moment
             return
-        _remove(self.old)
         self._replaces = os.path.lexists(self.target)
         if self._replaces:
             self._hold(self.target)
             self.target.rename(self.old)
         self.staged.rename(self.target)
 
+    def _keep_aside(self) -> bool | None:
+        """Link what stands there as `old`; False where nothing does, None where there are no links to it."""
+        try:
+            os.link(self.target, self.old)
+        except OSError as problem:
+            if problem.errno not in NO_LINKS:
+                raise
+            return False if problem.errno == errno.ENOENT else None
+        return True
+
     def withdraw(self) -> None:
         """Remove what is staged and undo `stand`, however far it came."""
         if self._replaces and os.path.lexists(self.old):
-            _remove(self.target)
-            self.old.rename(self.target)
+            if self.target.is_dir():
+                _remove(self.target)
+            self.old.replace(self.target)
+            _remove(self.old)  # which is still there where both were one file
         elif self._replaces is False and not os.path.lexists(self.staged):
             _remove(self.target)
         _remove(self.staged)
@@ -254,7 +270,9 @@ def _staged(target: Path, *, directory: bool, force: bool) -> Iterator[Path]:
             yield output.staged
             for path in [*output.staged.rglob("*"), output.staged]:
                 _sync(path)
-        except BaseException:
+        except BaseException as problem:
+            if isinstance(problem, OSError) and problem.errno is not None and problem.filename is None:
+                problem.filename = str(target)  # a write that fails does not say where
             output.withdraw()
             raise
         finally:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,6 +12,9 @@ from typing import Any
 from trimcli.errors import TrimError
 from trimcli.files.documents import canonical_json, finite_or_none
 from trimcli.files.parts import Parts
+
+# How an entry is called, see `digest`.
+OWN = re.compile(r"[0-9a-f]{20}(\.\w+)?")
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,10 @@ class Cache:
         return Parts(self.directory / "parts" / digest(key))
 
     def entries(self) -> list[Entry]:
-        """Everything the cache holds."""
+        """Everything the cache holds: nothing that trim did not name, whichever folder it was given."""
         found = []
         for path in sorted(self.directory.glob("*/*")):
-            if path.suffix != ".lock":
+            if path.suffix != ".lock" and OWN.fullmatch(path.name) and not path.is_symlink():
                 nbytes = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
                 found.append(Entry(path.parent.name, path, nbytes))
         return found

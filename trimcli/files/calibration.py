@@ -1,29 +1,55 @@
 """The calibration artifact: tokens, input square norms and last-token inputs of a dense model."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimcli.errors import InputError
-from trimcli.files.manifest import CALIBRATION, ModelFingerprint, check_model
-from trimcli.files.tensors import open_tensors, read_manifest
+from trimcli.files.forms import MODEL, TEXT, Each, Must, check_form
+from trimcli.files.manifest import CALIBRATION, SEAL, ModelFingerprint, check_model, is_intact
+from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, spec_of
 from trimcli.methods.stats import LinearStats, stored_statistics
+
+META = torch.device("meta")
+FORM = {
+    "stats": Must([Must(TEXT)]),
+    "shares": Must(Each(Must(TEXT))),
+    "model": MODEL,
+    "bos": TEXT,
+    "commands": [Must(TEXT)],
+    "command_line": TEXT,
+}
 
 
 class CalibrationFile:
-    """A `trim.calibration/1` file, tensors mapped. Its manifest's `shares`: linear -> the one its tensors are under."""
+    """A `trim.calibration/1` file, tensors mapped. Its manifest's `shares`: linear -> the one its tensors are under.
+
+    Raises InputError (missing, damaged, manifest edited) and MismatchError (of another kind).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: dict[str, Any] = read_manifest(path, CALIBRATION)
+        if SEAL in self.manifest and not is_intact(self.manifest):  # those of earlier versions have no seal
+            raise InputError(f"the manifest in {path} was changed after trim wrote it; calibrate again.")
+        check_form(self.manifest, FORM, path, "calibration")
         self._handle = open_tensors(path)
         self._names = set(self._handle.keys())
+        if "tokens" not in self._names or not _are_tokens(spec_of(self._handle, "tokens", path)):
+            raise InputError(f"{path} holds no samples of tokens; calibrate again.")
 
     @property
     def tokens(self) -> Tensor:
         """The calibration samples, int32 [nsamples, seqlen]."""
         return self._handle.get_tensor("tokens")
+
+    @property
+    def nsamples(self) -> int:
+        """How many samples there are."""
+        return spec_of(self._handle, "tokens", self.path).shape[0]
 
     def check(self, model: ModelFingerprint) -> None:
         """Raise MismatchError unless the file was made from this model's weights."""
@@ -36,10 +62,21 @@ class CalibrationFile:
                 what = f"{self.path} holds no {option} (it was made with --stats {','.join(self.manifest['stats'])})"
                 raise InputError(f"{what}; calibrate again with --stats including {option}.")
 
-    def statistics(self, name: str) -> LinearStats:
-        """The statistics of the linear `name`. Raises InputError when the file has none of it."""
+    def statistics(self, name: str, d_in: int) -> LinearStats:
+        """The statistics of the linear `name` with `d_in` inputs. Raises InputError when the file has none of it."""
         stored = self.manifest["shares"].get(name)
         if stored is None:
             raise InputError(f"{self.path} holds no statistics of {name}; calibrate this model again.")
-        keys = {one.name: f"{stored}.{one.name}" for one in stored_statistics().values()}
-        return LinearStats(**{kind: self._handle.get_tensor(key) for kind, key in keys.items() if key in self._names})
+        found = {}
+        for option, one in stored_statistics().items():
+            key = f"{stored}.{one.name}"
+            if option in self.manifest["stats"]:
+                spec = spec_of(self._handle, key, self.path) if key in self._names else None
+                if spec != TensorSpec.of(one.finish(one(d_in, self.nsamples, META, options=None))):
+                    raise InputError(f"{self.path} holds no whole {option} of {name}; calibrate this model again.")
+                found[one.name] = self._handle.get_tensor(key)
+        return LinearStats(**found)
+
+
+def _are_tokens(spec: TensorSpec) -> bool:
+    return spec.dtype == torch.int32 and len(spec.shape) == 2 and math.prod(spec.shape) > 0

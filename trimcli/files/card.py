@@ -78,9 +78,9 @@ def _settings(pruning: Mapping[str, Any]) -> list[str]:
     found = [f"- {key.replace('_', ' ')}: {_spelled(value)}" for key, value in shown.items()]
     if "score" in options:  # what early manifests do not name
         chosen: list[tuple[Mapping[str, Any], Any]]
-        chosen = [(SCORES, options["score"]), (ROWS, options["rows"]), (UPDATES, options["update"])]
+        chosen = [(SCORES, options["score"]), (ROWS, options.get("rows")), (UPDATES, options.get("update"))]
         chosen.append((ALLOCATIONS, (pruning.get("allocation") or {}).get("method")))
-        sources = dict.fromkeys(registry[name].source for registry, name in chosen if name in registry)
+        sources = dict.fromkeys(registry[str(name)].source for registry, name in chosen if str(name) in registry)
         more = {"barber": "Su et al. 2024", "reconstruct": "Guo et al. 2024"}
         found.append(f"- sources: {'; '.join([*sources, *(more[key] for key in more if options.get(key))])}")
     return found

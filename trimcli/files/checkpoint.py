@@ -9,11 +9,11 @@ from torch import Tensor
 
 from trimcli.errors import HubError, InputError
 from trimcli.files.atomic import MARK
-from trimcli.files.documents import read_json, read_mark
+from trimcli.files.documents import read_json, read_mark, refuse_later
 from trimcli.files.manifest import PACKED
 from trimcli.files.packed import PackedReader
 from trimcli.files.quantized import as_plain, without_quantization
-from trimcli.files.shards import BinShards, SafeShards, Shards, shard_names
+from trimcli.files.shards import BinShards, SafeShards, Shards, refuse_outside, shard_names
 from trimcli.files.tensors import TensorSpec, specs_of
 
 CONFIG, TEMPLATES = "config.json", "additional_chat_templates"
@@ -42,7 +42,11 @@ class Checkpoint:
         config = read_json(directory / CONFIG)
         self.config_document: dict[str, Any] = without_quantization(config)
         self.names_quantization = self.config_document != config
-        self._shards: Shards | None = as_plain(_open_shards(directory), config, directory) if weights else None
+        self._shards: Shards | None = None
+        if weights:
+            for path in self.small_files():  # they go along into what is written
+                refuse_outside(path, directory)
+            self._shards = as_plain(_open_shards(directory), config, directory)
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None, weights: bool | None = True) -> "Checkpoint":
@@ -143,7 +147,9 @@ def _from_hub(model: str, revision: str | None, *, weights: bool) -> Path:
 
 
 def _open_shards(directory: Path) -> Shards:
-    if read_mark(directory).get("schema") == PACKED:
+    mark = read_mark(directory)
+    refuse_later(mark, [PACKED], directory / MARK)
+    if mark.get("schema") == PACKED:
         return PackedReader(directory)
     for name, single, form in ((SAFE_INDEX, SAFE_SINGLE, SafeShards), (BIN_INDEX, BIN_SINGLE, BinShards)):
         # Where both lie there, transformers reads the single file.

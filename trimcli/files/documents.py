@@ -2,8 +2,9 @@
 
 import json
 import math
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,17 @@ def check_schema(found: Mapping[str, Any], expected: str, path: Path) -> None:
     """Raise MismatchError unless the manifest `found` in `path` has schema `expected`."""
     schema = found.get("schema")
     if schema != expected:
+        refuse_later(found, [expected], path)
         raise MismatchError(f"{path} is of schema {schema!r} where {expected!r} is needed; give the right file.")
+
+
+def refuse_later(found: Mapping[str, Any], known: Iterable[str], path: Path) -> None:
+    """Raise MismatchError if the manifest `found` in `path` is of a later version of one of the schemas `known`."""
+    name, _, version = str(found.get("schema")).rpartition("/")
+    for ours, _, number in (schema.rpartition("/") for schema in known):
+        if name == ours and re.fullmatch("[0-9]{1,9}", version) and int(version) > int(number):
+            made = f"{path} was made by a later version of trim ({name}/{version} where this one reads {ours}/{number})"
+            raise MismatchError(f"{made}; update trim, or make the file anew with this one.")
 
 
 def write_text(target: Path, text: str, *, force: bool = False) -> None:

@@ -56,8 +56,30 @@ SCORE = Scalar("a number within 1e30", lambda value: _is_number(value) and abs(v
 SHARE = Scalar("a share from 0 on", lambda value: _is_number(value) and 0 <= value <= 100)
 COUNT = Scalar("a whole number", _is_whole)
 SIZE = Scalar("a size", lambda value: _is_whole(value) and 1 <= value < 2**31)
+FLAG = Scalar("true or false", lambda value: isinstance(value, bool))
 OBJECT = Each(ANY)
 MODEL = {"id": TEXT, "structure": TEXT, "content": TEXT}
+WHOLE_MODEL = {"id": Must(TEXT), "structure": Must(TEXT), "content": TEXT}
+# What is said of a matrix by the masks that take its weights, and by the directory that it lies in, pruned.
+MASKED_LINEAR = {
+    "shape": Must((Must(SIZE), Must(SIZE))),
+    "zeros": Must(COUNT),
+    "keep_sha256": Must(TEXT),
+    "target": SHARE,
+    "pattern": (Must(SIZE), Must(SIZE)),
+    "pruned": COUNT,
+}
+PRUNED_LINEAR = {**MASKED_LINEAR, "key": Must(TEXT), "transposed": Must(FLAG), "kept_zeros": [Must(COUNT)]}
+# Of a prune's manifest, and of what carries it.
+PRUNING = {
+    "numerics": TEXT,
+    "options": {"recipe": OBJECT, "calibrate": OBJECT},
+    "allocation": {"method": TEXT},
+    "commands": [Must(TEXT)],
+    "command_line": TEXT,
+    "model": MODEL,
+    "bos": TEXT,
+}
 
 
 def check_form(document: Any, form: Any, path: Path, what: str) -> None:

@@ -10,23 +10,13 @@ from torch import Tensor
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.documents import read_mark
-from trimcli.files.forms import ANY, COUNT, SIZE, TEXT, Each, Must, check_form
+from trimcli.files.documents import read_mark, refuse_later
+from trimcli.files.forms import MODEL, PRUNED_LINEAR, Each, Must, check_form
 from trimcli.files.manifest import PACKED, PRUNED, is_intact
 from trimcli.files.masks import keep_digest
 from trimcli.methods import masks
 
-LINEAR = {
-    "key": Must(TEXT),
-    "shape": Must((Must(SIZE), Must(SIZE))),
-    "zeros": Must(COUNT),
-    "pruned": COUNT,
-    "keep_sha256": Must(TEXT),
-    "kept_zeros": [Must(COUNT)],
-    "transposed": Must(ANY),
-    "pattern": (Must(SIZE), Must(SIZE)),
-}
-FORM = {"linears": Must(Each(Must(LINEAR))), "model": {"id": TEXT, "structure": TEXT, "content": TEXT}}
+FORM = {"linears": Must(Each(Must(PRUNED_LINEAR))), "model": MODEL}
 
 
 class Masks(Protocol):
@@ -68,6 +58,7 @@ class DirectoryMasks:
         if not self.manifest:
             what = f"{self.path} has no {MARK}, so nothing says which of its weights were pruned"
             raise InputError(f"{what}; give a directory that trim pruned, or its masks file with --masks.")
+        refuse_later(self.manifest, (PRUNED, PACKED), mark)
         if self.manifest.get("schema") not in (PRUNED, PACKED):
             raise MismatchError(f"{mark} is of schema {self.manifest.get('schema')!r}; give a pruned directory.")
         if not is_intact(self.manifest):
@@ -116,7 +107,7 @@ def mask_in(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> Tensor | None:
     if zeros != entry["zeros"] or keep_digest(masks.pack(keep)) != entry["keep_sha256"]:
         return None
     places = entry.get("kept_zeros") or []
-    if zeros - entry.get("pruned", zeros) != len(places):
+    if zeros - entry.get("pruned", zeros) != len(places) or any(place >= keep.numel() for place in places):
         return None
     keep.view(-1)[torch.tensor(places, dtype=torch.int64)] = True
     return keep

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from trimcli.errors import InputError
+from trimcli.files.forms import MASKED_LINEAR, PRUNING, Each, Must, check_form
 from trimcli.files.manifest import MASKS, is_intact, with_linears
 from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, spec_of, tensor_digest, write_artifact
 from trimcli.methods import masks
+
+FORM = {**PRUNING, "linears": Must(Each(Must(MASKED_LINEAR)))}
 
 
 def keep_digest(packed: Tensor) -> str:
@@ -42,6 +45,7 @@ class MaskFile:
         manifest = read_manifest(path, MASKS)
         if not is_intact(manifest):
             raise InputError(f"the manifest in {path} was changed after trim wrote it; make the masks anew.")
+        check_form(manifest, FORM, path, "masks")
         handle = open_tensors(path)
         there = set(handle.keys())
         for name, entry in manifest["linears"].items():
@@ -67,9 +71,12 @@ class MaskFile:
     def keep(self, name: str) -> Tensor:
         """A linear's mask: bool [D_out, D_in], True = stays. Raises InputError if its bits were altered."""
         packed = self._handle.get_tensor(f"{name}.keep")
-        if keep_digest(packed) != self.entry(name)["keep_sha256"]:
+        keep = masks.unpack(packed, self.shape(name)[1])
+        said = self.manifest["linears"][name]
+        altered = keep_digest(packed) != said["keep_sha256"]
+        if altered or keep.numel() - int(keep.count_nonzero()) != said["zeros"]:
             raise InputError(f"the mask of {name} in {self.path} was altered; make the masks anew.")
-        return masks.unpack(packed, self.shape(name)[1])
+        return keep
 
 
 def write_masks(

@@ -19,12 +19,21 @@ from torch import Tensor
 from trimcli.errors import InputError
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json
+from trimcli.files.forms import COUNT, PRUNED_LINEAR, PRUNING, TEXT, WHOLE_MODEL, Each, Must, check_form
 from trimcli.files.manifest import PACKED, is_intact
 from trimcli.files.masks import keep_spec
 from trimcli.files.shards import SafeShards, Shards, shard_names
-from trimcli.files.tensors import TensorSpec, bit_view, tensor_digest
+from trimcli.files.tensors import DTYPE, NAMED, TensorSpec, bit_view, tensor_digest
 from trimcli.methods import masks
 
+TENSOR = {"shard": Must(TEXT), "dtype": Must(DTYPE), "shape": Must([Must(COUNT)]), "kept": COUNT, "sha256": Must(TEXT)}
+FORM = {
+    **PRUNING,
+    "packed": Must({"shards": Must(Each(Must(TEXT))), "tensors": Must(Each(Must(TENSOR)))}),
+    "linears": Must(Each(Must(PRUNED_LINEAR))),
+    "model": Must(WHOLE_MODEL),
+    "pruning": Must(PRUNING),
+}
 # Weights picked or placed at a time: their indices take no more than 8 MiB.
 BLOCK = 1 << 20
 
@@ -81,22 +90,42 @@ class PackedReader(Shards):
         self.document = read_json(mark, PACKED)
         if not is_intact(self.document):
             raise InputError(f"{mark} was changed after trim wrote it; pack the model anew.")
+        check_form(self.document, FORM, mark, "manifest")
         self._directory = directory
         self._tensors: dict[str, dict[str, Any]] = self.document["packed"]["tensors"]
         dense: dict[str, str] = self.document["packed"]["shards"]
         shard_names([*dense, *dense.values(), *(entry["shard"] for entry in self._tensors.values())], mark)
+        if odd := next((name for name in (*dense, *dense.values()) if not name.endswith(".safetensors")), None):
+            raise InputError(f"{mark} names {odd!r}, which is no shard; pack the model anew.")
         self._stored = SafeShards(directory, dense)
         self.files = {name: [] for name in dense.values()}
         for key, entry in self._tensors.items():
             shard = entry["shard"]
-            if any(self._stored.home.get(part) != shard for part in stored_parts(key, entry)):
+            if not self._is_there(key):
                 raise InputError(f"{directory / shard} lacks {key}; fetch or pack the model anew.")
             self.files[dense[shard]].append(key)
+        for name, linear in self.document["linears"].items():
+            shape = linear["shape"][::-1] if linear["transposed"] else linear["shape"]
+            if linear["key"] not in self._tensors or shape != self._tensors[linear["key"]]["shape"]:
+                raise InputError(f"{mark} lists no tensor for {name}; pack the model anew.")
+
+    def _is_there(self, key: str) -> bool:
+        """Whether the shard of a tensor has what it is stored as, of the dtypes and shapes that takes."""
+        entry, spec = self._tensors[key], self.spec(key)
+        parts = stored_parts(key, entry)
+        if any(self._stored.home.get(part) != entry["shard"] for part in parts):
+            return False
+        specs = [spec]
+        if entry["kept"] is not None:
+            if len(spec.shape) != 2:
+                return False
+            specs = packed_specs(spec, entry["kept"])
+        return [self._stored.spec(part) for part in parts] == specs
 
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor once decoded."""
         entry = self._tensors[key]
-        return TensorSpec(getattr(torch, entry["dtype"]), tuple(entry["shape"]))
+        return TensorSpec(NAMED[entry["dtype"]], tuple(entry["shape"]))
 
     def keep_bits(self, key: str) -> Tensor | None:
         """Which weights a packed matrix keeps, bool, of its stored shape; None for what is stored as it is."""
@@ -111,7 +140,7 @@ class PackedReader(Shards):
         parts = [self._stored.load(part) for part in stored_parts(key, entry)]
         with contextlib.suppress(ValueError):
             tensor = parts[0] if entry["kept"] is None else decode(parts[0], parts[1], entry["shape"][1])
-            if list(tensor.shape) == entry["shape"] and tensor_digest(tensor) == entry["sha256"]:
+            if tensor_digest(tensor) == entry["sha256"]:
                 return tensor
         where = self._directory / entry["shard"]
         raise InputError(f"{key} in {where} is not what was packed; fetch or pack the model anew.")

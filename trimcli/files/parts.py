@@ -1,7 +1,11 @@
-"""Part files: what the finished layers of an unfinished run left, so that a restart replays them."""
+"""Part files: what the finished layers of an unfinished run left, so that a restart replays them.
 
+Each has a digest of its tensors and facts, so that one that was damaged since is made anew and never replayed.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from torch import Tensor
 from trimcli.errors import InputError, TrimError
 from trimcli.files.atomic import atomic_file
 from trimcli.files.documents import finite_or_none
-from trimcli.files.tensors import TensorSpec, open_tensors, spec_of, write_tensors
+from trimcli.files.tensors import TensorSpec, open_tensors, spec_of, tensor_hash, write_tensors
 
 
 class Parts:
@@ -19,6 +23,7 @@ class Parts:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._lock: Any = None
+        self._whole: set[int] = set()
 
     def __enter__(self) -> "Parts":
         from filelock import FileLock, Timeout
@@ -43,39 +48,68 @@ class Parts:
         return self.directory / f"layer-{index:05d}.safetensors"
 
     def finished(self) -> int:
-        """How many layers from the first on are finished."""
+        """How many layers from the first on are finished, their files being whole."""
         count = 0
-        while self._path(count).is_file():
+        while self._is_whole(count):
             count += 1
         return count
 
+    def _is_whole(self, index: int) -> bool:
+        if index not in self._whole and self._path(index).is_file():
+            try:
+                if self.read(index).is_intact():
+                    self._whole.add(index)
+            except InputError:  # damaged: the layer's turn comes again
+                return False
+        return index in self._whole
+
     def discard(self) -> None:
         """Forget everything: under --no-resume before the run, and after a run that came to its end."""
+        self._whole.clear()
         for path in self.directory.glob("*"):
             path.unlink()
 
     def write(self, index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Leave layer `index`'s tensors and JSON facts."""
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        text = json.dumps(finite_or_none(facts))
+        metadata = {"facts": text, "digest": _digest(text, sorted(specs), specs.__getitem__, tensors.__getitem__)}
         with atomic_file(self._path(index), force=True) as temporary:
-            write_tensors(temporary, specs, tensors.__getitem__, {"facts": json.dumps(finite_or_none(facts))})
+            write_tensors(temporary, specs, tensors.__getitem__, metadata)
+        self._whole.add(index)
 
     def read(self, index: int) -> "Part":
         """Layer `index`'s part."""
         return Part(self._path(index))
 
 
+def _digest(
+    facts: str, names: Iterable[str], spec: Callable[[str], TensorSpec], tensor: Callable[[str], Tensor]
+) -> str:
+    """SHA-256 of a part's facts and of its tensors' names, dtypes, shapes and XXH3-128."""
+    found = hashlib.sha256(facts.encode())
+    for name in names:
+        found.update(f"{name} {spec(name)} {tensor_hash(tensor(name))} ".encode())
+    return found.hexdigest()
+
+
 class Part:
-    """One layer's part file, read lazily."""
+    """One layer's part file, read lazily. Raises InputError for one that is damaged or no part."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._handle = open_tensors(path)
+        self._metadata: dict[str, str] = self._handle.metadata() or {}
         try:
-            self.facts: dict[str, Any] = json.loads((self._handle.metadata() or {})["facts"])
-        except (KeyError, json.JSONDecodeError):
+            self.facts: dict[str, Any] = json.loads(self._metadata["facts"])
+        except (KeyError, ValueError, RecursionError):
             raise InputError(f"{path} is not a part file of trim; clear the cache with `trim cache --clear`.") from None
         self.names: list[str] = list(self._handle.keys())
+
+    def is_intact(self) -> bool:
+        """Whether everything in it is what was written. Raises InputError for a dtype that torch lacks."""
+        found = _digest(self._metadata["facts"], sorted(self.names), self.spec, self.load)
+        return found == self._metadata.get("digest")
 
     def spec(self, name: str) -> TensorSpec:
         """Dtype and shape of a tensor."""

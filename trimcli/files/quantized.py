@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from trimcli.errors import InputError
+from trimcli.files.forms import SIZE
 from trimcli.files.quantized_forms import refuse_other_forms
 from trimcli.files.shards import Shards
 from trimcli.files.tensors import TensorSpec, bit_view, dtype_name, specs_of
@@ -79,8 +80,8 @@ def as_plain(stored: Shards, config: Mapping[str, Any], directory: Path) -> Shar
     config: its config.json. What is undone has the dtype that this names, bfloat16 where it names none.
     """
     specs = specs_of(stored.keys(), stored.spec)
-    configs = [config, config.get("text_config") or {}]
-    quantization: Mapping[str, Any] = next((one[name] for one in configs for name in CONFIGS if one.get(name)), {})
+    configs = [config, _object(config.get("text_config"))]
+    quantization = next((found for one in configs for name in CONFIGS if (found := _object(one.get(name)))), {})
     refuse_other_forms({key: spec.dtype for key, spec in specs.items()}, quantization, directory)
     if bitmasks := dict(_bitmasks(stored, specs, directory)):
         stored = DequantizedShards(stored, bitmasks)
@@ -88,6 +89,11 @@ def as_plain(stored: Shards, config: Mapping[str, Any], directory: Path) -> Shar
     named = next((str(one[name]) for one in configs for name in ("dtype", "torch_dtype") if one.get(name)), "")
     decoder = _Float8(stored, specs, quantization, DTYPES.get(named, torch.bfloat16), directory)
     return DequantizedShards(stored, made) if (made := dict(decoder.all())) else stored
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    """What a config.json says in an object, nothing where there is none."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def _bitmasks(stored: Shards, specs: Mapping[str, TensorSpec], directory: Path) -> Iterator[tuple[str, Decoded]]:
@@ -98,8 +104,11 @@ def _bitmasks(stored: Shards, specs: Mapping[str, TensorSpec], directory: Path) 
             continue
         if missing := [part for part in parts[1:3] if part not in specs]:
             raise InputError(f"{directory} lacks {missing[0]}, a part of a compressed tensor; fetch the model anew.")
+        shape = stored.load(parts[2]).flatten()
+        if shape.dtype.is_floating_point or not 0 < len(shape) < 9 or int(shape.min()) < 0:
+            raise InputError(f"{directory} holds no shape in {parts[2]}; fetch the model anew.")
         key = prefix if prefix.endswith((".weight", ".bias")) else f"{prefix}.weight"
-        spec = TensorSpec(specs[values].dtype, tuple(stored.load(parts[2]).flatten().tolist()))
+        spec = TensorSpec(specs[values].dtype, tuple(shape.tolist()))
         there = tuple(part for part in parts if part in specs)
         yield key, Decoded(spec, there, partial(_from_bitmask, stored, parts, spec, directory))
 
@@ -131,10 +140,11 @@ class _Float8:
     ) -> None:
         self._stored, self._specs, self._dtype, self._directory = stored, specs, dtype, directory
         self._asked = bool(quantization)
-        groups = (quantization.get("config_groups") or {}).values()
-        weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
+        groups = _object(quantization.get("config_groups")).values()
+        weights = [_object(_object(group).get("weights")) for group in groups]
         sizes = [quantization.get("weight_block_size"), *(one.get("block_structure") for one in weights)]
-        self._blocks = [(int(size[0]), int(size[1])) for size in sizes if isinstance(size, list) and len(size) == 2]
+        pairs = [size for size in sizes if isinstance(size, list) and len(size) == 2]
+        self._blocks = [(rows, columns) for rows, columns in pairs if SIZE.fits(rows) and SIZE.fits(columns)]
 
     def all(self) -> Iterator[tuple[str, Decoded]]:
         """Every float8 tensor that is a weight, with how it is read."""
@@ -163,7 +173,7 @@ class _Float8:
         shape, grid = self._specs[key].shape, self._grid(scale)
         (rows, columns), (down, across) = (1, 1, *shape)[-2:], grid[-2:]
         sizes = [*self._blocks, BLOCK]
-        if not (rows % down or columns % across):
+        if down and across and not (rows % down or columns % across):
             sizes.append((rows // down, columns // across))
         # One axis is of every row, or it could be of anything; a stack's scales are as many stacks.
         alike = grid == (1, 1) or grid[:-2] == shape[:-2]

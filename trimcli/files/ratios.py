@@ -20,6 +20,8 @@ FORM = {
     "metric": Each(NUMBER),
     "pattern": Each(Must((Must(SIZE), Must(SIZE)))),
     "model": MODEL,
+    "commands": [Must(TEXT)],
+    "command_line": TEXT,
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import atomic_file
 from trimcli.files.documents import finite_or_none, parse_json
+from trimcli.files.forms import Scalar
 
 # What safetensors calls them. The order is the alignment of its layout: widest first, so every tensor starts aligned.
 DTYPES = {
@@ -51,6 +52,10 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def dtype_name(dtype: torch.dtype) -> str:
     """How files and options call a dtype: float32."""
     return str(dtype).removeprefix("torch.")
+
+
+NAMED = {dtype_name(dtype): dtype for dtype in DTYPES}
+DTYPE = Scalar("a dtype", lambda value: isinstance(value, str) and value in NAMED)
 
 
 @dataclass(frozen=True)
@@ -180,9 +185,11 @@ def write_artifact(
         write_tensors(temporary, specs, tensor, {"format": "pt", "manifest": text})
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name)]
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key that puts layer 2 before layer 10, however many digits there are."""
+    parts = re.split(r"([0-9]+)", name)
+    digits = {part: part.lstrip("0") for part in parts[1::2]}
+    return [(0, len(digits[part]), digits[part]) if part in digits else (1, 0, part) for part in parts]
 
 
 def bit_view(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -10,9 +10,10 @@ from trimcli.errors import InputError, OptionError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.documents import read_json
+from trimcli.files.forms import FLAG, OBJECT, SIZE, TEXT, Each, Must, Scalar, check_form
 from trimcli.files.manifest import is_intact
 from trimcli.files.shards import SafeShards, shard_names
-from trimcli.files.tensors import TensorSpec, natural
+from trimcli.files.tensors import DTYPE, NAMED, TensorSpec, natural
 from trimcli.kernels.forms import PARTS, SemiStructured, computed, csr_from_parts, replace_linear
 from trimcli.kernels.options import Form
 from trimcli.model.device import compute_device, compute_dtype
@@ -23,6 +24,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EXPORT = "trim.export/1"
+# cuSPARSELt keeps both parts of a semi-structured matrix in one tensor.
+NEEDED = {**PARTS, "semi-structured": ("packed",)}
+FORM = {
+    "to": Must(Scalar(f"one of {', '.join(PARTS)}", lambda value: isinstance(value, str) and value in PARTS)),
+    "compute_dtype": Must(DTYPE),
+    "semi_structured": OBJECT,
+    "shards": Must([Must(TEXT)]),
+    "linears": Must(
+        Each(
+            Must(
+                {
+                    "key": Must(TEXT),
+                    "shape": Must((Must(SIZE), Must(SIZE))),
+                    "transposed": Must(FLAG),
+                    "dtype": Must(DTYPE),
+                    "form": Must(TEXT),
+                }
+            )
+        )
+    ),
+}
 
 
 def device_for(form: Form, name: str) -> torch.device:
@@ -46,17 +68,18 @@ class ExportedCheckpoint(Checkpoint):
         document = read_json(mark, EXPORT)
         if not is_intact(document):
             raise InputError(f"{mark} was changed after trim wrote it; export the model anew.")
+        check_form(document, FORM, mark, "manifest")
         self.to: Form = document["to"]
         self.device = device_for(self.to, device)
         self._packer = None
         if self.to == "semi-structured":
-            self._packer = SemiStructured(self.device, getattr(torch, document["compute_dtype"]))
+            self._packer = SemiStructured(self.device, NAMED[document["compute_dtype"]])
             self._packer.check(document["semi_structured"], directory)
         self._shards = self._stored = SafeShards(directory, shard_names(document["shards"], mark))
         self.sparse = {name: entry for name, entry in document["linears"].items() if entry["form"] != "dense"}
         self._names = {entry["key"]: name for name, entry in self.sparse.items()}
         for key in self._names:
-            if f"{key}.{PARTS[self.to][0]}" not in self._stored.home:
+            if any(f"{key}.{part}" not in self._stored.home for part in NEEDED[self.to]):
                 raise InputError(f"the shards of {directory} lack {key}; export the model anew.")
 
     def compute_dtype(self, name: str) -> torch.dtype:
@@ -73,7 +96,7 @@ class ExportedCheckpoint(Checkpoint):
         if key in self._names:
             entry = self.sparse[self._names[key]]
             shape = entry["shape"][::-1] if entry["transposed"] else entry["shape"]
-            return TensorSpec(getattr(torch, entry["dtype"]), tuple(shape))
+            return TensorSpec(NAMED[entry["dtype"]], tuple(shape))
         return self._stored.spec(key)
 
     def load(self, key: str) -> Tensor:
@@ -101,7 +124,10 @@ def exported_skeleton(checkpoint: ExportedCheckpoint, dtype: str, *, trust_remot
     """The skeleton of an export, loaded, with its sparse matrices in place."""
     computed_in, device = checkpoint.compute_dtype(dtype), checkpoint.device
     skeleton = Skeleton(checkpoint, dtype=computed_in, device=device, trust_remote_code=trust_remote_code)
-    for name in checkpoint.sparse:
+    for name, entry in checkpoint.sparse.items():
+        linear = skeleton.linears.get(name)
+        if linear is None or (linear.key, list(linear.shape)) != (entry["key"], entry["shape"]):
+            raise InputError(f"{checkpoint.directory / MARK} lists {name}, which the model has not; export it anew.")
         replace_linear(skeleton, skeleton.linears[name], computed(checkpoint.matrix(name)))
     skeleton.load_everything()
     return skeleton

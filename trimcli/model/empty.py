@@ -1,5 +1,7 @@
 """Transformers models without weights: built on the meta device, filled and emptied in parts."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 
 from trimcli.errors import InputError, first_line
 from trimcli.files.checkpoint import Checkpoint
+from trimcli.model.bounds import counted_modules, refuse_absurd_counts, refuse_absurd_sizes
 
 
 def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
@@ -14,16 +17,34 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    refuse_absurd_counts(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
+        make = partial(AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code)
+        _refuse_absurd(make, checkpoint)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = make()
+    except InputError:
+        raise
     except Exception as problem:  # any library behind a config may raise anything
         what = f"no causal language model can be built from {checkpoint.directory / 'config.json'}"
         hint = "check the config, or --trust-remote-code if the model brings its own code."
-        raise InputError(f"{what} ({first_line(problem)}); {hint}") from None
+        reason = "its tensors fit into no memory" if "allocate memory" in str(problem) else first_line(problem)
+        raise InputError(f"{what} ({reason}); {hint}") from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _refuse_absurd(make: Callable[[], Any], checkpoint: Checkpoint) -> None:
+    """Raise InputError where a model is of absurd size; it is made once without any memory to tell."""
+    try:
+        with counted_modules(checkpoint), torch.device("meta"):
+            model = make()
+    except InputError:
+        raise
+    except Exception:  # some read their buffers as they are made; what is wrong shows when they are real
+        return
+    refuse_absurd_sizes(model, checkpoint)
 
 
 def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

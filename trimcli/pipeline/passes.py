@@ -105,7 +105,7 @@ class Passes:
         for linear in self.mine(layer):
             stats = LinearStats()
             if self.recipe.needs and self.calibration:
-                stats = self.calibration.statistics(linear.name)
+                stats = self.calibration.statistics(linear.name, linear.d_in)
                 refuse_unusable(stats, linear.name)
                 moved = {name: tensor.to(self.skeleton.device) for name, tensor in stats.tensors.items()}
                 stats = LinearStats(**moved)

@@ -11,8 +11,8 @@ import numpy as np
 
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import MARK
-from trimcli.files.documents import read_json
-from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS, is_intact
+from trimcli.files.documents import read_json, refuse_later
+from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS, SEAL, is_intact
 from trimcli.files.names import grouped, layer_index
 from trimcli.report.compare import Table, distinct, table_of
 from trimcli.report.forms import KINDS, check_document
@@ -138,9 +138,10 @@ def _document(path: Path) -> Mapping[str, Any]:
     else:
         document = read_json(path / MARK if path.is_dir() else path)
     schema = document.get("schema")
+    refuse_later(document, KINDS, path)
     if not isinstance(schema, str) or schema not in KINDS:
         raise MismatchError(f"{path} is of schema {schema!r}; a report is made of {', '.join(KINDS)}.")
-    if schema in PRUNINGS and not is_intact(document):
+    if (schema in PRUNINGS or SEAL in document) and not is_intact(document):
         raise InputError(f"the manifest of {path} was changed after trim wrote it; make the file anew.")
     check_document(document, schema, path)
     rows = document["linears"].values() if schema == ROWS else ()
