@@ -334,3 +334,25 @@ def test_a_damaged_part_is_made_anew(damage: str, tmp_path: Path) -> None:
         parts.write(1, {"a": torch.arange(8.0)}, {"rows": {}, "remarks": []})
         assert parts.finished() == 2
     assert path.read_bytes() == data
+
+
+TRAINED = {"phase": "one", "steps": 2, "tokens": 64, "loss": [[1, 2.0]], "heldout": [[0, 3.0], [2, 2.5]], "best": 2}
+TRAININGS: dict[str, tuple[Any, str | None]] = {
+    "whole": ({"mode": "full", "phases": [TRAINED]}, None),
+    "of no phase": ({"mode": "full", "phases": []}, None),
+    "whose best was not measured": ({"mode": "full", "phases": [{**TRAINED, "best": 7}]}, None),
+    "without phases": ({"mode": "full"}, "it lacks training.phases"),
+    "of another kind": ("long", "training is 'long', not an object"),
+}
+
+
+@pytest.mark.parametrize("case", TRAININGS)
+def test_what_a_packed_directory_says_of_its_training(case: str, base: Path, tmp_path: Path) -> None:
+    training, said = TRAININGS[case]
+    directory = with_mark(base / "packed", tmp_path / "packed", lambda found: found.update(training=training))
+    line = ("unpack", directory, "-o", tmp_path / "out")
+    if said is not None:
+        refused(2, said, *line)
+        return
+    assert trim(*line).status == 0
+    assert ("Fine-tuned (full)" in (tmp_path / "out" / "README.md").read_text()) is (case == "whole")

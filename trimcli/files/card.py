@@ -55,9 +55,12 @@ def _trained(document: Mapping[str, Any]) -> list[str]:
     training = document.get("training")
     if not training:
         return []
-    first, last = training["phases"][0], training["phases"][-1]
-    losses = first["heldout"][0][1], dict(last["heldout"])[last["best"]]
-    steps, tokens = (sum(phase[what] for phase in training["phases"]) for what in ("steps", "tokens"))
+    phases = training["phases"]
+    measured = {step: loss for phase in phases[-1:] for step, loss in phase["heldout"]}
+    if not (measured and phases[0]["heldout"] and phases[-1]["best"] in measured):
+        return []
+    losses = phases[0]["heldout"][0][1], measured[phases[-1]["best"]]
+    steps, tokens = (sum(phase.get(what) or 0 for phase in phases) for what in ("steps", "tokens"))
     teacher = f", taught by {_code(training['teacher'])}" if training.get("teacher") else ""
     what = f"Fine-tuned ({training['mode']}{teacher}): {steps:,} steps, {tokens:,} tokens, every zero kept; "
     return [f"{what}held-out loss {losses[0]:.4f} before, {losses[1]:.4f} after.", ""]

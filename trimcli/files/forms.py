@@ -80,6 +80,26 @@ PRUNING = {
     "model": MODEL,
     "bos": TEXT,
 }
+# Of a fine-tuning: steps and losses by phase.
+CURVE = Must([Must((Must(COUNT), Must(NUMBER)))])
+TRAINING = {
+    "mode": Must(TEXT),
+    "teacher": TEXT,
+    "phases": Must(
+        [
+            Must(
+                {
+                    "phase": Must(TEXT),
+                    "steps": Must(COUNT),
+                    "tokens": COUNT,
+                    "loss": CURVE,
+                    "heldout": CURVE,
+                    "best": Must(COUNT),
+                }
+            )
+        ]
+    ),
+}
 
 
 def check_form(document: Any, form: Any, path: Path, what: str) -> None:

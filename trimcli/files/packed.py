@@ -19,7 +19,7 @@ from torch import Tensor
 from trimcli.errors import InputError
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json
-from trimcli.files.forms import COUNT, PRUNED_LINEAR, PRUNING, TEXT, WHOLE_MODEL, Each, Must, check_form
+from trimcli.files.forms import COUNT, PRUNED_LINEAR, PRUNING, TEXT, TRAINING, WHOLE_MODEL, Each, Must, check_form
 from trimcli.files.manifest import PACKED, is_intact
 from trimcli.files.masks import keep_spec
 from trimcli.files.shards import SafeShards, Shards, shard_names
@@ -32,7 +32,8 @@ FORM = {
     "packed": Must({"shards": Must(Each(Must(TEXT))), "tensors": Must(Each(Must(TENSOR)))}),
     "linears": Must(Each(Must(PRUNED_LINEAR))),
     "model": Must(WHOLE_MODEL),
-    "pruning": Must(PRUNING),
+    "pruning": PRUNING,
+    "training": TRAINING,
 }
 # Weights picked or placed at a time: their indices take no more than 8 MiB.
 BLOCK = 1 << 20

@@ -4,7 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimcli.files.forms import ANY, COUNT, MODEL, NUMBER, OBJECT, SCORE, SHARE, SIZE, TEXT, Each, Must, check_form
+from trimcli.files.forms import (
+    ANY,
+    COUNT,
+    MODEL,
+    NUMBER,
+    OBJECT,
+    SCORE,
+    SHARE,
+    SIZE,
+    TEXT,
+    TRAINING,
+    Each,
+    Must,
+    check_form,
+)
 from trimcli.files.manifest import ADAPTER, CALIBRATION, LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
 
 # What a report is made of, and what that is called.
@@ -25,14 +39,6 @@ def _pruning(_: Any) -> dict[str, Any]:
     return ORIGIN
 
 
-CURVE = Must([Must((Must(COUNT), Must(NUMBER)))])
-TRAINING = {
-    "mode": Must(TEXT),
-    "teacher": TEXT,
-    "phases": Must(
-        [Must({"phase": Must(TEXT), "steps": Must(COUNT), "loss": CURVE, "heldout": CURVE, "best": Must(COUNT)})]
-    ),
-}
 ORIGIN: dict[str, Any] = {
     "trim": TEXT,
     "command_line": TEXT,
