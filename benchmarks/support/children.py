@@ -11,7 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+import trimcli
 from trimcli.cli.app import app
+
+PACKAGE = Path(trimcli.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,12 @@ def start(
             over = True
             sys.stdout.flush()
             sys.stderr.flush()
-    except BaseException:
-        if not over:
+    except BaseException as problem:
+        outside = not any(str(PACKAGE) in frame.filename for frame in traceback.extract_tb(problem.__traceback__))
+        if isinstance(problem, KeyboardInterrupt) and outside:  # as while Python starts
+            status = 130
+            os.write(2, b"interrupted before the command began\n")
+        elif not over:
             os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(status)

@@ -2,9 +2,13 @@
 
 import errno
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ import trimcli.commands.prune
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json, zeros
 from trimcli.cli.app import app
-from trimcli.cli.boundary import explain
+from trimcli.cli.boundary import INTERRUPTED, explain
 from trimcli.demo import write_texts
 from trimcli.files.manifest import COMMAND_LINE
 
@@ -254,3 +258,34 @@ def test_one_go_leaves_the_stages_in_the_cache(base: Path, tmp_path: Path) -> No
     kinds = {entry["kind"] for entry in trim_json("cache", "--cache-dir", tmp_path / "cache")["entries"]}
     assert kinds == {"calibration", "proofs", "ratios"}
     assert trim_json(*args, "--force")["sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_an_interrupt_before_a_command_begins_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("trimcli.cli.app.prepare_streams", "trimcli.cli.app.Program.resolve_command"):
+        with monkeypatch.context() as patched:
+            patched.setattr(place, stop)
+            done = trim("verify", "x")
+        assert (done.status, done.out) == (130, "")
+        assert done.err == f"trim: {INTERRUPTED}\n"
+
+
+def test_a_signal_that_a_library_makes_another_error_of(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swallow(sent: int, *_: Any, **__: Any) -> None:
+        try:
+            os.kill(os.getpid(), sent)
+            time.sleep(1)
+        except BaseException:
+            raise ValueError("could not determine the shape") from None
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    for sent, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        monkeypatch.setattr(trimcli.commands.prune, "prune", partial(swallow, sent))
+        done = trim(*prune_args(base, tmp_path))
+        assert done.status == status
+        assert done.err == (f"trim: {INTERRUPTED}\n" if status == 130 else "")
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -336,6 +336,23 @@ def test_a_damaged_part_is_made_anew(damage: str, tmp_path: Path) -> None:
     assert path.read_bytes() == data
 
 
+def test_a_packed_directory_that_leaves_out_what_may_be_absent(base: Path, tmp_path: Path) -> None:
+    """A tensor stored as it is needs no `kept`, a matrix no target, pattern or count of what its mask took."""
+
+    def shorten(found: dict[str, Any]) -> None:
+        for one in found["packed"]["tensors"].values():
+            if one["kept"] is None:
+                del one["kept"]
+        for one in found["linears"].values():
+            for name in ("target", "pattern", "pruned"):
+                one.pop(name, None)
+
+    directory = with_mark(base / "packed", tmp_path / "packed", shorten)
+    assert trim("verify", directory).status == 0
+    assert trim("unpack", directory, "-o", tmp_path / "out").status == 0
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (base / "pruned" / "model.safetensors").read_bytes()
+
+
 TRAINED = {"phase": "one", "steps": 2, "tokens": 64, "loss": [[1, 2.0]], "heldout": [[0, 3.0], [2, 2.5]], "best": 2}
 TRAININGS: dict[str, tuple[Any, str | None]] = {
     "whole": ({"mode": "full", "phases": [TRAINED]}, None),

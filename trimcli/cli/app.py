@@ -99,14 +99,16 @@ class Program(TyperGroup):
 
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run, and leave with an exit status; what typer finds wrong is told in one sentence."""
-        prepare_streams()
         if not settings.get("standalone_mode", True):
+            prepare_streams()
             return super().main(*args, **settings)
         try:
+            prepare_streams()
             status = super().main(*args, **{**settings, "standalone_mode": False}) or 0
             interrupted(status)
             sys.exit(status)
-        except typer.Abort:
+        except (typer.Abort, KeyboardInterrupt):
+            interrupted(130)
             sys.exit(130)
         except TrimError as problem:  # while a command is made: a package with methods that cannot be loaded
             say(str(problem))

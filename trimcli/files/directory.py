@@ -48,8 +48,9 @@ class PrunedLinear:
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "PrunedLinear":
         """The matrix as an entry of `linears` in `trim.json` describes it."""
-        fields = {field: entry[field] for field in cls.__dataclass_fields__}
-        pattern = tuple(entry["pattern"]) if entry["pattern"] else None
+        fields = {field: entry[field] for field in cls.__dataclass_fields__ if field in entry}
+        fields.setdefault("pruned", entry["zeros"])
+        pattern = tuple(entry["pattern"]) if entry.get("pattern") else None
         return cls(**{**fields, "shape": tuple(entry["shape"]), "pattern": pattern})
 
     def entry(self, weight: Tensor, keep: Tensor | None = None) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class PackedReader(Shards):
             raise InputError(f"{mark} was changed after trim wrote it; pack the model anew.")
         check_form(self.document, FORM, mark, "manifest")
         self._directory = directory
-        self._tensors: dict[str, dict[str, Any]] = self.document["packed"]["tensors"]
+        tensors = self.document["packed"]["tensors"]
+        self._tensors: dict[str, dict[str, Any]] = {key: {"kept": None, **entry} for key, entry in tensors.items()}
         dense: dict[str, str] = self.document["packed"]["shards"]
         shard_names([*dense, *dense.values(), *(entry["shard"] for entry in self._tensors.values())], mark)
         if odd := next((name for name in (*dense, *dense.values()) if not name.endswith(".safetensors")), None):
