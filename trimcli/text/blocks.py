@@ -46,4 +46,4 @@ def training_blocks(
         raise InputError(f"{held}, one to train on and one to hold out; give a longer text or a smaller --seqlen.")
     blocks = torch.tensor(ids[: count * room], dtype=torch.int32).view(count, room)
     blocks = blocks[rng.sample(range(count), min(count, nsamples))]
-    return torch.cat([blocks.new_tensor(encoder.head).expand(len(blocks), -1), blocks], dim=1)
+    return encoder.headed(blocks)

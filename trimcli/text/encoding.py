@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from trimcli.errors import InputError, OptionError, first_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 Bos = Literal["auto", "each", "once", "none"]
@@ -50,6 +51,12 @@ class Encoder:
     def head(self) -> list[int]:
         """What every window begins with."""
         return [int(self.tokenizer.bos_token_id)] if self.bos == "each" else []
+
+    def headed(self, windows: "Tensor") -> "Tensor":
+        """The windows [n, l] behind `head`: [n, len(head) + l]."""
+        import torch
+
+        return torch.cat([windows.new_tensor(self.head).expand(len(windows), -1), windows], dim=1)
 
     def document(self) -> dict[str, Any]:
         """What the ids of a text depend on beside the vocabulary, as JSON."""

@@ -89,7 +89,7 @@ def calibration_tokens(
             windows = torch.stack([_draw_window(tokens, room, rng) for _ in range(nsamples)])
         else:
             windows = _draw_from_documents(source, encoder, nsamples, room, rng, name)
-    return _headed(windows, head)
+    return encoder.headed(windows)
 
 
 def evaluation_windows(
@@ -119,7 +119,7 @@ def evaluation_windows(
         held = f"{name_of(dataset)} holds {len(tokens)} tokens, fewer than one window of --seqlen {seqlen}"
         raise InputError(f"{held}; give a longer text or a smaller --seqlen.")
     count = len(tokens) // room
-    windows = _headed(tokens[: count * room].long().view(count, room), encoder.head)
+    windows = encoder.headed(tokens[: count * room].long().view(count, room))
     return EvaluationText(windows[:max_windows], len(tokens), dataset, encoder.bos)
 
 
@@ -149,11 +149,6 @@ def read_tokens(path: Path, vocab_size: int | None = None) -> Tensor:
 def _tokenize(encoder: Encoder, text: str) -> Tensor:
     """int32 [tokens]."""
     return torch.tensor(encoder.encode(text), dtype=torch.int32)
-
-
-def _headed(windows: Tensor, head: list[int]) -> Tensor:
-    """The windows [n, l] behind the same ids each: [n, len(head) + l]."""
-    return torch.cat([windows.new_tensor(head).expand(len(windows), -1), windows], dim=1)
 
 
 def _draw_window(tokens: Tensor, length: int, rng: random.Random) -> Tensor:
