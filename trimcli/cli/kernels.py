@@ -23,7 +23,7 @@ def kernels(
     """
     if action != "build":
         raise OptionError(f"trim kernels {action!r} is none of build; did you mean 'build'?")
-    from trimcli.kernels.bitmap.build import library
+    from trimcli.kernels.bitmap.build import products
 
-    path = library(cache_dir)
+    path = products(cache_dir)
     say.result(lambda: {"library": path}, lambda: facts({"library": path}))

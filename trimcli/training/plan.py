@@ -21,7 +21,7 @@ SAVED = 12
 # Values of a decoder layer's activations kept for the way back, by hidden states; of one's that are computed anew.
 KEPT, ANEW = 34, 2
 # float32 copies of logits on the way: as the model gives them, normalised, and their gradient.
-LOGITS = 4
+COPIES = 4
 # At most one part in so many samples is held out, and at most so many samples.
 PART, MOST = 16, 64
 
@@ -138,7 +138,7 @@ def estimate_memory(
     layer = tokens * width * 4
     depth = len(skeleton.layers)
     activations = layer * (ANEW * depth + KEPT if options.gradient_checkpointing else KEPT * depth)
-    logits = tokens * vocabulary * 4 * (LOGITS + (2 if teacher else 0))
+    logits = tokens * vocabulary * 4 * (COPIES + (2 if teacher else 0))
     state = 4 * (weights - trained) + TRAINED * trained + held
     if options.mode == "lora":  # the trained weights are not the model's
         state = 4 * weights + TRAINED * trained + sum(one.numel for one in skeleton.linears.values())

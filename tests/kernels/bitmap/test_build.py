@@ -16,10 +16,10 @@ CHECKS = Path(__file__).parent
 
 
 def test_built_once_and_found_again(compiled: Path) -> None:
-    path = build.library(compiled)
+    path = build.products(compiled)
     made = path.stat().st_mtime_ns
     assert path.parent == compiled / "kernels"
-    assert build.library(compiled) == path
+    assert build.products(compiled) == path
     assert path.stat().st_mtime_ns == made
     assert trim_json("kernels", "build", "--cache-dir", compiled)["library"] == str(path)
 
@@ -47,7 +47,7 @@ def test_without_tools_it_says_so(lacking: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(sys, "executable", str(tools / "python"))
     said = f"there is no {'C++ compiler' if lacking == 'compiler' else 'ninja'}"
     with pytest.raises(ResourceError, match=said.replace("+", r"\+") + r".*install g\+\+ and ninja"):
-        build.library(tmp_path)
+        build.products(tmp_path)
     assert os.environ["PATH"] == str(tools)
     found = trim("kernels", "build", "--cache-dir", tmp_path)
     assert found.status == 1
@@ -57,7 +57,7 @@ def test_without_tools_it_says_so(lacking: str, tmp_path: Path, monkeypatch: pyt
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Path) -> None:
     monkeypatch.setattr(build, "COMPILE", ("-O3", "-include", "no_such_header.h"))
     with pytest.raises(ResourceError, match=r"no_such_header\.h: No such file"):
-        build.library(tmp_path)
+        build.products(tmp_path)
     assert [path.suffix for path in (tmp_path / "kernels").iterdir()] == [".lock"]
 
 

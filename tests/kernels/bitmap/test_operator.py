@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from trimcli.kernels.bitmap.linear import SparseLinear
 from trimcli.kernels.bitmap.operator import bitmap_linear
@@ -86,7 +87,7 @@ def test_no_rows_of_inputs_and_strided_ones() -> None:
 def test_torch_knows_the_operator(columns: int, bias: bool) -> None:
     module = SparseLinear.of(pruned(9, 20, 0.5, torch.float32))
     given = (torch.randn(columns, 20), module.keep, module.offsets, module.values, torch.randn(9) if bias else None)
-    torch.library.opcheck(torch.ops.trimcli.bitmap_linear.default, given)
+    opcheck(torch.ops.trimcli.bitmap_linear.default, given)
 
 
 def test_compiled_in_one_graph() -> None:

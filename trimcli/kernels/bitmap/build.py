@@ -23,7 +23,7 @@ OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
 _loaded = False
 
 
-def library(cache_dir: Path | None = None) -> Path:
+def products(cache_dir: Path | None = None) -> Path:
     """The compiled products, made where they do not lie yet for these sources, this torch and this kind of machine.
 
     Raises ResourceError where they cannot be made. cache_dir: as for `Cache`.
@@ -32,10 +32,10 @@ def library(cache_dir: Path | None = None) -> Path:
 
 
 def load(cache_dir: Path | None = None) -> None:
-    """Make the products callable as `torch.ops.trimcli.bitmap_linear` on the CPU. Raises what `library` raises."""
+    """Make the products callable as `torch.ops.trimcli.bitmap_linear` on the CPU. Raises what `products` raises."""
     global _loaded
     if not _loaded:
-        torch.ops.load_library(library(cache_dir))
+        torch.ops.load_library(products(cache_dir))
         _loaded = True
 
 
