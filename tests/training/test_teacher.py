@@ -34,6 +34,25 @@ def test_the_divergence_is_its_definition() -> None:
     assert float(Teacher(student, "itself").divergence(logits, TOKENS)) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_token_that_both_rule_out_is_no_difference() -> None:
+    student, teacher = (random_model(llama_config(), seed=seed) for seed in (0, 1))
+    with torch.no_grad():
+        logits = student(input_ids=TOKENS).logits
+    barred = torch.zeros(logits.shape[-1]).index_fill(0, torch.tensor([3]), -torch.inf)
+    teacher.lm_head.register_forward_hook(lambda module, args, output: output + barred)
+    usable = [token for token in range(logits.shape[-1]) if token != 3]
+    with torch.enable_grad():
+        ours = (logits + barred).requires_grad_()
+        found = Teacher(teacher, "teacher").divergence(ours, TOKENS)
+        found.backward()
+    with torch.no_grad():
+        aim = teacher(input_ids=TOKENS).logits[:, :-1, usable].log_softmax(-1)
+    wanted = (aim.exp() * (aim - logits[:, :-1, usable].log_softmax(-1))).sum(-1).mean()
+    torch.testing.assert_close(found.detach(), wanted)
+    assert ours.grad is not None
+    assert ours.grad.isfinite().all()
+
+
 def test_what_is_minimised_is_the_loss_and_the_weighted_divergence(tmp_path: Path) -> None:
     """The first step's loss, in which all samples are, and the teacher that the directory came from."""
     pruned = pruned_model(llama_config(), tmp_path)

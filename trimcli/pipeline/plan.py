@@ -8,7 +8,6 @@ from typing import Any
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.tensors import dtype_name
-from trimcli.methods.blocks.reconstruct import LOGITS
 from trimcli.methods.choice import Target
 from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
@@ -16,6 +15,7 @@ from trimcli.methods.stats import GRAM, STATISTICS
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import LeftDense, Skeleton
 from trimcli.options import selected
+from trimcli.pipeline.reconstruct import LOGITS
 from trimcli.pipeline.walk import batch_tokens
 
 # What the interpreter and the libraries hold before any tensor is read.

@@ -15,8 +15,8 @@ from trimcli.methods.blocks.reconstruct import (
     Batch,
     Error,
     Reconstructed,
-    divergence,
     mean_error,
+    prediction_error,
     reconstruct,
     relative_error,
 )
@@ -29,6 +29,9 @@ from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
 from trimcli.pipeline.rebuild import blocks_of
 from trimcli.pipeline.walk import Walk
+
+# Logits held at a time, of either model, while the last layer is fitted.
+LOGITS = 1 << 22
 
 
 class Guide:
@@ -146,8 +149,9 @@ def _measured(walk: Walk, layer: DecoderLayer) -> Iterator[Error]:
     if layer.index + 1 < len(walk.skeleton.layers):
         yield relative_error
         return
+    vocabulary = walk.skeleton.model.get_output_embeddings().weight.shape[0]
     with walk.stream.predictions() as logits:
-        yield relative_error if logits is None else divergence(logits)
+        yield relative_error if logits is None else prediction_error(logits, max(1, LOGITS // vocabulary))
 
 
 def parameter_inside(layer: DecoderLayer, linear: Matrix) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.methods import masks
+from trimcli.methods.divergence import divergence
 from trimcli.methods.scores import wanda
 from trimcli.methods.stats import LinearStats
 from trimcli.model.matrix import Matrix
@@ -82,9 +83,5 @@ def _sample(head: Logits, dense: int, others: Sequence[int], length: int) -> Ten
     found = torch.zeros(len(others), dtype=torch.float64, device=wanted.device)
     for place, row in enumerate(others):  # a suspended pass's logits are there until another's are asked for
         for part in parts:
-            sure = wanted[:, part].float().log_softmax(dim=-1)
-            given = head(slice(row, row + 1), part).float().log_softmax(dim=-1)
-            # What the model rules out, with logits of minus infinity, is no difference.
-            terms = torch.where(sure.isneginf(), 0.0, sure.exp() * (sure - given))
-            found[place] += terms.sum(dtype=torch.float64)
+            found[place] += divergence(wanted[:, part], head(slice(row, row + 1), part)).sum(dtype=torch.float64)
     return found

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.checkpoint import Checkpoint
+from trimcli.methods.divergence import divergence
 from trimcli.model.skeleton import Skeleton
 from trimcli.text.tokens import load_tokenizer
 
@@ -28,9 +28,7 @@ class Teacher:
         """
         with torch.no_grad():
             theirs = self.model(input_ids=tokens, use_cache=False).logits
-        ours = logits[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        aim = theirs[:, :-1].flatten(0, 1).float().log_softmax(-1)
-        return functional.kl_div(ours, aim, reduction="batchmean", log_target=True)
+        return divergence(theirs[:, :-1], logits[:, :-1]).mean()
 
 
 def at_hand(mark: Mapping[str, Any], **how: Any) -> Skeleton | None:

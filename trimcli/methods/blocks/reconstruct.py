@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-BETAS = (0.9, 0.95)
+from trimcli.methods.divergence import divergence
 
-# Logits held at a time, of either model.
-LOGITS = 1 << 22
+BETAS = (0.9, 0.95)
 
 Error = Callable[[Tensor, Tensor], Tensor]
 
@@ -30,29 +29,20 @@ def relative_error(found: Tensor, target: Tensor) -> Tensor:
     return gaps.mean()
 
 
-def divergence(logits: Callable[[Tensor], Tensor]) -> Error:
-    """The error of the last layer: what the hidden states predict, against what the target does.
+def prediction_error(logits: Callable[[Tensor], Tensor], tokens: int) -> Error:
+    """The error of the last layer: what the hidden states predict, against what the target does, in nats a token.
 
-    It is the KL divergence in nats a token. logits: [1, l, V] from hidden states [1, l, H], of a few tokens at a time.
+    logits: [1, l, V] from hidden states [1, l, H], asked for at most `tokens` at a time.
     """
-
-    def part(found: Tensor, target: Tensor) -> Tensor:
-        with torch.no_grad():
-            sure = logits(target).float().log_softmax(dim=-1)
-        given = logits(found).float().log_softmax(dim=-1)
-        # What the model rules out, with logits of minus infinity, is no difference.
-        return torch.where(sure.isneginf(), 0.0, sure.exp() * (sure - given)).sum()
 
     def error(found: Tensor, target: Tensor) -> Tensor:
         learns = found.requires_grad
         held, wanted = found.detach().requires_grad_(learns), target.to(found.dtype)
-        with torch.no_grad():
-            tokens = max(1, LOGITS // logits(wanted[:1, :1]).shape[-1])
         total = torch.zeros((), device=held.device)
         for sample in range(len(held)):
             for place in range(0, held.shape[1], tokens):
-                rows, columns = slice(sample, sample + 1), slice(place, place + tokens)
-                one = part(held[rows, columns], wanted[rows, columns])
+                part = slice(sample, sample + 1), slice(place, place + tokens)
+                one = divergence(logits(wanted[part]), logits(held[part])).sum()
                 if learns:  # at once, so that no more logits are held than these
                     one.backward()
                 total += one.detach()
