@@ -19,12 +19,8 @@
 
 namespace trim {
 
-struct bfloat16 {
-    uint16_t bits;
-};
-struct float16 {
-    uint16_t bits;
-};
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
 
 template <class V>
 struct Matrix {
