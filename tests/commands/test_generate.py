@@ -104,6 +104,7 @@ def test_it_generates_greedily_what_the_written_directory_does(nano: Path, compi
     assert (found.sparse, found.linears) == (28, 28)
 
 
+@pytest.mark.slow
 def test_it_runs_compiled_by_torch(nano: Path, compiled: Path) -> None:
     model: Any = load_sparse(nano / "packed", dtype=torch.float32)
     expected = logits(model)
@@ -131,6 +132,7 @@ def test_at_seventy_percent_it_holds_less_than_half(larger: Path, compiled: Path
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
+@pytest.mark.slow
 def test_the_process_grows_by_less_than_half(larger: Path, compiled: Path) -> None:
     work = """
 import ctypes, gc, sys
