@@ -30,6 +30,12 @@ def _prune(name: str, *more: str, given: tuple[str, ...] = ("--calibration", "ca
     return Stage(f"prune, {name}", line, ("masks", "pruned"))
 
 
+def _finetune(mode: str, *more: str) -> Stage:
+    line = ("finetune", "given-pruned", "-o", "tuned", "--mode", mode, "--tokens", "tokens.safetensors", "--steps", "8",
+            "--batch-size", "2", "--accumulate", "1", "--every", "2", "--resume", *more, *CACHE)  # fmt: skip
+    return Stage(f"finetune, {mode}", line, ("tuned",))
+
+
 RECONSTRUCT = ("--reconstruct-steps", "2")
 ROWS = Stage(
     "prune, TRIM",
@@ -63,6 +69,9 @@ STAGES = (
           ("applied",)),
     Stage("unpack", ("unpack", "given-packed", "-o", "unpacked"), ("unpacked",)),
     Stage("export", ("export", "given-pruned", "-o", "exported"), ("exported",), timed=True),
+    _finetune("full", "--teacher", "model"),
+    _finetune("lora"),
+    _finetune("admm", "--interval", "2"),
     Stage("sweep", ("sweep", "model", "-o", "sweep.json", *HALF, "--method", "wanda,magnitude", "--alloc", "uniform",
           "--trim", "off", "--holdout", "2", *TOKENS, *CACHE), ("sweep.json",)),
 )  # fmt: skip
@@ -116,7 +125,7 @@ def _without_times(document: object) -> object:
 def put_old(folder: Path, stage: Stage) -> None:
     """Outputs of an earlier run, for `--force` to replace."""
     for name in stage.outputs:
-        if name in ("pruned", "applied", "unpacked", "exported"):
+        if name in ("pruned", "applied", "unpacked", "exported", "tuned"):
             (folder / name).mkdir()
             (folder / name / "trim.json").write_text("{}")
             (folder / name / "old").write_text("old")

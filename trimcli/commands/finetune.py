@@ -89,7 +89,7 @@ def finetune(
         check_space({output: session.skeleton.checkpoint.nbytes + session.plan.checkpoint_bytes})
         with Work(output, session.key(), resume=options.resume, force=force) as work:
             outcome, records = session.train(work.folder)
-            written = session.write(output, outcome, force=force, seconds=time.monotonic() - started)
+            written = session.write(output, outcome, force=force)
     found = written["linears"].values() if "linears" in written else ()
     last = records[-1]
     return FinetuneSummary(
@@ -255,13 +255,12 @@ class _Session:
             self.remarks.append(f"no step was better than before ({before:.4f} nats held out), so the weights stay")
         return outcome, outcome.records
 
-    def write(self, output: Path, outcome: modes.Outcome, *, force: bool, seconds: float) -> dict[str, Any]:
+    def write(self, output: Path, outcome: modes.Outcome, *, force: bool) -> dict[str, Any]:
         """Write what came of it; returns its `trim.json`."""
         training = {
             "mode": self.options.mode,
             "phases": [record.document() for record in outcome.records],
             "teacher": self.plan.teacher,
-            "seconds": seconds,
             "trained_from": self.skeleton.fingerprint.document(),
             "remarks": self.remarks,
         }
