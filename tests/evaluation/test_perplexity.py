@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import trimcli.evaluation.perplexity
 from tests.families import CONVERTS
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from trimcli import apply_masks
@@ -58,15 +57,15 @@ def test_conv1d(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "limits",
     [
-        {"LOGITS": 64 * 5, "TOKENS": 1},  # a window in pieces of 5, 5 and 1
-        {"LOGITS": 64, "TOKENS": 22},  # two windows together
-        {"ROUND_BYTES": 4000},  # two windows a round
+        {"model.device.LOGITS": 64 * 5, "evaluation.perplexity.TOKENS": 1},  # a window in pieces of 5, 5 and 1
+        {"model.device.LOGITS": 64, "evaluation.perplexity.TOKENS": 22},  # two windows together
+        {"evaluation.perplexity.ROUND_BYTES": 4000},  # two windows a round
     ],
 )
 def test_in_pieces_and_rounds(limits: dict[str, int], llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = windows(5)
     for name, value in limits.items():
-        monkeypatch.setattr(trimcli.evaluation.perplexity, name, value)
+        monkeypatch.setattr(f"trimcli.{name}", value)
     assert perplexity(skeleton_of(llama), tokens) == pytest.approx(whole(llama, tokens), rel=1e-5)
 
 

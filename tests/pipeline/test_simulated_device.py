@@ -112,7 +112,7 @@ def _several_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masks, "_BLOCK", 128)
     monkeypatch.setattr(ranking, "_SMALLEST_BLOCK", 128)
     monkeypatch.setattr(search, "_STEPS", (0.16,))
-    monkeypatch.setattr(evaluation, "LOGITS", 1)
+    monkeypatch.setattr("trimcli.model.device.LOGITS", 1)
     monkeypatch.setattr(evaluation, "TOKENS", 4)
 
 

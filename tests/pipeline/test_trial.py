@@ -55,7 +55,7 @@ def test_losses_are_those_of_the_masked_model(
     skeleton = skeleton_of(directory)
     prove(skeleton, tmp_path / "cache")
     skeleton.form = form
-    monkeypatch.setattr(trial, "LOGITS", 4 * VOCABULARY)  # a sample in pieces
+    monkeypatch.setattr("trimcli.model.device.LOGITS", 4 * VOCABULARY)  # a sample in pieces
     sqnorm, tokens = norms(skeleton), samples(3)
     names = list(skeleton.linears)[1:]  # the first stays dense
     candidates = [

@@ -7,16 +7,15 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.masks import MaskFile
+from trimcli.model.device import held_logits
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.walk import Walk
 
 # Hidden states of at most this many bytes are walked together; more windows take another round through the layers.
 ROUND_BYTES = 4 << 30
-# Logits held at a time: on a CPU few enough to stay in its cache, elsewhere many enough to fill the device, but never
-# those of fewer tokens than this, or reading the head's weights would take longer than multiplying with them.
-LOGITS, DEVICE_LOGITS, TOKENS = 1 << 21, 1 << 28, 256
-# Of a logit, with what the cross-entropy makes of it, and as much again to spare.
-LOGIT_BYTES = 32
+# Fewer tokens' logits are never asked for at a time, or reading the head's weights would take longer than multiplying
+# with them.
+TOKENS = 256
 
 
 def perplexity(
@@ -56,7 +55,7 @@ def _round(
     with walk.head() as head, progress.task("measuring windows", len(windows)) as step:
         vocabulary = skeleton.model.get_output_embeddings().weight.shape[0]
         length = windows.shape[1] - 1
-        tokens = max(TOKENS, _logits(skeleton.device) // vocabulary)
+        tokens = max(TOKENS, held_logits(skeleton.device) // vocabulary)
         together, piece = max(1, tokens // length), min(length, tokens)
         targets = windows[:, 1:].to(skeleton.device, torch.long)
         total = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)
@@ -67,14 +66,6 @@ def _round(
                 total[rows] += _losses(head(rows, part), targets[rows, part])
             step(rows.stop - rows.start)
     return total / length
-
-
-def _logits(device: torch.device) -> int:
-    """How many logits are held at a time on `device`."""
-    if device.type == "cpu":
-        return LOGITS
-    free, _ = torch.get_device_module(device).mem_get_info(device)
-    return min(DEVICE_LOGITS, int(free) // LOGIT_BYTES)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,6 +13,20 @@ from trimcli.options import one_of
 UNITS = {torch.float16: ("avx512_fp16", "amx_fp16"), torch.bfloat16: ("avx512_bf16", "amx_bf16")}
 
 
+# Logits held at a time: on a CPU few enough to stay in its cache, elsewhere many enough to fill the device.
+LOGITS, DEVICE_LOGITS = 1 << 21, 1 << 28
+# Of a logit, with what the cross-entropy makes of it, and as much again to spare.
+LOGIT_BYTES = 32
+
+
+def held_logits(device: torch.device) -> int:
+    """How many logits to hold at a time on a device, by what of its memory is free."""
+    if device.type == "cpu":
+        return LOGITS
+    free, _ = torch.get_device_module(device).mem_get_info(device)
+    return min(DEVICE_LOGITS, int(free) // LOGIT_BYTES)
+
+
 def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """The computation's dtype: as named, or the one of most bytes; float32 where the device has no units for that."""
     if name != "auto":

@@ -15,7 +15,7 @@ from trimcli.methods.stats import GRAM, STATISTICS
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import LeftDense, Skeleton
 from trimcli.options import selected
-from trimcli.pipeline.reconstruct import LOGITS
+from trimcli.pipeline.reconstruct import fitted_logits
 from trimcli.pipeline.walk import batch_tokens
 
 # What the interpreter and the libraries hold before any tensor is read.
@@ -220,7 +220,7 @@ def estimate_memory(
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
             head = skeleton.model.get_output_embeddings()
-            rebuilt += head.weight.numel() * size + PREDICTED * 4 * LOGITS
+            rebuilt += head.weight.numel() * size + PREDICTED * 4 * fitted_logits(skeleton.device)
         needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
         if trials is not None:  # the layer twice: its dense matrices are put back for every candidate
             tokens = (1 + trials.together) * min(trials.samples, nsamples) * seqlen

@@ -25,13 +25,16 @@ from trimcli.methods.choice import Target
 from trimcli.methods.masks import slices
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import fitting_samples
+from trimcli.model.device import held_logits
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
 from trimcli.pipeline.rebuild import blocks_of
 from trimcli.pipeline.walk import Walk
 
-# Logits held at a time, of either model, while the last layer is fitted.
-LOGITS = 1 << 22
+
+def fitted_logits(device: torch.device) -> int:
+    """How many logits of either model are held at a time while the last layer is fitted, beside what it takes."""
+    return held_logits(device) // 4 if device.type != "cpu" else held_logits(device)
 
 
 class Guide:
@@ -150,8 +153,9 @@ def _measured(walk: Walk, layer: DecoderLayer) -> Iterator[Error]:
         yield relative_error
         return
     vocabulary = walk.skeleton.model.get_output_embeddings().weight.shape[0]
+    tokens = max(1, fitted_logits(walk.skeleton.device) // vocabulary)
     with walk.stream.predictions() as logits:
-        yield relative_error if logits is None else prediction_error(logits, max(1, LOGITS // vocabulary))
+        yield (relative_error if logits is None else prediction_error(logits, tokens))
 
 
 def parameter_inside(layer: DecoderLayer, linear: Matrix) -> str:

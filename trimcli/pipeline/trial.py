@@ -15,13 +15,11 @@ from trimcli.methods import masks
 from trimcli.methods.divergence import divergence
 from trimcli.methods.scores import wanda
 from trimcli.methods.stats import LinearStats
+from trimcli.model.device import held_logits
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.stream import Logits
 from trimcli.pipeline.walk import Walk, batch_tokens
-
-# Logits of a candidate held at a time, beside a sample's of the dense model.
-LOGITS = 1 << 21
 
 
 def divergences(
@@ -79,7 +77,7 @@ def _masks(
 def _sample(head: Logits, dense: int, others: Sequence[int], length: int) -> Tensor:
     """Summed KL divergence over the positions of one sample from the row `dense`, float64 [len(others)]."""
     wanted = head(slice(dense, dense + 1), slice(0, length))
-    parts = list(masks.slices(length, max(1, LOGITS // wanted.shape[-1])))
+    parts = list(masks.slices(length, max(1, held_logits(wanted.device) // wanted.shape[-1])))
     found = torch.zeros(len(others), dtype=torch.float64, device=wanted.device)
     for place, row in enumerate(others):  # a suspended pass's logits are there until another's are asked for
         for part in parts:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from trimcli.methods.divergence import divergence
+from trimcli.methods.masks import slices
 
 BETAS = (0.9, 0.95)
 
@@ -32,23 +33,23 @@ def relative_error(found: Tensor, target: Tensor) -> Tensor:
 def prediction_error(logits: Callable[[Tensor], Tensor], tokens: int) -> Error:
     """The error of the last layer: what the hidden states predict, against what the target does, in nats a token.
 
-    logits: [1, l, V] from hidden states [1, l, H], asked for at most `tokens` at a time.
+    logits: [b, l, V] from hidden states [b, l, H], asked for at most `tokens` at a time.
     """
 
     def error(found: Tensor, target: Tensor) -> Tensor:
         learns = found.requires_grad
         held, wanted = found.detach().requires_grad_(learns), target.to(found.dtype)
         total = torch.zeros((), device=held.device)
-        for sample in range(len(held)):
-            for place in range(0, held.shape[1], tokens):
-                part = slice(sample, sample + 1), slice(place, place + tokens)
-                one = divergence(logits(wanted[part]), logits(held[part])).sum()
+        samples, length = held.shape[:2]
+        for rows in slices(samples, max(1, tokens // length)):
+            for part in slices(length, tokens):
+                one = divergence(logits(wanted[rows, part]), logits(held[rows, part])).sum()
                 if learns:  # at once, so that no more logits are held than these
                     one.backward()
                 total += one.detach()
         if held.grad is not None:
             total = total + ((found - found.detach()) * held.grad).sum()
-        return total / held[..., 0].numel()
+        return total / (samples * length)
 
     return error
 
