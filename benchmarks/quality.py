@@ -61,9 +61,9 @@ class Method:
         )
 
 
-def _preset(name: str) -> Method:
+def _preset(name: str, besides: str = "", **more: Any) -> Method:
     one = PRESETS[name]
-    return Method(f"preset {name}", UPDATED, False, dict(one.fields), dict(one.whole), one.alloc)
+    return Method(f"preset {name}{besides}", UPDATED, False, {**one.fields, **more}, dict(one.whole), one.alloc)
 
 
 METHODS = [
@@ -77,6 +77,7 @@ METHODS = [
     Method("swaps on wanda + OWL + TRIM", ORIGINAL, False, {"refine": "swaps"}, {"rows": "trim"}, "owl"),
     Method("learned masks, search", ORIGINAL, False, {"refine": "learned"}, {}, "search"),
     *(_preset(name) for name in ("fast", "balanced", "best")),
+    _preset("best", ", 512 steps of 32 samples", reconstruct_steps=512, reconstruct_batch=32),
 ]
 
 

@@ -22,21 +22,18 @@ def render(entries: Sequence[Mapping[str, Any]], out: Path | None) -> list[str]:
     """The results file, and beside it, where it is a file, the plots that it shows."""
     runs = [entry["facts"] for entry in {_identity(entry): entry for entry in entries}.values()]
     lines = ["# Damage at equal counts of zeros", "", INTRODUCTION, ""]
-    for model in dict.fromkeys(run["model"] for run in runs):
-        mine = [run for run in runs if run["model"] == model]
+    for model, calibrated in dict.fromkeys((run["model"], run["calibrated on"]) for run in runs):
+        mine = [run for run in runs if (run["model"], run["calibrated on"]) == (model, calibrated)]
         dense = next(run for run in mine if run["label"] == "dense")
-        lines += [
-            f"## {model}",
-            "",
-            f"- calibrated on {dense['calibrated on']}",
-            f"- measured on {dense['measured on']}",
-        ]
+        samples = calibrated.split(", ")[-1]
+        title, stem = f"{model}, {samples}", f"{model}-{samples.split()[0]}"
+        lines += [f"## {title}", "", f"- calibrated on {calibrated}", f"- measured on {dense['measured on']}"]
         lines += [f"- {one}" for one in dict.fromkeys(f"{run['machine']}; {run['versions']}" for run in mine)]
         for text in dense["perplexity"]:
-            lines += ["", f"### {model} on {text}, dense {dense['perplexity'][text]:.2f}", ""]
+            lines += ["", f"### {title} on {text}, dense {dense['perplexity'][text]:.2f}", ""]
             lines += _table(mine, dense, text)
             if out is not None:
-                picture = out.with_name(f"quality-{model}-{Path(text).stem}.svg")
+                picture = out.with_name(f"quality-{stem}-{Path(text).stem}.svg")
                 _plot(mine, dense, text, picture)
                 lines += ["", f"![nats above dense against sparsity and against seconds]({picture.name})"]
         lines.append("")
@@ -45,7 +42,7 @@ def render(entries: Sequence[Mapping[str, Any]], out: Path | None) -> list[str]:
 
 def _identity(entry: Mapping[str, Any]) -> str:
     facts = entry["facts"]
-    return repr([facts["model"], facts["label"], facts["target"], facts.get("draw")])
+    return repr([facts["model"], facts["calibrated on"], facts["label"], facts["target"], facts.get("draw")])
 
 
 def nats(runs: Iterable[Facts], dense: Facts, text: str) -> list[float]:
