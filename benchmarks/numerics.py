@@ -145,7 +145,7 @@ def compare(study: Study, combination: Combination, sparsity: float) -> Comparis
         zeros = _zeros(reference)
         if _zeros(exact) != zeros:
             raise RuntimeError(f"{combination.name} at {sparsity}: exact numerics left another number of zeros.")
-        values = {path: study.measure(study.model, path)[0] for path in (reference, exact)}
+        values = {path: study.measure(study.model, path)["perplexity"] for path in (reference, exact)}
         achieved = MaskFile.open(reference).manifest["sparsity"]
     return Comparison(sum(zeros.values()), achieved, values[reference], values[exact])
 

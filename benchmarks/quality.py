@@ -82,15 +82,14 @@ METHODS = [
 
 
 def run(study: Study, method: Method, target: str) -> dict[str, Any]:
-    """Prune and measure: perplexity by text, sparsity read back from the weights, seconds of the prune."""
+    """Prune and measure: what `Study.measure` finds, and seconds of the prune."""
     with tempfile.TemporaryDirectory(dir=study.folder) as folder:
         masks, pruned = Path(folder) / "masks.safetensors", Path(folder) / study.model.name
         options = replace(method.options(target, study), save_model=pruned)
         started = time.perf_counter()
         prune(str(study.model), masks, options)
         seconds = time.perf_counter() - started
-        perplexity, sparsity = study.measure(pruned)
-    return {"perplexity": perplexity, "sparsity": sparsity, "seconds": seconds}
+        return {**study.measure(pruned), "seconds": seconds}
 
 
 def cases(given: argparse.Namespace, draws: list[Study]) -> Iterator[tuple[Study, Method, str]]:
@@ -118,6 +117,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="only these rows of the tables, by label")
     parser.add_argument("--draws", type=int, default=3, help="calibration draws, from the seeds 0, 1, 2, ...")
     parser.add_argument("--dtype", default="auto", help="of the computation")
+    parser.add_argument("--questions", type=int, default=0, help="of a zero-shot task made of the last text")
     parser.add_argument("--shard", default="0/1", help="this process's share, I/N with I from 0")
     parser.add_argument("--render", action="store_true", help="write tables and plots of what was noted, run nothing")
     add_arguments(parser)
@@ -126,16 +126,13 @@ def main() -> None:
         publish(render(list(Ledger(given.runs)), given.out), given.out)
         return
     share, shares = map(int, given.shard.split("/"))
-    base = replace(make_study(given, given.model, given.calibrate), compute=given.dtype)
+    base = replace(make_study(given, given.model, given.calibrate), compute=given.dtype, questions=given.questions)
     ledger = Ledger(given.runs or base.folder / "quality.jsonl")
     draws = [replace(base, seed=draw) for draw in range(given.draws)]
     about = {**base.facts(), "model": base.name, "versions": versions(), "machine": machine(), "dtype": given.dtype}
     dense = {**base.key, "target": "dense"}
     if ledger.find(dense) is None and share == 0:
-        perplexity, sparsity = base.measure(base.model)
-        ledger.add(
-            dense, {**about, "label": "dense", "target": "dense", "perplexity": perplexity, "sparsity": sparsity}
-        )
+        ledger.add(dense, {**about, "label": "dense", "target": "dense", **base.measure(base.model)})
     for place, (study, method, target) in enumerate(cases(given, draws)):
         wanted = key(study, method, target)
         if place % shares != share or ledger.find(wanted) is not None:

@@ -81,10 +81,8 @@ def train(study: Study, target: str, mode: str, steps: int, given: argparse.Name
     start = study.model if mode == "admm" else pruned
     made = finetune(str(start), output, options, force=output.is_dir(), note=lambda line: print(line, file=sys.stderr))
     verify(output, VerifyOptions()).check()
-    perplexity, sparsity = study.measure(output)
     return {
-        "perplexity": perplexity,
-        "sparsity": sparsity,
+        **study.measure(output),
         "tokens": made.tokens,
         "seconds": made.seconds,
         "peak": max(made.peak_memory.values()),
@@ -111,13 +109,12 @@ def run(study: Study, ledger: Ledger, given: argparse.Namespace) -> None:
 
     dense = key(study, "dense", "dense", 0, given)
     if ledger.find(dense) is None:
-        note(dense, {"target": "dense", "mode": "dense", "steps": 0}, {"perplexity": study.measure(study.model)[0]})
+        note(dense, {"target": "dense", "mode": "dense", "steps": 0}, study.measure(study.model))
     for target in given.targets:
         start = key(study, target, "one-shot", 0, given)
         if ledger.find(start) is None:
-            perplexity, sparsity = study.measure(one_shot(study, target, given.preset))
-            label = {"target": target, "mode": "one-shot", "steps": 0}
-            note(start, label, {"perplexity": perplexity, "sparsity": sparsity, "tokens": 0})
+            found = study.measure(one_shot(study, target, given.preset))
+            note(start, {"target": target, "mode": "one-shot", "steps": 0}, {**found, "tokens": 0})
         for steps in given.steps:
             for mode in given.modes:
                 wanted = key(study, target, mode, steps, given)

@@ -138,8 +138,7 @@ def _with_barber(target: Any, thresholds: Sequence[float], *, more: bool) -> lis
 def run(study: Study, setting: Setting) -> Run:
     """Prune and measure one setting; masks and model are thrown away."""
     if setting.name == "dense":
-        perplexity, sparsity = study.measure(study.model)
-        return Run(perplexity, sparsity, 0.0)
+        return Run(**study.measure(study.model), seconds=0.0)
     with tempfile.TemporaryDirectory(dir=study.folder) as folder:
         masks, pruned = Path(folder) / "masks.safetensors", Path(folder) / study.model.name
         # A cache of its own: another process may be in the same first pass, before its own second one.
@@ -149,11 +148,8 @@ def run(study: Study, setting: Setting) -> Run:
         started = time.process_time()
         prune(str(study.model), masks, options)
         seconds = time.process_time() - started
-        if options.save_model:
-            perplexity, sparsity = study.measure(pruned)
-        else:
-            perplexity, sparsity = study.measure(study.model, masks)
-    return Run(perplexity, sparsity, seconds)
+        measured = study.measure(pruned) if options.save_model else study.measure(study.model, masks)
+    return Run(**measured, seconds=seconds)
 
 
 def key(study: Study, setting: Setting) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.support.provenance import table
+from benchmarks.support.questions import CHOICES
 
 Facts = Mapping[str, Any]
 NOTES = Path(__file__).parents[1] / "quality-notes.md"
@@ -36,7 +37,7 @@ def render(entries: Sequence[Mapping[str, Any]], out: Path | None) -> list[str]:
                 picture = out.with_name(f"quality-{stem}-{Path(text).stem}.svg")
                 _plot(mine, dense, text, picture)
                 lines += ["", f"![nats above dense against sparsity and against seconds]({picture.name})"]
-        lines.append("")
+        lines += [*_accuracies(mine, title), ""]
     return [*lines, *NOTES.read_text(encoding="utf-8").splitlines()]
 
 
@@ -83,6 +84,22 @@ def _table(runs: Sequence[Facts], dense: Facts, text: str) -> list[str]:
             rows.append(row)
         lines += [*table((f"{weights}: nats (perplexity)", *targets), rows), ""]
     return lines[:-1]
+
+
+def _accuracies(runs: Sequence[Facts], title: str) -> list[str]:
+    """Shares of a zero-shot task's questions that are answered right, where they were asked."""
+    asked = [run for run in runs if "accuracy" in run]
+    if not asked:
+        return []
+    cells = _grouped(asked)
+    targets = sorted({target for _, target in cells}, key=lambda target: (":" in target, target))
+    dense = next(run["accuracy"] for run in asked if run["label"] == "dense")
+    rows = []
+    for label in dict.fromkeys(label for label, _ in cells):
+        found = [[run["accuracy"] for run in cells.get((label, target), [])] for target in targets]
+        rows.append([label, *(f"{mean(one):.1%}" if one else "-" for one in found)])
+    lines = table((f"questions answered right, dense {dense:.1%}, by chance {1 / CHOICES:.0%}", *targets), rows)
+    return ["", f"### {title}, which of four pieces of text goes on", "", *lines]
 
 
 def _cell(found: list[float], best: float | None, dense: float, published: bool) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from benchmarks.support.questions import write_questions
 from trimcli import AllocateOptions, CalibrateOptions, EvaluateOptions, allocate, calibrate, evaluate
 from trimcli.demo import MODEL, write_texts
 from trimcli.files.atomic import file_digest
@@ -24,7 +25,7 @@ class Study:
     model: its directory. source: calibration text, or a safetensors file of `tokens`. nsamples: samples
     drawn from a text. texts: files to measure on, `windows` windows of `seqlen` tokens each, the length of
     the samples too. work: directory for what is made once (calibration, ratios). seed: of the draw of samples.
-    compute: the computation's dtype, `auto` or by name.
+    compute: the computation's dtype, `auto` or by name. questions: of the zero-shot task made of the last text.
     """
 
     model: Path
@@ -36,6 +37,7 @@ class Study:
     work: Path
     seed: int = 0
     compute: Any = "auto"
+    questions: int = 0
 
     @property
     def name(self) -> str:
@@ -65,6 +67,7 @@ class Study:
             "nsamples": None if self.fixed else self.nsamples,
             **({"seed": self.seed} if self.seed and not self.fixed else {}),
             **({"dtype": self.compute} if self.compute != "auto" else {}),
+            **({"questions": self.questions} if self.questions else {}),
             "windows": self.windows,
             "seqlen": self.seqlen,
         }
@@ -117,11 +120,20 @@ class Study:
                 allocate(str(self.model), path, options)
         return path
 
-    def measure(self, model: Path, masks: Path | None = None) -> tuple[dict[str, float], float]:
-        """Perplexity by the text's name, and the fraction of the linears' weights that is zero."""
+    def task(self) -> Path:
+        """The zero-shot task's file, made the first time."""
+        folder = self.folder / "questions"
+        with FileLock(self.folder / "questions.lock"):
+            if not folder.is_dir():
+                write_questions([self.texts[-1].read_text(encoding="utf-8")], folder, self.questions)
+        return folder / "continuation.yaml"
+
+    def measure(self, model: Path, masks: Path | None = None) -> dict[str, Any]:
+        """`perplexity` by the text's name, `sparsity` of the linears' weights, `accuracy` where questions are asked."""
         options = EvaluateOptions(
             masks=masks,
             ppl=tuple(map(str, self.texts)),
+            tasks=(str(self.task()),) if self.questions else (),
             seqlen=self.seqlen,
             max_windows=self.windows,
             dtype=self.compute,
@@ -129,7 +141,10 @@ class Study:
         )
         found = evaluate(str(model), options)
         values = {Path(entry["dataset"]).name: entry["value"] for entry in found["perplexity"]}
-        return values, found["sparsity"]["total"]
+        measured = {"perplexity": values, "sparsity": found["sparsity"]["total"]}
+        if self.questions:
+            measured["accuracy"] = found["tasks"]["continuation"]["acc"]
+        return measured
 
     def facts(self) -> dict[str, str]:
         """What the head of a results file says of the study."""
