@@ -2,17 +2,19 @@
 
     python -m benchmarks.bitmap -o benchmarks/results-bitmap.md
     python -m benchmarks.bitmap --shapes 1.5B --repeat 5 --no-models
+    python -m benchmarks.bitmap --device cuda -o benchmarks/results-bitmap-cuda.md
 
-One input row times random matrices of the shapes of Qwen2.5-1.5B and 7B, at 50, 60, 70 and 80% zeros. Every form is run
-in turn, other memory written in between; figures are minima over the rounds. The floor is the time in which this
-machine copies as many bytes as the form has, read and written ones counted.
+One input row, on a CUDA device also 4 and 16, times random matrices of the shapes of Qwen2.5-1.5B and 7B, at 50, 60, 70
+and 80% zeros. Every form is run in turn, other memory written in between; figures are minima over the rounds. The floor
+is the time in which this device copies as many bytes as the form has, read and written ones counted. A CUDA device's
+time is its own, without that of handing it the work, which whole models show.
 """
 
 import argparse
+import copy
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from benchmarks.smollm2 import write as write_smollm2
 from benchmarks.support.provenance import head, publish, table
 from trimcli import ApplyOptions, PruneOptions, Recipe, apply_masks, prune
+from trimcli.kernels.bench import bench, measure
 from trimcli.kernels.bitmap import build
 from trimcli.kernels.bitmap.linear import SparseLinear
+from trimcli.kernels.bitmap.model import model_bytes
+from trimcli.kernels.options import BenchOptions
 from trimcli.kernels.shapes import random_matrix
-from trimcli.kernels.timing import COPIED_BYTES, FLUSH_BYTES
+from trimcli.kernels.timing import COPIED_BYTES, rounds
 
 SHAPES = {
     "1.5B": [(1536, 1536), (256, 1536), (8960, 1536), (1536, 8960)],
@@ -47,60 +52,58 @@ QWEN = Qwen2Config(
 )
 
 
-def fastest(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def fastest(runs: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, float]:
     """Least seconds of each run, taken in turns."""
-    flush = torch.zeros(FLUSH_BYTES, dtype=torch.uint8)
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(repeats + 1):
-        for name, run in runs.items():
-            flush.add_(1)
-            started = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
+    return {name: min(seconds) for name, seconds in rounds(runs, repeats, device).items()}
 
 
-def bandwidth(repeats: int) -> float:
+def bandwidth(repeats: int, device: torch.device) -> float:
     """Bytes a second, read and written, of the fastest copy."""
-    source, target = torch.ones(COPIED_BYTES, dtype=torch.uint8), torch.zeros(COPIED_BYTES, dtype=torch.uint8)
-    return 2 * COPIED_BYTES / fastest({"copy": lambda: target.copy_(source)}, repeats)["copy"]
+    size = COPIED_BYTES[device.type]
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return 2 * size / fastest({"copy": lambda: target.copy_(source)}, repeats, device)["copy"]
 
 
 @torch.no_grad()
-def products(shape: tuple[int, int], dtype: torch.dtype, repeats: int) -> Iterator[tuple[float, float, float, int]]:
-    """For every fraction of zeros: it, seconds dense and sparse, bytes sparse. Inputs and values are of `dtype`."""
-    inputs = torch.randn(1, shape[1]).to(dtype)
+def products(
+    shape: tuple[int, int], dtype: torch.dtype, rows: Sequence[int], repeats: int, device: torch.device
+) -> Iterator[tuple[int, float, float, float, int]]:
+    """For every number of input rows and fraction of zeros: both, seconds dense and sparse, bytes sparse."""
     for zeros in ZEROS:
         weight = random_matrix(shape, zeros, dtype)
-        sparse = SparseLinear.of(weight)
-        runs: dict[str, Callable[[], object]] = {
-            "dense": partial(nn.functional.linear, inputs, weight),
-            "sparse": partial(sparse, inputs),
-        }
-        best = fastest(runs, repeats)
-        yield zeros, best["dense"], best["sparse"], sparse.nbytes
+        sparse, dense = SparseLinear.of(weight).to(device), weight.to(device)
+        for n in rows:
+            inputs = torch.randn(n, shape[1]).to(device, dtype)
+            runs: dict[str, Callable[[], object]] = {
+                "dense": partial(nn.functional.linear, inputs, dense),
+                "sparse": partial(sparse, inputs),
+            }
+            best = fastest(runs, repeats, device)
+            yield n, zeros, best["dense"], best["sparse"], sparse.nbytes
 
 
-def product_rows(names: list[str], repeats: int, copied: float) -> Iterator[list[str]]:
+def product_rows(names: list[str], repeats: int, copied: float, device: torch.device) -> Iterator[list[str]]:
     """The table's rows, and those of a model's matrices of one layer together."""
+    rows = (1,) if device.type == "cpu" else (1, 4, 16)
     for name in names:
         for dtype in (torch.bfloat16, torch.float32):
             label = str(dtype).removeprefix("torch.")
-            whole = {zeros: [0.0, 0.0, 0.0] for zeros in ZEROS}
+            whole = {(n, zeros): [0.0, 0.0, 0.0] for n in rows for zeros in ZEROS}
             for shape, count in zip(SHAPES[name], (2, 2, 2, 1), strict=True):
-                for zeros, dense, sparse, nbytes in products(shape, dtype, repeats):
+                for n, zeros, dense, sparse, nbytes in products(shape, dtype, rows, repeats, device):
                     floor = nbytes / copied
-                    yield row(f"{name}, {shape[0]} x {shape[1]}", label, zeros, dense, sparse, floor)
+                    yield row(f"{name}, {shape[0]} x {shape[1]}", label, n, zeros, dense, sparse, floor)
                     for place, seconds in enumerate((dense, sparse, floor)):
-                        whole[zeros][place] += count * seconds
-            for zeros, figures in whole.items():
-                yield row(f"**{name}, a layer**", label, zeros, *figures)
+                        whole[n, zeros][place] += count * seconds
+            for (n, zeros), figures in whole.items():
+                yield row(f"**{name}, a layer**", label, n, zeros, *figures)
 
 
-def row(matrix: str, dtype: str, zeros: float, dense: float, sparse: float, floor: float) -> list[str]:
+def row(matrix: str, dtype: str, n: int, zeros: float, dense: float, sparse: float, floor: float) -> list[str]:
     """Milliseconds, and how many times faster than dense and how near to the floor that is."""
     times = [f"{1e3 * seconds:.3f}" for seconds in (dense, sparse, floor)]
-    return [matrix, dtype, f"{zeros:.0%}", *times, f"{dense / sparse:.2f}x", f"{floor / sparse:.0%}"]
+    return [matrix, dtype, str(n), f"{zeros:.0%}", *times, f"{dense / sparse:.2f}x", f"{floor / sparse:.0%}"]
 
 
 def models(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -113,21 +116,46 @@ def models(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def model_rows(folder: Path, repeats: int) -> Iterator[list[str]]:
-    """Tokens per second and bytes of each model at 70%, dense and sparse."""
-    from trimcli.kernels.bench import bench
-    from trimcli.kernels.options import BenchOptions
-
+    """Tokens per second and bytes of each model at 70%, dense and sparse, on the CPU."""
     for name, path in models(folder):
         recipe = Recipe(method="magnitude")
         prune(str(path), folder / "masks", PruneOptions(sparsity=0.7, recipe=recipe, device="cpu"), force=True)
         apply_masks(str(path), folder / "masks", folder / "packed", ApplyOptions(format="packed"), force=True)
         for dtype in ("float32", "bfloat16"):
-            options: Any = {"dtype": dtype, "device": "cpu", "tokens": 32, "repeat": repeats}
-            found = bench([str(folder / "packed")], BenchOptions(**options))
-            for one in found.measured:
-                rates = [f"{rate.fastest:,.1f}" for rate in one.rates]
-                yield [f"{name}, {dtype}", one.form, f"{one.memory / 2**20:,.0f}", *rates]
+            yield from directory_rows(f"{name}, {dtype}", folder / "packed", dtype, "cpu", repeats)
         shutil.rmtree(path)
+
+
+def directory_rows(name: str, path: Path, dtype: str, device: str, repeats: int) -> Iterator[list[str]]:
+    """The same of a pruned directory."""
+    options: Any = {"dtype": dtype, "device": device, "tokens": 32, "repeat": repeats}
+    for one in bench([str(path)], BenchOptions(**options)).measured:
+        yield [name, one.form, f"{one.memory / 2**20:,.0f}", *(f"{rate.fastest:,.1f}" for rate in one.rates)]
+
+
+def random_rows(repeats: int, device: torch.device) -> Iterator[list[str]]:
+    """The same of a random model of Qwen2.5-1.5B's shape that is made on the device, which takes seconds."""
+    with device:
+        model = AutoModelForCausalLM.from_config(QWEN, dtype=torch.bfloat16).eval().requires_grad_(False)
+    options = BenchOptions(tokens=32, repeat=repeats)
+
+    def measured(form: str) -> list[str]:
+        rates = [f"{rate.fastest:,.1f}" for rate in measure(model, options, device, form)]
+        return ["random 1.5B, bfloat16", form, f"{model_bytes(model) / 2**20:,.0f}", *rates]
+
+    yield measured("dense")
+    made: dict[tuple[int, int], SparseLinear] = {}
+    for layer in model.model.layers:
+        for name, linear in list(layer.named_modules()):
+            if isinstance(linear, nn.Linear):
+                shape = (linear.out_features, linear.in_features)
+                if shape not in made:
+                    made[shape] = SparseLinear.of(random_matrix(shape, 0.7, torch.bfloat16)).to(device)
+                sparse = copy.deepcopy(made[shape])
+                sparse.register_parameter("bias", linear.bias)
+                parent, _, leaf = name.rpartition(".")
+                setattr(layer.get_submodule(parent), leaf, sparse)
+    yield measured("bitmap")
 
 
 def main() -> None:
@@ -137,24 +165,31 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=30, help="rounds of each product")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--no-models", action="store_true", help="products alone")
+    parser.add_argument("--models", type=Path, nargs="*", default=[], help="pruned directories to run, too")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    build.load()
-    copied = bandwidth(given.repeat)
-    facts = {"copying": f"{copied / 1e9:.1f} GB/s, read and written", "rounds": f"{given.repeat}, of which the fastest"}
+    device = torch.device(given.device)
+    if device.type == "cpu":
+        build.load()
+    copied = bandwidth(given.repeat, device)
+    facts = {
+        "copying": f"{copied / 1e9:,.1f} GB/s, read and written",
+        "rounds": f"{given.repeat}, of which the fastest",
+    }
     lines = head("Products from keep bits and kept values", "bitmap", facts)
-    lines += [
-        "Milliseconds of one input row times a matrix; inputs, dense matrix and kept values are of the dtype.",
-        "",
-    ]
-    columns = ["matrix", "dtype", "zeros", "dense", "sparse", "floor", "speed", "of the floor"]
-    lines += table(columns, product_rows(given.shapes, given.repeat, copied))
+    lines += ["Milliseconds of input rows times a matrix; inputs, dense matrix and kept values are of the dtype.", ""]
+    columns = ["matrix", "dtype", "rows", "zeros", "dense", "sparse", "floor", "speed", "of the floor"]
+    lines += table(columns, product_rows(given.shapes, given.repeat, copied, device))
     if not given.no_models:
         lines += ["", "Tokens per second at 70% zeros, prompts of 32 tokens and as many decoded; MiB of tensors.", ""]
         phases = [f"{phase} b{batch}" for batch in (1, 4, 16) for phase in ("prefill", "decode")]
         with tempfile.TemporaryDirectory() as folder:
-            lines += table(["model", "form", "MiB", *phases], model_rows(Path(folder), 3))
+            rows = list(model_rows(Path(folder), 3) if device.type == "cpu" else random_rows(3, device))
+            for path in given.models:
+                rows += directory_rows(path.name, path, "auto", given.device, 3)
+            lines += table(["model", "form", "MiB", *phases], rows)
     publish(lines, given.output)
 
 

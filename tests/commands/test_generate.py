@@ -9,15 +9,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trimcli.kernels.bitmap.build
-from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
+import trimcli.kernels.bitmap.model
+from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save, skeleton_of
 from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli import GenerateOptions, generate, load_packed, load_sparse
 from trimcli.commands.apply import apply_masks
 from trimcli.commands.options import ApplyOptions
 from trimcli.errors import InputError, MismatchError, OptionError, ResourceError
 from trimcli.kernels.bitmap.linear import SparseLinear
-from trimcli.kernels.bitmap.model import model_bytes
+from trimcli.kernels.bitmap.model import model_bytes, sparsify
+from trimcli.kernels.forms import FormLinear
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="products on a CUDA device need one")
 PROMPT = "The king"
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -245,3 +248,71 @@ def test_eval_on_the_sparse_form(nano: Path, compiled: Path, tmp_path: Path) -> 
     for found in (sparse, masked):
         assert found["perplexity"][0]["value"] == pytest.approx(plain["perplexity"][0]["value"], rel=1e-5)
         assert found["sparsity"]["total"] == pytest.approx(plain["sparsity"]["total"])
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("family", ["nano", "gpt2"])
+def test_the_logits_on_a_gpu(family: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    base: Path = request.getfixturevalue(family)
+    model: Any = load_sparse(base / "packed", dtype=dtype, device="cuda")
+    assert len(sparse_modules(model)) == (8 if family == "gpt2" else 28)
+    assert {one.device.type for one in (*model.parameters(), *model.buffers())} == {"cuda"}
+    whole = dense(base / "pruned", dtype).cuda()
+    close = 1e-5 if dtype == torch.float32 else 1e-2
+    for tokens in (TOKENS[:, :1], TOKENS, TOKENS.repeat(1, 3)):
+        expected = logits(whole, tokens.cuda())
+        most = float(expected.abs().max())
+        torch.testing.assert_close(logits(model, tokens.cuda()), expected, rtol=close, atol=close * most)
+
+
+@needs_gpu
+def test_a_model_that_is_moved_to_a_gpu(nano: Path, compiled: Path) -> None:
+    model: Any = load_sparse(nano / "packed", dtype=torch.float32)
+    expected = logits(model)
+    torch.testing.assert_close(logits(model.cuda(), TOKENS.cuda()).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_gpu
+def test_it_generates_greedily_on_a_gpu_what_the_written_directory_does(nano: Path, tmp_path: Path) -> None:
+    inputs = AutoTokenizer.from_pretrained(nano / "pruned")(PROMPT, return_tensors="pt").to("cuda")
+    how = {"max_new_tokens": 24, "do_sample": False}
+    expected = dense(nano / "pruned").cuda().generate(**inputs, **how)
+    model: Any = load_sparse(nano / "packed", dtype=torch.float32, device="cuda")
+    assert torch.equal(model.generate(**inputs, **how), expected)
+    options = ("--max-new-tokens", 8, "--device", "cuda", "--dtype", "float32")
+    found = trim_json("generate", nano / "packed", PROMPT, *options)
+    compared = trim_json("generate", nano / "packed", PROMPT, *options, "--dense")
+    assert (found["text"], found["sparse"], compared["sparse"]) == (compared["text"], 28, 0)
+    (tmp_path / "text.txt").write_text("The king and the queen of the land. " * 60)
+    how_long = ("--ppl", tmp_path / "text.txt", "--seqlen", 32, "--max-windows", 4, *options[2:])
+    plain, sparse = (trim_json("eval", nano / "packed", *how_long, *more) for more in ((), ("--sparse",)))
+    assert sparse["multiplied_sparse"] == 28
+    assert sparse["perplexity"][0]["value"] == pytest.approx(plain["perplexity"][0]["value"], rel=1e-5)
+
+
+@needs_gpu
+@pytest.mark.parametrize("wins", [True, False])
+def test_two_of_four_is_semi_structured_on_a_gpu_where_that_wins(
+    wins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(random_model(llama_config(hidden_size=64, intermediate_size=128), dtype=torch.bfloat16), tmp_path / "model")
+    masks_for(tmp_path / "model", tmp_path / "masks", pattern=(2, 4))
+    apply_masks(str(tmp_path / "model"), tmp_path / "masks", tmp_path / "pruned")
+    seconds = {"semi": 1.0, "bitmap": 2.0 if wins else 0.5, "dense": 3.0}
+    monkeypatch.setattr(
+        trimcli.kernels.bitmap.model, "timed", lambda runs, device: {name: seconds[name] for name in runs}
+    )
+    model: Any = load_sparse(tmp_path / "pruned", device="cuda")
+    semi = [module for module in model.modules() if isinstance(module, FormLinear)]
+    assert (len(semi), len(sparse_modules(model))) == ((14, 0) if wins else (0, 14))
+    expected = logits(dense(tmp_path / "pruned", torch.bfloat16).cuda(), TOKENS.cuda())
+    torch.testing.assert_close(logits(model, TOKENS.cuda()), expected, rtol=3e-2, atol=3e-2)
+
+
+def test_where_a_gpu_has_no_triton_it_says_so(nano: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trimcli.kernels.bitmap.gpu", None)
+    skeleton = skeleton_of(nano / "packed")
+    skeleton.device = torch.device("cuda")
+    with pytest.warns(UserWarning, match=r"install triton and a C compiler; pruned matrices are held dense\.$"):
+        assert sparsify(skeleton, None, None).names == ()

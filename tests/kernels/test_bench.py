@@ -231,8 +231,19 @@ def test_two_of_four_on_a_gpu(tmp_path: Path) -> None:
     apply_masks(str(tmp_path / "model"), tmp_path / "masks", tmp_path / "pruned")
     export(str(tmp_path / "pruned"), tmp_path / "semi", ExportOptions(to="semi-structured"))
     result = bench([str(tmp_path / "pruned"), str(tmp_path / "semi")], BenchOptions(**QUICK | {"device": "cuda"}))
-    assert [(one.form, one.sparse) for one in result.measured] == 2 * [("dense", 0), ("semi-structured", 14)]
-    assert result.measured[1].memory == result.measured[3].memory < result.measured[0].memory
+    both = [("dense", 0), ("semi-structured", 14)]
+    assert [(one.form, one.sparse) for one in result.measured] == [*both, ("bitmap", 14), *both]
+    dense, semi, bitmap, _, exported = result.measured
+    assert semi.memory == exported.memory < dense.memory > bitmap.memory
+    assert set(result.products[0].shapes[0].seconds) == {"dense", "bitmap"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="products on a CUDA device need one")
+def test_scattered_zeros_on_a_gpu(base: Path) -> None:
+    found = trim_json("bench", base / "packed", "--tokens", 3, "--batch", "1,2", "--repeat", 1, "--device", "cuda")
+    assert [(one["form"], one["sparse"]) for one in found["measured"]] == [("dense", 0), ("bitmap", 14)]
+    assert set(found["products"][0]["shapes"][0]["seconds"]) == {"dense", "bitmap"}
+    assert torch.cuda.get_device_name(0) in found["verdicts"][0]
 
 
 def test_the_command(base: Path, compiled: Path) -> None:

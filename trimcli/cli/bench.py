@@ -23,9 +23,9 @@ def bench(
 ) -> None:
     """Tokens per second and bytes, dense against sparse, on this machine, and whether sparsity pays here.
 
-    A model is measured dense and with its pruned matrices in the forms that the device has sparse products for (on a
-    CPU bitmap, keep bits and kept values, and csr); an export dense and as it was exported. On a CPU every shape of
-    matrix is raced, too, beside the time that copying as many bytes takes.
+    A model is measured dense and with its pruned matrices in the forms that the device has sparse products for: bitmap,
+    keep bits and kept values, and csr on a CPU, semi-structured for 2:4 on a CUDA device; an export dense and as it was
+    exported. Every shape of matrix is raced, too, beside the time that copying as many bytes takes.
 
     Example: trim bench Qwen2.5-3B-90 Qwen2.5-3B-90-csr
     """

@@ -63,7 +63,7 @@ def load_sparse(
     """A packed or pruned directory, or a model under masks, as transformers' model that holds it packed.
 
     Its pruned linears are `SparseLinear`; the dense model is never in memory. dtype: of the computation, as stored if
-    not given. Where the products cannot be compiled or device is no CPU, a warning says so and the model is dense.
+    not given. Where the products cannot be compiled for the device, a warning says so and the model is dense.
     Raises InputError and MismatchError.
     """
     checkpoint = Checkpoint.open(directory)

@@ -64,10 +64,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Products:
-    """One input row times the pruned matrices of a model on the CPU, a matrix for each shape.
+    """One input row times the pruned matrices of a model on its device, a matrix for each shape.
 
-    bandwidth: bytes a second that this CPU copies, read and written. break_even: the least fraction of zeros, of those
-    tried, from which on a matrix of the largest shape is faster as keep bits; None for none.
+    bandwidth: bytes a second that the device copies, read and written. break_even: the least fraction of zeros, of
+    those tried, from which on a matrix of the largest shape is faster as keep bits; None for none.
     """
 
     model: str
@@ -89,7 +89,7 @@ class BenchResult:
 def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = NO_PROGRESS) -> BenchResult:
     """Measure models and exports, one form in memory at a time. Raises UsageError and HubError.
 
-    Of a model: dense, and what its zeros allow (csr and bitmap on a CPU, semi-structured for 2:4 on a CUDA device).
+    Of a model: dense, and what its zeros allow (csr on a CPU, semi-structured for 2:4 on a CUDA device; bitmap).
     """
     options.check()
     measured: list[Measured] = []
@@ -108,12 +108,12 @@ def bench(models: Sequence[str], options: BenchOptions, *, progress: Progress = 
         measured += [dense, *others]
         verdicts += [verdict(dense, form, machines[model]) for form in others]
         if any(form.form == "bitmap" for form in others):
-            products.append(_products(model, options, progress))
+            products.append(_products(model, device, options, progress))
             verdicts.append(products_verdict(products[-1], machines[model]))
         if not others:
-            why = "none of its matrices is pruned"
-            if device.type == "cuda":
-                why = "on a CUDA device, only 2:4 matrices computed in 16 bits have sparse kernels"
+            why = (
+                "no sparse products are to be had here" if dense.zeros > forms.FEW else "none of its matrices is pruned"
+            )
             verdicts.append(f"{model} was measured dense alone: {why}.")
     found: dict[str, Any] = {
         "measured": [asdict(one) for one in measured],
@@ -149,7 +149,8 @@ def products_verdict(products: Products, where: str) -> str:
         return sum(one.count * getattr(one, name)[form] for one in products.shapes)
 
     dense = whole("seconds", "dense")
-    figures = [f"{dense / whole('seconds', form):.2f}x as {form}" for form in ("bitmap", "csr")]
+    forms = [form for form in ("bitmap", "csr") if form in products.shapes[0].seconds]
+    figures = [f"{dense / whole('seconds', form):.2f}x as {form}" for form in forms]
     share = whole("floor", "bitmap") / whole("seconds", "bitmap")
     at = f"at {products.shapes[0].shape[0]} x {products.shapes[0].shape[1]}"
     pays = f"keep bits pay from {products.break_even:.0%} zeros on" if products.break_even else "keep bits never pay"
@@ -159,23 +160,24 @@ def products_verdict(products: Products, where: str) -> str:
     )
 
 
-def _products(model: str, options: BenchOptions, progress: Progress) -> Products:
+def _products(model: str, device: torch.device, options: BenchOptions, progress: Progress) -> Products:
     """Race a matrix of every shape, the largest first."""
     checkpoint = Checkpoint.open(model, revision=options.revision)
-    dtype = compute_dtype(options.dtype, checkpoint, torch.device("cpu"))
+    dtype = compute_dtype(options.dtype, checkpoint, device)
     skeleton = Skeleton(checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code)
     recorded = forms.pruned_names(checkpoint)
     shapes: dict[tuple[int, int], list[Matrix]] = {}
     for linear in sorted(skeleton.linears.values(), key=lambda linear: -linear.numel):
         if recorded is None or linear.name in recorded:
             shapes.setdefault(linear.shape, []).append(linear)
-    bandwidth, races = copy_bandwidth(options.repeat), []
+    bandwidth, races = copy_bandwidth(options.repeat, device), []
     with progress.task("racing products", len(shapes) + 1) as step:
         for linears in shapes.values():
             weight = held(linears[0].read(checkpoint), dtype).contiguous()
-            races.append(race_shape(weight, dtype, len(linears), bandwidth, options.repeat))
+            csr = device.type == "cpu"
+            races.append(race_shape(weight, dtype, len(linears), bandwidth, options.repeat, csr=csr, device=device))
             step()
-        even = break_even(races[0].shape, weight.dtype, dtype, options.repeat)
+        even = break_even(races[0].shape, weight.dtype, dtype, options.repeat, device)
         step()
     return Products(model, tuple(races), bandwidth, even)
 
@@ -193,8 +195,9 @@ def _forms(
         what = f"--tokens {options.tokens}, prompt and as many decoded, is beyond the {positions} positions"
         raise OptionError(f"{what} of {checkpoint.id}; give {positions // 2} or fewer.")
     skeleton.load_everything()
-    weights = sum(linear.numel for linear in skeleton.linears.values())
-    zeros = 1 - sum(int(linear.weight.count_nonzero()) for linear in skeleton.linears.values()) / max(weights, 1)
+    kept = {name: int(linear.weight.count_nonzero()) for name, linear in skeleton.linears.items()}
+    zeros_of = {name: 1 - kept[name] / linear.numel for name, linear in skeleton.linears.items()}
+    zeros = 1 - sum(kept.values()) / max(sum(linear.numel for linear in skeleton.linears.values()), 1)
 
     def measured(form: str, sparse: int, disk: int | None) -> Measured:
         memory = sum(map(forms.stored_bytes, chain(skeleton.model.parameters(), skeleton.model.buffers())))
@@ -207,27 +210,31 @@ def _forms(
         empty(skeleton.model)
         skeleton = exported_skeleton(exported, options.dtype, trust_remote_code=trust)
         yield measured(exported.to, len(exported.sparse), _bytes_on_disk(exported))
-    elif sparse := _make_sparse(skeleton):
+        return
+    recorded = forms.pruned_names(checkpoint)
+    pruned = [name for name, share in zeros_of.items() if forms.was_pruned(name, share, recorded)]
+    if pruned and (sparse := _make_sparse(skeleton, pruned)):
         yield measured("csr" if device.type == "cpu" else "semi-structured", sparse, None)
-        if device.type == "cpu":
-            skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust)
-            if made := sparsify(skeleton, None, options.cache_dir, progress).names:
-                skeleton.load_everything()
-                yield measured("bitmap", len(made), None)
+    if pruned:
+        empty(skeleton.model)
+        skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust)
+        if made := sparsify(skeleton, None, options.cache_dir, progress, bitmap_alone=True).names:
+            skeleton.load_everything()
+            yield measured("bitmap", len(made), None)
 
 
-def _make_sparse(skeleton: Skeleton) -> int:
+def _make_sparse(skeleton: Skeleton, pruned: Sequence[str]) -> int:
     """Replace the pruned matrices of a loaded model, one by one, by the form for its device; returns how many."""
     device, dtype = skeleton.device, skeleton.dtype
-    if device.type != "cpu" and dtype == torch.float32:
+    try:
+        packer = None if device.type == "cpu" else forms.SemiStructured(device, dtype)
+    except OptionError:
         return 0
-    packer = None if device.type == "cpu" else forms.SemiStructured(device, dtype)
-    recorded, count = forms.pruned_names(skeleton.checkpoint), 0
-    for name, linear in skeleton.linears.items():
+    count = 0
+    for name in pruned:
+        linear = skeleton.linears[name]
         weight = linear.weight
-        zeros = 1 - int(weight.count_nonzero()) / linear.numel
-        fits = packer is None or (packer.fits(linear.shape) and forms.is_two_of_four(weight))
-        if fits and forms.was_pruned(name, zeros, recorded):
+        if packer is None or (packer.fits(linear.shape) and forms.is_two_of_four(weight)):
             sparse = packer.pack(weight) if packer else forms.computed(forms.to_csr(weight))
             forms.replace_linear(skeleton, linear, sparse)
             count += 1

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trimcli.kernels import forms
 from trimcli.kernels.bitmap.linear import SparseLinear
-from trimcli.kernels.timing import REPEATS, timed
+from trimcli.kernels.timing import CPU, REPEATS, timed
 
 # Fractions of zeros that are tried for the one from which on sparsity pays.
 TRIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -18,8 +18,8 @@ TRIED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 class ShapeRace:
     """One matrix of the model for all of its shape: seconds and bytes by form (dense, bitmap, csr).
 
-    count: matrices of this shape. zeros: fraction of this one's weights. floor: form -> seconds in which this machine
-    copies as many bytes.
+    count: matrices of this shape. zeros: fraction of this one's weights. floor: form -> seconds in which this device
+    copies as many bytes. csr: on a CPU alone.
     """
 
     shape: tuple[int, int]
@@ -31,12 +31,19 @@ class ShapeRace:
 
 
 def race_shape(
-    weight: Tensor, dtype: torch.dtype, count: int, bandwidth: float, repeats: int = REPEATS, *, csr: bool = True
+    weight: Tensor,
+    dtype: torch.dtype,
+    count: int,
+    bandwidth: float,
+    repeats: int = REPEATS,
+    *,
+    csr: bool = True,
+    device: torch.device = CPU,
 ) -> ShapeRace:
-    """Time one input row of `dtype` through a matrix [D_out, D_in], as stored, in every form, on the CPU."""
-    dense = weight.to(dtype).contiguous()
-    inputs = torch.randn(1, weight.shape[1]).to(dtype)
-    bitmap = SparseLinear.of(weight)
+    """Time one input row of `dtype` through a matrix [D_out, D_in], on the CPU as stored, in the forms of `device`."""
+    dense = weight.to(device, dtype).contiguous()
+    inputs = torch.randn(1, weight.shape[1]).to(device, dtype)
+    bitmap = SparseLinear.of(weight).to(device)
     runs: dict[str, Callable[[], object]] = {
         "dense": lambda: nn.functional.linear(inputs, dense),
         "bitmap": lambda: bitmap(inputs),
@@ -47,7 +54,7 @@ def race_shape(
         runs["csr"], nbytes["csr"] = (lambda: rows(inputs)), forms.stored_bytes(rows.weight)
     zeros = 1 - len(bitmap.values) / weight.numel()
     with torch.no_grad():
-        seconds = timed(runs, repeats)
+        seconds = timed(runs, repeats, device)
     floor = {form: size / bandwidth for form, size in nbytes.items()}
     return ShapeRace((weight.shape[0], weight.shape[1]), count, zeros, seconds, nbytes, floor)
 
@@ -59,11 +66,14 @@ def random_matrix(shape: tuple[int, int], zeros: float, dtype: torch.dtype, seed
     return weight.masked_fill_(torch.rand(shape, generator=generator) < zeros, 0).to(dtype)
 
 
-def break_even(shape: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, repeats: int = REPEATS) -> float | None:
+def break_even(
+    shape: tuple[int, int], stored: torch.dtype, dtype: torch.dtype, repeats: int = REPEATS, device: torch.device = CPU
+) -> float | None:
     """The least fraction of zeros in TRIED from which on a matrix of this shape is faster as keep bits, if any."""
     found = None
     for zeros in reversed(TRIED):
-        seconds = race_shape(random_matrix(shape, zeros, stored), dtype, 1, 1.0, repeats, csr=False).seconds
+        weight = random_matrix(shape, zeros, stored)
+        seconds = race_shape(weight, dtype, 1, 1.0, repeats, csr=False, device=device).seconds
         if seconds["bitmap"] >= seconds["dense"]:
             break
         found = zeros

@@ -88,5 +88,8 @@ def put_in_place(skeleton: Skeleton, linear: Matrix, weight: Tensor) -> None:
     """Put a SparseLinear of `weight` [D_out, D_in] in the linear's place, with its bias."""
     parent, _, leaf = linear.name.rpartition(".")
     bias = cast(nn.Parameter | None, linear.module.bias)
-    setattr(skeleton.model.get_submodule(parent), leaf, SparseLinear.of(weight, bias))
+    module = SparseLinear.of(weight, bias)
+    for name, buffer in module.named_buffers():
+        setattr(module, name, buffer.to(skeleton.device))
+    setattr(skeleton.model.get_submodule(parent), leaf, module)
     empty(linear.module)
