@@ -10,6 +10,7 @@ Each run is noted as it ends: stopped, the same command goes on where it was, in
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -29,6 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
     "lora": {"mode": "lora", "kl": 0.0, "targets": ("all",)},
     "full": {"mode": "full", "kl": 0.0},
     "full + teacher": {"mode": "full"},
+    "full + teacher, --kl 8": {"mode": "full", "kl": 8.0},
     "admm": {"mode": "admm"},
 }
 INTRODUCTION = """\
@@ -62,7 +64,7 @@ def one_shot(study: Study, target: str, name: str) -> Path:
 def train(study: Study, target: str, mode: str, steps: int, given: argparse.Namespace) -> dict[str, Any]:
     """Train, verify and measure."""
     pruned = one_shot(study, target, given.preset)
-    output = study.folder / f"{mode.replace(' ', '')}-{target}-{steps}"
+    output = study.folder / f"{re.sub(r'[^a-z0-9]', '', mode)}-{target}-{steps}"
     options = FinetuneOptions(
         dataset=str(study.source),
         nsamples=given.samples,
@@ -73,7 +75,7 @@ def train(study: Study, target: str, mode: str, steps: int, given: argparse.Name
         lr=given.lr,
         interval=given.interval,
         sparsity=float(target) if mode == "admm" else None,
-        teacher=str(study.model) if mode in ("full + teacher", "admm") else None,
+        teacher=str(study.model) if MODES[mode].get("kl", 1.0) else None,
         resume=True,
         seed=study.seed,
         **MODES[mode],
