@@ -55,10 +55,8 @@ def _given(option: Any, corpus: Corpus, rng: random.Random) -> list[str]:
     if getattr(option, "is_flag", False):
         return [flag]
     if option.name == "cache_dir":
-        return [
-            flag,
-            rng.choice((str(corpus.home / "cache"), str(corpus.out / "c"), str(corpus.home / "masks.safetensors"))),
-        ]
+        # Not inside of `out`: a command that fails later may leave a cache, which is whole, and no output.
+        return [flag, str(corpus.home / rng.choice(("cache", "other-cache", "masks.safetensors")))]
     if option.name in ("output", "save_model", "stats_out", "log_samples", "metrics_cache"):
         return [
             flag,
