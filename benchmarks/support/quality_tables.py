@@ -119,20 +119,24 @@ def _plot(runs: Sequence[Facts], dense: Facts, text: str, out: Path) -> None:
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "trim"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     cells = _grouped(run for run in runs if ":" not in run["target"])
     for place, label in enumerate(dict.fromkeys(label for label, _ in cells)):
         points = {float(target): found for (one, target), found in cells.items() if one == label}
         published = next(iter(points.values()))[0]["published"]
-        style = {"linestyle": ":" if published else "-", "marker": "o", "markersize": 4, "color": f"C{place % 10}"}
+        style = {
+            "linestyle": ":" if published else "-",
+            "marker": "o" if published else "D",
+            "markersize": 4,
+            "color": f"C{place % 10}",
+        }
         order = sorted(points)
         left.plot(order, [mean(nats(points[at], dense, text)) for at in order], label=label, **style)
         if 0.7 in points:
             seconds = mean(run["seconds"] for run in points[0.7])
-            right.scatter([seconds], [mean(nats(points[0.7], dense, text))], color=style["color"])
-            right.annotate(label, (seconds, mean(nats(points[0.7], dense, text))), fontsize=8)
+            right.scatter([seconds], [mean(nats(points[0.7], dense, text))], color=style["color"], marker=marker)
     left.set(xlabel="sparsity", ylabel="nats above dense", yscale="log", title=text)
-    right.set(xlabel="seconds of the prune", xscale="log", yscale="log", title="at 70%")
-    left.legend(fontsize=8, loc="upper left")
+    right.set(xlabel="seconds of the prune, beside other work", xscale="log", yscale="log", title="at 70%")
+    figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
