@@ -59,7 +59,7 @@ def test_bytes_of_a_packed_matrix() -> None:
     weight = torch.randn(10, 24, dtype=torch.float32).bfloat16()
     keep = torch.rand(10, 24) > 0.7
     made = pack(keep).nbytes + kept_values(weight, keep).nbytes
-    specs = packed_specs(TensorSpec(torch.bfloat16, (10, 24)), int(keep.sum()))
+    specs = list(packed_specs(TensorSpec(torch.bfloat16, (10, 24)), {"kept": int(keep.sum())}).values())
     assert specs == [TensorSpec.of(pack(keep)), TensorSpec.of(kept_values(weight, keep))]
     assert sum(spec.nbytes for spec in specs) == made
 

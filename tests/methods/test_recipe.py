@@ -1,6 +1,6 @@
 """What is done with one matrix, and which choices go together."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -212,7 +212,7 @@ def test_what_is_chosen_and_with_which_options() -> None:
     }
     assert document["options"] == {
         "trim": {"qmetric": "cosim_flat", "qmetric_dimwise": "cosim", "iterations": 10, "forbid_negative": False},
-        "obs": {"mask_score": "wanda", "mask_update": None, "damping": 0.01, "block_size": 5},
+        "obs": {**asdict(ObsOptions()), "mask_score": "wanda", "block_size": 5},
         "gram": {"gram_dtype": "float64"},
     }
     assert Recipe().document()["options"] == {}

@@ -78,7 +78,10 @@ def apply_masks(
         pruning={key: value for key, value in found.manifest.items() if key != "linears"},
         commands=commands_so_far(found.manifest),
     )
-    tensors = (PackedTensors if packed else PrunedTensors)(checkpoint, weights, linears, found.keep)
+    if packed:
+        tensors: PrunedTensors = PackedTensors(checkpoint, weights, linears, found.keep, found.grid)
+    else:
+        tensors = PrunedTensors(checkpoint, weights, linears, found.keep)
     written = write_model(tensors, output, document, force=force, max_shard_size=max_shard_size, progress=progress)
     zeros, sparsity = sum(one["zeros"] for one in written.document["linears"].values()), written.document["sparsity"]
     nbytes = written.dense_bytes, written.nbytes

@@ -29,6 +29,7 @@ from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
 from trimcli.methods import masks
 from trimcli.methods.stats import stored_statistics
+from trimcli.methods.updates.grid import Grid
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.passes import Passes
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
@@ -220,7 +221,7 @@ class _Run:
         """All outputs, from the part files; returns the masks' manifest and how many linears TRIM bettered."""
         layers = [(layer, parts.read(layer.index)) for layer in self.skeleton.layers]
         homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
-        options = self.options
+        options, obs = self.options, self.recipe.obs
         first = [rows.read(layer.index).facts for layer, _ in layers]
         before = [self.calibration.manifest] if self.calibration else []
         before += [read_json(self.ratios)] if self.ratios else []
@@ -246,11 +247,16 @@ class _Run:
         def keep(name: str) -> Tensor:
             return masks.unpack(homes[name].load(f"{name}.keep"), self.skeleton.linears[name].d_in)
 
+        def grid(name: str) -> Grid | None:
+            rounded = obs.wbits if f"{name}.scales" in homes[name].names else None
+            found = (homes[name].load(f"{name}.{kind}") for kind in ("scales", "zeros"))
+            return Grid(rounded, obs.group_size, *found) if rounded else None
+
         shapes = {linear.name: linear.shape for linear in self.linears}
         facts = {name: row for found in first for name, row in found["rows"].items()}
         improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows != "even" else None
         with all_or_none():  # where it fails, the same command writes them from the part files, which stay
-            complete = write_masks(output, document, shapes, keep, force=force)
+            complete = write_masks(output, document, shapes, keep, grid, force=force)
             if options.save_model:
                 fitted = {
                     f"{layer.name}.{name}": part for layer, part in layers for name in part.facts.get("fitted", ())

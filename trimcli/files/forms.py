@@ -56,6 +56,7 @@ SCORE = Scalar("a number within 1e30", lambda value: _is_number(value) and abs(v
 SHARE = Scalar("a share from 0 on", lambda value: _is_number(value) and 0 <= value <= 100)
 COUNT = Scalar("a whole number", _is_whole)
 SIZE = Scalar("a size", lambda value: _is_whole(value) and 1 <= value < 2**31)
+WBITS = Scalar("8 or 4", lambda value: _is_whole(value) and value in (8, 4))
 FLAG = Scalar("true or false", lambda value: isinstance(value, bool))
 OBJECT = Each(ANY)
 MODEL = {"id": TEXT, "structure": TEXT, "content": TEXT}
@@ -68,6 +69,8 @@ MASKED_LINEAR = {
     "target": SHARE,
     "pattern": (Must(SIZE), Must(SIZE)),
     "pruned": COUNT,
+    "wbits": WBITS,
+    "group_size": SIZE,
 }
 PRUNED_LINEAR = {**MASKED_LINEAR, "key": Must(TEXT), "transposed": Must(FLAG), "kept_zeros": [Must(COUNT)]}
 # Of a prune's manifest, and of what carries it.

@@ -1,7 +1,9 @@
 """The masks artifact (`trim.masks/1`): which weights of which linears stay, one bit a weight.
 
 Per linear a tensor `<name>.keep`, uint8 [D_out, ceil(D_in / 8)], most significant bit first, 1 = kept; in the manifest,
-under `linears`, in the model's order, `{shape, zeros, sparsity, keep_sha256}` beside what the caller says of it.
+under `linears`, in the model's order, `{shape, zeros, sparsity, keep_sha256}` beside what the caller says of it. Where
+kept weights were rounded to a few bits, `wbits` and `group_size` as well, and as tensors their grid, `<name>.scales`,
+bfloat16 [D_out, ceil(D_in / group_size)], and `<name>.zeros`, uint8 of that shape.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,9 +16,11 @@ from torch import Tensor
 
 from trimcli.errors import InputError
 from trimcli.files.forms import MASKED_LINEAR, PRUNING, Each, Must, check_form
+from trimcli.files.integers import grid_specs
 from trimcli.files.manifest import MASKS, is_intact, with_linears
 from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, spec_of, tensor_digest, write_artifact
 from trimcli.methods import masks
+from trimcli.methods.updates.grid import Grid
 
 FORM = {**PRUNING, "linears": Must(Each(Must(MASKED_LINEAR)))}
 
@@ -52,6 +56,10 @@ class MaskFile:
             key = f"{name}.keep"
             if key not in there or spec_of(handle, key, path) != keep_spec(entry["shape"]):
                 raise InputError(f"{path} lacks the mask of {name} that its manifest lists; make it anew.")
+            if entry.get("wbits") is not None:
+                for kind, spec in grid_specs(tuple(entry["shape"]), entry.get("group_size") or 1).items():
+                    if f"{name}.{kind}" not in there or spec_of(handle, f"{name}.{kind}", path) != spec:
+                        raise InputError(f"{path} lacks the {kind} of {name} that its manifest lists; make it anew.")
         return cls(path, manifest, handle)
 
     @property
@@ -67,6 +75,14 @@ class MaskFile:
         """(D_out, D_in) of a linear."""
         d_out, d_in = self.manifest["linears"][name]["shape"]
         return d_out, d_in
+
+    def grid(self, name: str) -> Grid | None:
+        """What a linear's kept weights were rounded to; None where they were not."""
+        entry = self.manifest["linears"][name]
+        if entry.get("wbits") is None:
+            return None
+        scales, zeros = (self._handle.get_tensor(f"{name}.{kind}") for kind in ("scales", "zeros"))
+        return Grid(entry["wbits"], entry["group_size"], scales, zeros)
 
     def keep(self, name: str) -> Tensor:
         """A linear's mask: bool [D_out, D_in], True = stays. Raises InputError if its bits were altered."""
@@ -84,13 +100,14 @@ def write_masks(
     document: Mapping[str, Any],
     shapes: Mapping[str, tuple[int, int]],
     keep_of: Callable[[str], Tensor],
+    grid_of: Callable[[str], Grid | None] = lambda _: None,
     *,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write a masks file, one mask in memory; returns the manifest as written. Raises OutputExists.
 
     document: its manifest, whose `linears` may hold what is known of a linear. keep_of(name): bool [D_out, D_in];
-    called twice, since the manifest comes first.
+    called twice, since the manifest comes first. grid_of(name): the grid of its kept weights, if any.
     """
     linears = {}
     for name, shape in shapes.items():
@@ -99,11 +116,22 @@ def write_masks(
         found = {"shape": list(shape), "zeros": zeros, "sparsity": zeros / keep.numel()}
         known = document.get("linears", {}).get(name, {})
         linears[name] = {**known, **found, "keep_sha256": keep_digest(masks.pack(keep))}
+        if grid := grid_of(name):
+            linears[name] |= {"wbits": grid.wbits, "group_size": grid.group_size}
     complete = with_linears(document, linears)
-    specs = {f"{name}.keep": keep_spec(shape) for name, shape in shapes.items()}
+    specs: dict[str, TensorSpec] = {}
+    for name, shape in shapes.items():
+        specs[f"{name}.keep"] = keep_spec(shape)
+        if "wbits" in linears[name]:
+            specs |= {f"{name}.{kind}": spec for kind, spec in grid_specs(shape, linears[name]["group_size"]).items()}
 
     def packed(key: str) -> Tensor:
-        return masks.pack(keep_of(key.removesuffix(".keep")))
+        name, _, kind = key.rpartition(".")
+        if kind == "keep":
+            return masks.pack(keep_of(name))
+        grid = grid_of(name)
+        assert grid is not None
+        return grid.scales if kind == "scales" else grid.zeros
 
     write_artifact(path, complete, specs, packed, force=force)
     return complete

@@ -2,9 +2,14 @@
 
 A matrix `K` is stored as `K.keep`, uint8 [rows, ceil(columns / 8)], the keep bits of the matrix *as stored* (GPT-2's
 Conv1D: [D_in, D_out]), most significant bit first, and `K.values`, the kept weights in row order in the stored dtype.
-Every other tensor, and a matrix that would not get smaller, stays as it is. `trim.json` says under `packed` which shard
-of the dense model each `packed-00001-of-0000N.safetensors` stands for, and of every tensor its shard, dtype, shape,
-`kept` (number of stored values, null where stored as is) and the SHA-256 of its dense bytes, checked on every read.
+A matrix whose kept weights were rounded to `wbits` bits has in place of values `K.integers`, uint8, of 4 bits the first
+in a byte's upper half, and of its grid, for each row of [D_out, D_in] and each `group_size` inputs, `K.scales`,
+bfloat16, and `K.zeros`, uint8: integer q stands for (q - zero) * scale in float32, rounded to the stored dtype. Every
+other tensor, and a matrix that would not get smaller, stays as it is.
+
+`trim.json` says under `packed` which shard of the dense model each `packed-00001-of-0000N.safetensors` stands for, and
+of every tensor its shard, dtype, shape, `kept` (number of stored values, null if stored as is), `wbits`, `group_size`
+and whether it is `transposed` where there are integers, and the SHA-256 of its dense bytes, checked on every read.
 """
 
 import contextlib
@@ -19,17 +24,40 @@ from torch import Tensor
 from trimcli.errors import InputError
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json
-from trimcli.files.forms import COUNT, PRUNED_LINEAR, PRUNING, TEXT, TRAINING, WHOLE_MODEL, Each, Must, check_form
+from trimcli.files.forms import (
+    COUNT,
+    FLAG,
+    PRUNED_LINEAR,
+    PRUNING,
+    SIZE,
+    TEXT,
+    TRAINING,
+    WBITS,
+    WHOLE_MODEL,
+    Each,
+    Must,
+    check_form,
+)
+from trimcli.files.integers import grid_specs, integer_bytes, values_of
 from trimcli.files.manifest import PACKED, is_intact
 from trimcli.files.masks import keep_spec
 from trimcli.files.shards import SafeShards, Shards, shard_names
 from trimcli.files.tensors import DTYPE, NAMED, TensorSpec, bit_view, tensor_digest
 from trimcli.methods import masks
+from trimcli.methods.updates.grid import Grid
 
-TENSOR = {"shard": Must(TEXT), "dtype": Must(DTYPE), "shape": Must([Must(COUNT)]), "kept": COUNT, "sha256": Must(TEXT)}
+PLAIN = {"shard": Must(TEXT), "dtype": Must(DTYPE), "shape": Must([Must(COUNT)]), "kept": COUNT, "sha256": Must(TEXT)}
+ROUNDED = {**PLAIN, "kept": Must(COUNT), "wbits": WBITS, "group_size": Must(SIZE), "transposed": Must(FLAG)}
+
+
+def _tensor(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The form of what is said of a tensor."""
+    return PLAIN if entry.get("wbits") is None else ROUNDED
+
+
 FORM = {
     **PRUNING,
-    "packed": Must({"shards": Must(Each(Must(TEXT))), "tensors": Must(Each(Must(TENSOR)))}),
+    "packed": Must({"shards": Must(Each(Must(TEXT))), "tensors": Must(Each(Must(_tensor)))}),
     "linears": Must(Each(Must(PRUNED_LINEAR))),
     "model": Must(WHOLE_MODEL),
     "pruning": PRUNING,
@@ -72,15 +100,23 @@ def _kept_places(keep: Tensor) -> Iterator[tuple[slice, np.ndarray[Any, Any]]]:
         yield block, np.flatnonzero(flags[block])
 
 
-def packed_specs(spec: TensorSpec, kept: int) -> list[TensorSpec]:
-    """What a matrix of `spec` is stored as when `kept` of its weights stay: keep bits and values."""
+def packed_specs(spec: TensorSpec, entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
+    """What a matrix of `spec` is stored as: by the end of its tensors' names. entry: what `trim.json` says of it."""
     rows, columns = spec.shape
-    return [keep_spec((rows, columns)), TensorSpec(spec.dtype, (kept,))]
+    keep = {"keep": keep_spec((rows, columns))}
+    if entry.get("wbits") is None:
+        return {**keep, "values": TensorSpec(spec.dtype, (entry["kept"],))}
+    shape = (columns, rows) if entry["transposed"] else (rows, columns)
+    integers = TensorSpec(torch.uint8, (integer_bytes(entry["kept"], entry["wbits"]),))
+    return {**keep, "integers": integers, **grid_specs(shape, entry["group_size"])}
 
 
 def stored_parts(key: str, entry: Mapping[str, Any]) -> list[str]:
     """Names of the stored tensors that make up a tensor. entry: what `trim.json` says of it."""
-    return [key] if entry["kept"] is None else [f"{key}.keep", f"{key}.values"]
+    if entry["kept"] is None:
+        return [key]
+    rounded = entry.get("wbits") is not None
+    return [f"{key}.{part}" for part in (("keep", "integers", "scales", "zeros") if rounded else ("keep", "values"))]
 
 
 class PackedReader(Shards):
@@ -121,13 +157,17 @@ class PackedReader(Shards):
         if entry["kept"] is not None:
             if len(spec.shape) != 2:
                 return False
-            specs = packed_specs(spec, entry["kept"])
+            specs = list(packed_specs(spec, entry).values())
         return [self._stored.spec(part) for part in parts] == specs
 
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor once decoded."""
         entry = self._tensors[key]
         return TensorSpec(NAMED[entry["dtype"]], tuple(entry["shape"]))
+
+    def nbytes(self, key: str) -> int:
+        """Bytes of what a tensor is stored as."""
+        return sum(self._stored.spec(part).nbytes for part in stored_parts(key, self._tensors[key]))
 
     def keep_bits(self, key: str) -> Tensor | None:
         """Which weights a packed matrix keeps, bool, of its stored shape; None for what is stored as it is."""
@@ -141,8 +181,18 @@ class PackedReader(Shards):
         entry = self._tensors[key]
         parts = [self._stored.load(part) for part in stored_parts(key, entry)]
         with contextlib.suppress(ValueError):
-            tensor = parts[0] if entry["kept"] is None else decode(parts[0], parts[1], entry["shape"][1])
+            tensor = parts[0] if entry["kept"] is None else self._decoded(entry, *parts)
             if tensor_digest(tensor) == entry["sha256"]:
                 return tensor
         where = self._directory / entry["shard"]
         raise InputError(f"{key} in {where} is not what was packed; fetch or pack the model anew.")
+
+    def _decoded(self, entry: Mapping[str, Any], bits: Tensor, values: Tensor, *grid: Tensor) -> Tensor:
+        """A matrix of the stored tensors of `packed_specs`. Raises ValueError."""
+        columns = entry["shape"][1]
+        if grid:
+            scales, zeros = grid
+            found = Grid(entry["wbits"], entry["group_size"], scales, zeros)
+            keep = masks.unpack(bits, columns)
+            values = values_of(values, keep, found, entry["transposed"], NAMED[entry["dtype"]])
+        return decode(bits, values, columns)

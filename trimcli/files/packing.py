@@ -7,15 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
+from trimcli.errors import MismatchError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import PrunedLinear, PrunedTensors, numbered
+from trimcli.files.integers import integers_of
 from trimcli.files.packed import kept_values, packed_specs, stored_parts
 from trimcli.files.tensors import TensorSpec, dtype_name, tensor_digest
 from trimcli.methods import masks
+from trimcli.methods.updates.grid import Grid
 
 
 class PackedTensors(PrunedTensors):
-    """One shard for each of the dense model. keep_of(name): a mask outside which `weight_of` is zero."""
+    """One shard for each of the dense model. keep_of(name): a mask outside which `weight_of` is zero.
+
+    grid_of(name): of whose values a linear's kept weights are, None where they may be any. What is stored raises
+    MismatchError where they are none of its values.
+    """
 
     def __init__(
         self,
@@ -23,9 +30,10 @@ class PackedTensors(PrunedTensors):
         weight_of: Callable[[str], Tensor | None],
         linears: Mapping[str, PrunedLinear],
         keep_of: Callable[[str], Tensor],
+        grid_of: Callable[[str], Grid | None] = lambda _: None,
     ) -> None:
         super().__init__(checkpoint, weight_of, linears, keep_of)
-        self._mask_of = keep_of
+        self._mask_of, self._grid_of = keep_of, grid_of
         self._records: dict[str, dict[str, Any]] = {}
         self._homes: dict[str, str] = {}
 
@@ -36,26 +44,49 @@ class PackedTensors(PrunedTensors):
 
     def _parts(self, file: str, key: str) -> Iterable[tuple[str, TensorSpec]]:
         spec = self.checkpoint.spec(key)
-        specs, kept = [spec], None
+        specs: list[TensorSpec] = [spec]
+        record: dict[str, Any] = {
+            "shard": file,
+            "dtype": dtype_name(spec.dtype),
+            "shape": list(spec.shape),
+            "kept": None,
+        }
         if key in self.names:
-            left = math.prod(spec.shape) - self.linears[self.names[key]].pruned
-            packed = packed_specs(spec, left)
-            if sum(part.nbytes for part in packed) < spec.nbytes:
-                specs, kept = packed, left
-        shape, dtype = list(spec.shape), dtype_name(spec.dtype)
-        self._records[key] = {"shard": file, "dtype": dtype, "shape": shape, "kept": kept}
-        parts = stored_parts(key, self._records[key])
-        self._homes.update(dict.fromkeys(parts, key))
-        return zip(parts, specs, strict=True)
+            linear = self.linears[self.names[key]]
+            packed = {**record, "kept": math.prod(spec.shape) - linear.pruned}
+            if grid := self._grid_of(self.names[key]):
+                packed |= {"wbits": grid.wbits, "group_size": grid.group_size, "transposed": linear.transposed}
+            parts = list(packed_specs(spec, packed).values())
+            if sum(part.nbytes for part in parts) < spec.nbytes:
+                specs, record = parts, packed
+        self._records[key] = record
+        names = stored_parts(key, record)
+        self._homes.update(dict.fromkeys(names, key))
+        return zip(names, specs, strict=True)
 
     def stored(self, name: str) -> Tensor:
         """A tensor of `plan`."""
         key = self._homes[name]
-        if name == f"{key}.keep":
+        part, grid = name.removeprefix(f"{key}."), self._grid_of(self.names[key]) if key in self.names else None
+        if part == "keep":
             return masks.pack(self._keep(key))
+        if grid is not None and part in ("scales", "zeros"):
+            return grid.scales if part == "scales" else grid.zeros
         value = self.pruned(key)
         self._records[key]["sha256"] = tensor_digest(value)
-        return value if name == key else kept_values(value, self._keep(key))
+        if name == key:
+            return value
+        keep = self._keep(key)
+        values = kept_values(value, keep)
+        if grid is None:
+            return values
+        try:
+            return integers_of(values, keep, grid, self.linears[self.names[key]].transposed)
+        except ValueError:
+            what = (
+                f"the weights of {self.names[key]} in {self.checkpoint.id} are not those that its masks were made with"
+            )
+            raise MismatchError(f"{what}; use what prune --save-model wrote.") from None
 
     def _keep(self, key: str) -> Tensor:
         """The mask as the matrix is stored."""

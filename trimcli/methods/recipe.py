@@ -117,7 +117,7 @@ class Recipe:
     @cached_property
     def scoring(self) -> Score:
         """The score: the method's, or the one that --mask-score names for the update obs."""
-        chosen = self._obs.mask_score if self.updating.options is ObsOptions else None
+        chosen = self.obs.mask_score if self.updating.options is ObsOptions else None
         return SCORES[chosen or self.named.score]
 
     @cached_property
@@ -126,7 +126,8 @@ class Recipe:
         return ROWS[self.rows]
 
     @property
-    def _obs(self) -> ObsOptions:
+    def obs(self) -> ObsOptions:
+        """The options of the update obs, given or not."""
         return next((given for given in self.options if isinstance(given, ObsOptions)), ObsOptions())
 
     @cached_property
@@ -243,7 +244,13 @@ class Recipe:
         )
         for flag, value, owner in misplaced(self.options, self.entries):
             refuse(True, f"{flag} {value} with {named}: it belongs to {owner}, as in sparsegpt")
-        by_block = uneven and self._obs.mask_update == "block"
+        quantized = f"--wbits {self.obs.wbits}"
+        not_obs = self.obs.wbits and self.updating.options is not ObsOptions
+        refuse(not_obs, f"{quantized} with --update {self.updating.name}: only the update obs rounds what stays")
+        other = "it gives what was rounded other values"
+        refuse(self.obs.wbits and self.barber, f"{quantized} with --prune-barber: {other}")
+        refuse(self.obs.wbits and self.reconstructs, f"{quantized} with --reconstruct: {other}")
+        by_block = uneven and self.obs.mask_update == "block"
         refuse(by_block, f"{rows} with --mask-update block: it fixes every row's count for the whole matrix")
 
     def choose(self, weight: Tensor, stats: LinearStats, target: Target, *, keep_zeros: bool = False) -> Outcome:
@@ -266,7 +273,7 @@ class Recipe:
             choice, judged = swapped(weight, choice)
             refined = (judged,)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
-        return Outcome(made.keep, made.weight, made.remarks, (*refined, *made.judged), rows.found)
+        return Outcome(made.keep, made.weight, made.remarks, (*refined, *made.judged), made.grid, rows.found)
 
 
 def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -235,6 +235,9 @@ class PartWriter:
             assert linear.key is not None
             stored = self._passes.skeleton.checkpoint.spec(linear.key).dtype
             self._tensors[f"{linear.name}.weight"] = outcome.weight.to("cpu", stored).contiguous()
+        if outcome.grid is not None:
+            tensors = {"scales": outcome.grid.scales, "zeros": outcome.grid.zeros}
+            self._tensors |= {f"{linear.name}.{kind}": tensor.cpu() for kind, tensor in tensors.items()}
         if outcome.rows is not None:
             self._rows[linear.name] = row_facts(outcome.rows, self._passes.targets[linear.name].sparsity)
             self._tensors.update(row_tensors(linear.name, outcome.rows))

@@ -11,18 +11,21 @@ from trimcli.registry import Entry, Registry
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from trimcli.methods.updates.grid import Grid
+
 
 @dataclass(frozen=True)
 class Updated:
     """What an update made of a matrix: keep, bool [D_out, D_in], and weight, float32, zero outside; None: as it was.
 
-    judged: what held-out samples say of its steps.
+    judged: what held-out samples say of its steps. grid: where kept weights are quantized, what they are values of.
     """
 
     keep: Tensor
     weight: Tensor | None = None
     remarks: tuple[str, ...] = ()
     judged: tuple[Judged, ...] = ()
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

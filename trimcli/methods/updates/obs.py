@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 PANEL = "SparseGPT"
 
 
+def _bits(flag: str, value: int) -> None:
+    if value not in (8, 4):
+        raise OptionError(f"{flag} {value} is not usable; give 8 or 4.")
+
+
 @dataclass(frozen=True)
 class ObsOptions:
     """How OBS scores and updates. Raises OptionError for a value that no matrix could be pruned with."""
@@ -40,9 +45,19 @@ class ObsOptions:
     )
     damping: float = option(0.01, "Damping, relative to the Gram's mean diagonal.", panel=PANEL, check=above_zero)
     block_size: int = option(128, "Columns updated together.", panel=PANEL, check=positive)
+    wbits: int | None = option(
+        None,
+        "8 or 4: the weights that stay are rounded to so many bits, and those to their right make up for that, too.",
+        panel=PANEL,
+        check=_bits,
+    )
+    group_size: int = option(128, "Inputs that share a scale under --wbits.", panel=PANEL, check=positive)
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.wbits and self.block_size % self.group_size and self.group_size % self.block_size:
+            what = f"--group-size {self.group_size} and --block-size {self.block_size} cut through each other"
+            raise OptionError(f"{what}; give one that divides the other, such as {self.block_size} for both.")
 
 
 def factor_of(stats: LinearStats, damping: float) -> Factor:
@@ -71,7 +86,7 @@ def obs_scores(weight: Tensor, stats: LinearStats, options: ObsOptions) -> Tenso
     chooses=True,
 )
 def obs(weight: Tensor, choice: Choice, options: ObsOptions) -> Updated:
-    """Column by column, what stays to the right makes up for what goes.
+    """Column by column, what stays to the right makes up for what goes, and under --wbits for what rounding changes.
 
     weight: float32 [D_out, D_in], left as it is. Columns that never fire become zero, also weights in them that a small
     budget leaves marked as kept. Raises OptionError, ValueError for NaN and other shapes, and what `factorise` raises.
@@ -79,6 +94,7 @@ def obs(weight: Tensor, choice: Choice, options: ObsOptions) -> Updated:
     import torch
 
     from trimcli.methods.masks import refuse_nan, slices
+    from trimcli.methods.updates.grid import Grid
     from trimcli.methods.updates.obs_solver import prune_block
 
     once = _fixed_beforehand(choice, options)
@@ -93,10 +109,14 @@ def obs(weight: Tensor, choice: Choice, options: ObsOptions) -> Updated:
         updated[:, factor.dead] = 0.0
         largest = updated.max()  # NaN goes like a low score, so it may be gone by the end
         keep = choice.of_matrix(updated) if once else torch.ones_like(updated, dtype=torch.bool)
+        grid = None
+        if options.wbits:
+            grid = Grid.empty(options.wbits, options.group_size, (len(weight), inputs), weight.device)
         for columns in slices(inputs, options.block_size):
-            prune_block(updated, keep, factor.upper, columns.start, columns.stop, None if once else choice, stride)
+            what = None if once else choice, stride, grid
+            prune_block(updated, keep, factor.upper, columns.start, columns.stop, *what)
         refuse_nan(torch.stack([largest, updated.max()]))
-    return Updated(keep, updated, factor.report.remarks)
+    return Updated(keep, updated, factor.report.remarks, grid=grid)
 
 
 def _fixed_beforehand(choice: Choice, options: ObsOptions) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from trimcli.errors import TrimError
 from trimcli.methods.choice import Choice
+from trimcli.methods.updates.grid import Grid
 
 _LAST_DAMPING = 1e3
 
@@ -74,9 +75,20 @@ def factorise(gram: Tensor, damping: float = 0.01) -> Factor:
 
 
 def prune_block(
-    updated: Tensor, keep: Tensor, upper: Tensor, start: int, end: int, choice: Choice | None, stride: int
+    updated: Tensor,
+    keep: Tensor,
+    upper: Tensor,
+    start: int,
+    end: int,
+    choice: Choice | None,
+    stride: int,
+    grid: Grid | None = None,
 ) -> None:
-    """Prune columns start..end-1 in place, `stride` of `keep` chosen at a time by a `choice`, and update the rest."""
+    """Prune columns start..end-1 in place, `stride` of `keep` chosen at a time by a `choice`, and update the rest.
+
+    grid: what kept weights are rounded to, each group's from its weights as they are when its first column's turn
+    comes; groups begin with a block or end with it.
+    """
     rows = updated[:, start:end].T.contiguous()  # the inner loop wants a column's weights side by side
     stays = keep[:, start:end].T.contiguous()
     corner = upper[start:end, start:end]
@@ -85,7 +97,16 @@ def prune_block(
         if choice is not None and i % stride == 0:
             reached = slice(i, i + stride)
             stays[reached] = choice.of_columns(rows[reached].T, start + i).T
-        torch.div(rows[i].masked_fill(stays[i], 0.0), corner[i, i], out=errors[i])
+        if grid is None:
+            torch.div(rows[i].masked_fill(stays[i], 0.0), corner[i, i], out=errors[i])
+        else:
+            group, place = divmod(start + i, grid.group_size)
+            if place == 0:
+                here = updated[:, start : start + grid.group_size] if i == 0 else rows[i : i + grid.group_size].T
+                grid.fit(group, here)
+            rounded = grid.values(grid.nearest(rows[i], start + i), start + i).masked_fill_(~stays[i], 0.0)
+            torch.div(rows[i] - rounded, corner[i, i], out=errors[i])
+            rows[i] = rounded
         rows[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
     updated[:, start:end] = rows.masked_fill_(~stays, 0.0).T
     keep[:, start:end] = stays.T
