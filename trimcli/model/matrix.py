@@ -1,17 +1,35 @@
 """One prunable matrix, however its module and its checkpoint hold it.
 
-Everything that prunes sees a matrix as [D_out, D_in]: rows are output features. How that lies in the stored and loaded
-tensor is told by `within` alone, a view, so that what is written through it arrives.
+Everything that prunes sees a matrix as [D_out, D_in]: rows are output features. How that lies in the checkpoint's
+tensor is told by `within` alone, and how in the loaded parameter by `inside`: views, so that what is written through
+them arrives.
 """
 
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from trimcli.errors import InputError
 from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.names import inside_layer
+
+
+class Joined(NamedTuple):
+    """Where a matrix of the checkpoint's lies in a parameter [E, ., D_in] that several of them are joined to."""
+
+    expert: int
+    rows: slice
+
+
+class Piece(NamedTuple):
+    """A checkpoint tensor [D_out, D_in] that is joined with others to one parameter, and where it lies in that."""
+
+    key: str
+    shape: tuple[int, int]
+    joined: Joined
 
 
 @dataclass(frozen=True)
@@ -21,7 +39,8 @@ class Matrix:
     name: full module name. module: what is called with its inputs, and holds it in its parameter `parameter_name`.
     key: the checkpoint tensor that it lies in, None where only a config was read. place: which matrix of a stack
     [E, ., .] it is, None where the tensor holds no other. transposed: whether it is stored as [D_in, D_out], as
-    transformers' `Conv1D` and some stacked experts are. A convolution is [D_out, D_in * height * width].
+    transformers' `Conv1D` and some stacked experts are. A convolution is [D_out, D_in * height * width]. joined: where
+    it is once loaded, for what is joined with others then. routed: whether a router chooses the tokens that reach it.
     """
 
     name: str
@@ -32,6 +51,18 @@ class Matrix:
     transposed: bool = False
     place: int | None = None
     parameter_name: str = "weight"
+    joined: Joined | None = None
+    routed: bool = False
+
+    @property
+    def expert(self) -> int | None:
+        """Which expert's it is of those in the loaded parameter; None where that holds no other matrix."""
+        return self.place if self.joined is None else self.joined.expert
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its loaded parameter holds other matrices, too, so that no module is called for it alone."""
+        return self.expert is not None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,6 +80,10 @@ class Matrix:
         own = own.mT if self.transposed else own
         return own if own.ndim == 2 else own.view(len(own), -1)
 
+    def inside(self, tensor: Tensor) -> Tensor:
+        """The view [D_out, D_in] of the matrix in a tensor of the loaded parameter's form."""
+        return self.within(tensor) if self.joined is None else tensor[self.joined.expert, self.joined.rows]
+
     @property
     def parameter(self) -> Tensor:
         """The loaded tensor that it lies in."""
@@ -58,7 +93,7 @@ class Matrix:
     @property
     def weight(self) -> Tensor:
         """The loaded weight [D_out, D_in], a view: what is written to it is written to the module."""
-        return self.within(self.parameter)
+        return self.inside(self.parameter)
 
     def write(self, weight: Tensor | None, keep: Tensor) -> None:
         """Make the loaded matrix sparse: other values [D_out, D_in] where given, zero outside `keep`, bool likewise."""
@@ -85,23 +120,100 @@ class Matrix:
 
 
 def matrices_in(
-    layer: nn.Module, prefix: str, key_of: Callable[[str], str | None], *, stored: bool, dense: Collection[str] = ()
+    layer: nn.Module,
+    prefix: str,
+    key_of: Callable[[str], str | None],
+    *,
+    stored: bool,
+    dense: Collection[str] = (),
+    experts: Collection[int] = (),
+    pieces: Mapping[str, Sequence[Piece]] | None = None,
 ) -> Iterator[Matrix]:
     """The matrices of a decoder layer, by full name `prefix`, in module order, but for the `dense` parameters.
 
     key_of: parameter name -> checkpoint key, None for what is assembled from several tensors, which is no matrix where
-    there is a checkpoint: `stored`.
+    there is a checkpoint: `stored`. experts: how many the config speaks of. pieces: of what is assembled and known.
     """
     from transformers.pytorch_utils import Conv1D
 
+    lists = _expert_lists(layer, experts)
     for name, module in layer.named_modules():
+        full = f"{prefix}.{name}"
         if not isinstance(module, nn.Linear | Conv1D):
+            for matrix in _stacked(prefix, full, module, key_of, experts, pieces or {}):
+                if f"{full}.{matrix.parameter_name}" not in dense:
+                    yield matrix
             continue
-        key = key_of(f"{prefix}.{name}.weight")
-        if (key is not None or not stored) and f"{prefix}.{name}.weight" not in dense:
+        key = key_of(f"{full}.weight")
+        if (key is not None or not stored) and f"{full}.weight" not in dense:
             transposed = isinstance(module, Conv1D)
             d_out, d_in = reversed(module.weight.shape) if transposed else module.weight.shape
-            yield Matrix(f"{prefix}.{name}", module, d_out, d_in, key, transposed)
+            routed = any(name.startswith(f"{one}.") for one in lists)
+            yield Matrix(full, module, d_out, d_in, key, transposed, routed=routed)
+
+
+def _expert_lists(layer: nn.Module, counts: Collection[int]) -> list[str]:
+    """The lists of a module for each expert: beside them something has a row for each, which routes."""
+    found = []
+    for name, module in layer.named_modules():
+        children = dict(module.named_children())
+        for held, child in children.items():
+            if isinstance(child, nn.ModuleList) and len(child) in counts:
+                beside = [one for other, one in children.items() if other != held]
+                rows = (len(one) for other in beside for one in other.parameters() if one.ndim == 2)
+                if len(child) in rows:
+                    found.append(f"{name}.{held}".removeprefix("."))
+    return found
+
+
+def _stacked(
+    prefix: str,
+    full: str,
+    module: nn.Module,
+    key_of: Callable[[str], str | None],
+    counts: Collection[int],
+    pieces: Mapping[str, Sequence[Piece]],
+) -> Iterator[Matrix]:
+    """The matrices of the experts in a module's own parameters, expert by expert, by the checkpoint's names for them.
+
+    A tensor of its own is a name as it is; of a stack, the stack's with the expert's number behind it.
+    """
+    found: list[tuple[int, Matrix]] = []
+    for kind, transposed in _stacks(module, counts).items():
+        parameter: Tensor = getattr(module, kind)
+        d_out, d_in = parameter.shape[:0:-1] if transposed else parameter.shape[1:]
+        key = key_of(f"{full}.{kind}")
+        for piece in () if transposed else pieces.get(f"{full}.{kind}", ()):
+            name = f"{prefix}.{inside_layer(piece.key).removesuffix('.weight')}"
+            made = Matrix(name, module, *piece.shape, piece.key, parameter_name=kind, joined=piece.joined, routed=True)
+            found.append((piece.joined.expert, made))
+        if key is not None:
+            name = f"{prefix}.{inside_layer(key).removesuffix('.weight')}"
+            one = Matrix(name, module, d_out, d_in, key, transposed, parameter_name=kind, routed=True)
+            found += [(place, replace(one, name=f"{name}.{place}", place=place)) for place in range(len(parameter))]
+    yield from (matrix for _, matrix in sorted(found, key=lambda item: item[0]))
+
+
+def _stacks(module: nn.Module, counts: Collection[int]) -> dict[str, bool]:
+    """The parameters [E, ., .] of a module that hold a matrix for each expert, and whether each is [D_in, D_out].
+
+    As transformers marks the module; else there are two, and the second takes its outputs' features from what the first
+    takes its inputs' from, which tells how both lie.
+    """
+    own = {
+        name: one.shape
+        for name, one in module.named_parameters(recurse=False)
+        if one.ndim == 3 and (len(one) in counts or hasattr(module, "is_transposed"))
+    }
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return {}
+    if hasattr(module, "is_transposed"):
+        return dict.fromkeys(own, bool(module.is_transposed))
+    if len(own) != 2:
+        return {}
+    first, last = own.values()
+    turned, plain = first[1] == last[2], first[2] == last[1]
+    return dict.fromkeys(own, turned) if turned != plain else {}
 
 
 def routers_in(layer: nn.Module, prefix: str, experts: Collection[int]) -> Iterator[str]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trimcli.model.matrix import Joined, Piece
+
 
 @dataclass
 class Conversion:
@@ -31,6 +33,26 @@ class Conversion:
             converter.add_tensor(self.name, key, pattern, load(key))
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+    def joined(self, shape_of: Callable[[str], tuple[int, ...]]) -> list[Piece]:
+        """Where each piece lies in a stack of experts that they make; empty where they are put together otherwise."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist
+
+        steps = [(type(step), getattr(step, "dim", None)) for step in self.converter.operations]
+        merged = (MergeModulelist, 0)
+        if steps not in ([merged], [merged, (Concatenate, 1)]) or len(self.converter.target_patterns) != 1:
+            return []
+        found, start = [], 0
+        for pattern in self.converter.source_patterns:
+            keys = [key for own, key in self.pieces if own == pattern]
+            shapes = {shape_of(key) for key in keys}
+            if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
+                return []
+            rows = slice(start, start + shape[0])
+            found += [Piece(key, (shape[0], shape[1]), Joined(expert, rows)) for expert, key in enumerate(keys)]
+            start = rows.stop
+        return found
 
 
 @dataclass(frozen=True)
@@ -69,6 +91,18 @@ def map_names(model: torch.nn.Module, keys: Iterable[str]) -> NameMap:
             entry = conversions.setdefault(name, Conversion(name, by_pattern[pattern]))
             entry.pieces.append((pattern, key))
     return NameMap(plain, list(conversions.values()))
+
+
+def saved_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """What transformers would save of a model, its weights on the meta device: checkpoint key -> shape."""
+    meta = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:
+        pass
+    else:
+        meta = revert_weight_conversion(model, meta)
+    return {key: tuple(tensor.shape) for key, tensor in meta.items()}
 
 
 def _map_names_v4(model: torch.nn.Module, keys: Iterable[str]) -> NameMap:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +19,7 @@ from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import build_empty, empty, expert_counts, find_decoder_layers, set_parameter
 from trimcli.model.fingerprint import fingerprint_of
 from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
-from trimcli.model.names import NameMap, map_names
+from trimcli.model.names import NameMap, map_names, saved_shapes
 from trimcli.options import RunOptions
 
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -78,17 +78,9 @@ class Skeleton:
         made = {conversion.name for conversion in self._names.conversions}
         if checkpoint.has_weights:
             self._refuse_other_shapes(made)
-        keys = {name: key for name, key in self._names.plain.items() if name not in made}
         self._container, modules = find_decoder_layers(self.model)
         self._kept = dict.fromkeys(self._used_twice(f"{self._container}."), "more than one layer uses it")
-        self._kept |= {conversion.name: "the checkpoint holds it in pieces" for conversion in self._names.conversions}
-        experts = expert_counts(self.config)
-        self.layers: list[DecoderLayer] = []
-        for index, module in enumerate(modules):
-            name = f"{self._container}.{index}"
-            self._kept.update(dict.fromkeys(routers_in(module, name, experts), "it routes or gates"))
-            linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights, dense=self._kept))
-            self.layers.append(DecoderLayer(index, name, module, linears))
+        self.layers = list(self._found_in(self._container, modules))
         self.linears = {linear.name: linear for layer in self.layers for linear in layer.linears}
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -99,6 +91,26 @@ class Skeleton:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full module name -> (D_out, D_in) of every linear."""
         return {name: linear.shape for name, linear in self.linears.items()}
+
+    def _found_in(self, container: str, modules: nn.ModuleList) -> Iterator[DecoderLayer]:
+        """The decoder layers with their matrices; notes what stays dense, and why."""
+        checkpoint, experts, names = self.checkpoint, expert_counts(self.config), self._names
+        shapes = {key: spec.shape for key, spec in checkpoint.specs().items()} if checkpoint.has_weights else {}
+        if experts and not checkpoint.has_weights:  # whose matrices are called what the checkpoint would call them
+            shapes = saved_shapes(self.model)
+            names = map_names(self.model, shapes)
+        pieces = {one.name: one.joined(shapes.__getitem__) for one in names.conversions}
+        whole = {name for name, found in pieces.items() if not found}
+        self._kept |= dict.fromkeys(whole, "the checkpoint holds it in pieces")
+        keys = {name: key for name, key in names.plain.items() if name not in pieces}
+        for index, module in enumerate(modules):
+            name = f"{container}.{index}"
+            self._kept.update(dict.fromkeys(routers_in(module, name, experts), "it routes or gates"))
+            known: dict[str, Any] = {"dense": self._kept, "experts": experts, "pieces": pieces}
+            linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights, **known))
+            if not checkpoint.has_weights:
+                linears = [replace(linear, key=None) for linear in linears]
+            yield DecoderLayer(index, name, module, linears)
 
     def _tied_names(self) -> dict[str, str]:
         """Parameter name -> the name whose checkpoint tensor it shares.
@@ -149,12 +161,14 @@ class Skeleton:
 
     def left_dense(self) -> dict[str, LeftDense]:
         """Matrices inside the decoder layers that are not pruned, by full parameter name, and why."""
-        pruned = {f"{name}.weight" for name in self.linears}
+        pruned = {(linear.module, linear.parameter_name) for linear in self.linears.values()}
         return {
             full: LeftDense(tuple(parameter.shape), self._kept.get(full) or _other_form(parameter))
             for layer in self.layers
-            for name, parameter in layer.module.named_parameters(remove_duplicate=False)
-            if parameter.ndim > 1 and (full := f"{layer.name}.{name}") not in pruned
+            for place, module in layer.module.named_modules(remove_duplicate=False)
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+            if parameter.ndim > 1 and (module, name) not in pruned
+            for full in [".".join(filter(None, (layer.name, place, name)))]
         }
 
     @cached_property

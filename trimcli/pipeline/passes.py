@@ -261,7 +261,7 @@ class PartWriter:
         for linear in self._passes.mine(layer):
             assert linear.key is not None
             value = values.pop(parameter_inside(layer, linear))
-            weight = linear.within(value).to("cpu", checkpoint.spec(linear.key).dtype).contiguous()
+            weight = linear.inside(value).to("cpu", checkpoint.spec(linear.key).dtype).contiguous()
             self._tensors[f"{linear.name}.weight"] = weight
             linear.weight.copy_(weight)
         for name, value in values.items():

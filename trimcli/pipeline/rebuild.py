@@ -37,7 +37,7 @@ def rebuild_layer(
         gradients = None
         if recipe.barber.needs_gradients:
             found = _gradients(walk, layer, block, dense)
-            gradients = {name: linears[name].within(found[name]) for name in mine}
+            gradients = {name: linears[name].inside(found[name]) for name in mine}
         old = {name: keep[name].to(walk.skeleton.device) for name in mine}
         values = {name: sparse[name].to(walk.skeleton.device) for name in mine}
         rebuilt = rebuild(dense, values, old, gradients, patterns, recipe.barber, recipe.numerics)

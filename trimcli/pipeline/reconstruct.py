@@ -88,7 +88,7 @@ def learn_layer(
         weight, keep, importance = pruned[linear.name]
         counts: Counts = pattern[1] if pattern else "matrix" if recipe.refine_rows == "free" else "row"
         name = parameter_inside(layer, linear)
-        matrices.append(Learnable(name, linear.within, weight.to(linear.parameter), keep, importance, counts))
+        matrices.append(Learnable(name, linear.inside, weight.to(linear.parameter), keep, importance, counts))
     title = f"layer {layer.index + 1}/{len(walk.skeleton.layers)} learn masks"
     with _measured(walk, layer) as error, walk.progress.task(title, recipe.refine_steps) as advance:
         training, heldout = _batches(walk, layer, recipe, guide.target, error)
@@ -109,7 +109,7 @@ def reconstruct_layer(
     for linear in layer.linears:
         if linear.name in keep:
             held = torch.ones_like(linear.parameter, dtype=torch.bool)
-            linear.within(held).copy_(keep[linear.name])
+            linear.inside(held).copy_(keep[linear.name])
             masked[parameter_inside(layer, linear)] = held
     vectors = [
         name

@@ -104,7 +104,7 @@ class Splitting:
             parameter = _parameter(linear)
             if parameter.grad is None:  # an expert that no token reached
                 parameter.grad = torch.zeros_like(parameter)
-            linear.within(parameter.grad).add_(linear.weight - self.z[name] + self.u[name], alpha=self.strength)
+            linear.inside(parameter.grad).add_(linear.weight - self.z[name] + self.u[name], alpha=self.strength)
 
     def push(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Count the step; at the end of an interval, and at the end of all, renew z, then u."""
@@ -113,7 +113,7 @@ class Splitting:
             return
         scores = {}
         for name, linear in self.linears.items():
-            moment = linear.within(optimizer.state[_parameter(linear)]["exp_avg_sq"])
+            moment = linear.inside(optimizer.state[_parameter(linear)]["exp_avg_sq"])
             scores[name] = (linear.weight + self.u[name]).square_().mul_(moment + EPSILON)
         self.keep = self.budget.project(scores)
         for name, linear in self.linears.items():

@@ -27,7 +27,7 @@ class Held:
         for linear in linears:
             parameter = getattr(linear.module, linear.parameter_name)
             mine = gone.setdefault(parameter, torch.zeros(parameter.shape, dtype=torch.bool))
-            linear.within(mine).copy_(~keep_of(linear.name))
+            linear.inside(mine).copy_(~keep_of(linear.name))
         self._gone = {parameter: _beside(parameter, mine) for parameter, mine in gone.items()}
 
     def __iter__(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
