@@ -15,6 +15,7 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, masked, parse_size, write_model
 from trimcli.files.manifest import PACKED, PRUNED, check_masks, manifest
 from trimcli.files.masks import MaskFile
+from trimcli.files.names import grouped
 from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.packing import PackedTensors
 from trimcli.model.matrix import Matrix, finite
@@ -103,7 +104,8 @@ def pruned_linear(linear: Matrix, entry: Mapping[str, Any]) -> PrunedLinear:
     """A matrix as a directory records it. entry: of its masks' manifest."""
     assert linear.key is not None
     pattern = tuple(entry["pattern"]) if entry.get("pattern") else None
-    return PrunedLinear(linear.key, linear.shape, linear.transposed, entry["zeros"], entry.get("target"), pattern)
+    where = linear.key, linear.shape, linear.transposed
+    return PrunedLinear(*where, entry["zeros"], entry.get("target"), pattern, linear.place)
 
 
 def masked_weights(
@@ -117,17 +119,22 @@ def masked_weights(
     keep_of(name): bool [D_out, D_in]. new_of(name): the pruned weights [D_out, D_in] where the kept ones changed too.
     What is returned raises InputError on NaN or infinity.
     """
-    by_key = {linear.key: linear for linear in linears}
+    by_key = grouped(linears, lambda linear: linear.key)
 
     def weight_of(key: str) -> Tensor | None:
         if key not in by_key:
             return None
-        linear, stored = by_key[key], finite(checkpoint.load(key), key, checkpoint)
-        weight = new_of(linear.name)
-        if weight is None:
-            weight = masked(linear.within(stored), keep_of(linear.name))
-        whole = (weight.shape, weight.dtype, linear.transposed) == (stored.shape, stored.dtype, False)
-        return weight if whole else linear.replaced(stored, weight)
+        stored = finite(checkpoint.load(key), key, checkpoint)
+        copy: Tensor | None = None
+        for linear in by_key[key]:
+            weight = new_of(linear.name)
+            if weight is None:
+                weight = masked(linear.within(stored), keep_of(linear.name))
+            if (weight.shape, weight.dtype, linear.transposed) == (stored.shape, stored.dtype, False):
+                return weight
+            copy = stored.clone() if copy is None else copy
+            linear.within(copy).copy_(weight)
+        return copy
 
     return weight_of
 

@@ -100,6 +100,7 @@ def _gather(
     what = {"model": skeleton.fingerprint.document(), "tokens": tokens.tolist(), "linears": wanted}
     key = {"stage": "calibrate", **what, **compute, "stats": options.stats}
     shares: dict[str, str] = {}
+    routed: dict[str, int] = {}
     homes: dict[str, Part] = {}
     specs = {"tokens": TensorSpec(torch.int32, tuple(tokens.shape))}
     with Cache(options.cache_dir).parts(key) as parts:
@@ -120,6 +121,7 @@ def _gather(
             for layer in skeleton.layers:
                 part = parts.read(layer.index)
                 shares.update(part.facts["shares"])
+                routed.update(part.facts["routed"])
                 homes.update(dict.fromkeys(part.names, part))
                 specs.update({name: part.spec(name) for name in part.names})
         document = manifest(
@@ -130,6 +132,7 @@ def _gather(
             {"tokens": options.tokens and file_of(options.tokens)},
             stats=list(options.stats),
             shares=shares,
+            **({"routed": routed} if routed else {}),
             nsamples=tokens.shape[0],
             seqlen=tokens.shape[1],
             bos=bos,
@@ -148,4 +151,6 @@ def _write_part(parts: Parts, index: int, collector: Collector) -> None:
     stats, groups = collector.by_linear(), collector.groups
     found = {group.name: stats[group.name].tensors for group in groups}
     tensors = {f"{name}.{kind}": tensor for name, kinds in found.items() for kind, tensor in kinds.items()}
-    parts.write(index, tensors, {"shares": {linear.name: group.name for group in groups for linear in group.linears}})
+    shares = {linear.name: group.name for group in groups for linear in group.linears}
+    tokens = {group.name: stats[group.name].tokens for group in groups if group.routed}
+    parts.write(index, tensors, {"shares": shares, "routed": tokens})

@@ -91,6 +91,9 @@ def export(
     linears = {}
     with progress.task(f"trying {options.to}", len(skeleton.linears)) as step:
         for name, linear in skeleton.linears.items():
+            if linear.stacked:  # no module is there to be replaced
+                step()
+                continue
             linears[name] = _decide(linear, linear.read(checkpoint), dtype, packer, recorded)
             step()
     _refuse(linears, checkpoint.directory, recorded, packer)

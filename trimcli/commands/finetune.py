@@ -16,6 +16,7 @@ from trimcli.files.documents import read_mark
 from trimcli.files.held import DirectoryMasks, Masks
 from trimcli.files.manifest import ModelFingerprint, check_masks
 from trimcli.files.masks import MaskFile
+from trimcli.files.names import kind_of
 from trimcli.files.outputs import check_outputs, check_space, inputs_of
 from trimcli.files.tensors import tensor_digest
 from trimcli.memory import PeakMemory
@@ -130,10 +131,14 @@ class _Session:
         self.masks = self._masks()
         # What says which dense model it came from: the directory, or masks for one that another tool saved.
         self.origin = self.mark or (self.masks.manifest if self.masks else {})
-        names = self.masks.names if self.masks else list(self.skeleton.linears)
+        alone = {name: linear for name, linear in self.skeleton.linears.items() if not linear.stacked}
+        names = self.masks.names if self.masks else list(alone)
+        if joined := [name for name in names if name not in alone]:
+            what = f"{joined[0]} in {model} is pruned, and experts that share one parameter cannot be trained yet"
+            raise InputError(f"{what}; give a model that was pruned with --skip '*.{kind_of(joined[0])}'.")
         self.linears = [self.skeleton.linears[name] for name in names]
         self.goal = goal_of(options, self.skeleton, self.linears, self.masks) if options.mode == "admm" else None
-        self.chosen = adapted(self.skeleton.linears, options.targets) if options.mode == "lora" else []
+        self.chosen = adapted(alone, options.targets) if options.mode == "lora" else []
         self.samples = split(self._blocks(), str(options.tokens or options.dataset))
         self.teacher = self._teacher()
         self.plan = make_plan(

@@ -15,6 +15,7 @@ from trimcli.errors import CheckFailed, InputError, MismatchError
 from trimcli.files import forms
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.directory import matrix_in
 from trimcli.files.documents import read_json, refuse_later
 from trimcli.files.forms import Each, Must, check_form
 from trimcli.files.manifest import MASKS, PACKED, PRUNED, ModelFingerprint, check_masks, is_intact
@@ -158,8 +159,7 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
         entry = document["linears"][name]
         if entry["key"] not in stored:
             raise InputError(f"{path} holds no tensor {entry['key']}")
-        weight = checkpoint.load(entry["key"])
-        return (weight.T if entry["transposed"] else weight) != 0
+        return matrix_in(checkpoint.load(entry["key"]), entry) != 0
 
     return _read_back(report, document, read, progress, found)
 

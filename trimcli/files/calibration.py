@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimcli.errors import InputError
-from trimcli.files.forms import MODEL, TEXT, Each, Must, check_form
+from trimcli.files.forms import COUNT, MODEL, TEXT, Each, Must, check_form
 from trimcli.files.manifest import CALIBRATION, SEAL, ModelFingerprint, check_model, is_intact
 from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, spec_of
 from trimcli.methods.stats import LinearStats, stored_statistics
@@ -17,6 +17,7 @@ META = torch.device("meta")
 FORM = {
     "stats": Must([Must(TEXT)]),
     "shares": Must(Each(Must(TEXT))),
+    "routed": Each(Must(COUNT)),
     "model": MODEL,
     "bos": TEXT,
     "commands": [Must(TEXT)],
@@ -67,15 +68,16 @@ class CalibrationFile:
         stored = self.manifest["shares"].get(name)
         if stored is None:
             raise InputError(f"{self.path} holds no statistics of {name}; calibrate this model again.")
-        found = {}
+        found, tokens = {}, (self.manifest.get("routed") or {}).get(stored)
         for option, one in stored_statistics().items():
             key = f"{stored}.{one.name}"
-            if option in self.manifest["stats"]:
+            too_few = tokens is not None and one.routed is not None and tokens < one.routed.least(self.nsamples)
+            if option in self.manifest["stats"] and not too_few:
                 spec = spec_of(self._handle, key, self.path) if key in self._names else None
                 if spec != TensorSpec.of(one.finish(one(d_in, self.nsamples, META, options=None))):
                     raise InputError(f"{self.path} holds no whole {option} of {name}; calibrate this model again.")
                 found[one.name] = self._handle.get_tensor(key)
-        return LinearStats(**found)
+        return LinearStats(tokens, **found)
 
 
 def _are_tokens(spec: TensorSpec) -> bool:

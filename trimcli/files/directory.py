@@ -1,9 +1,10 @@
 """Writing a pruned model directory: an ordinary Hugging Face one, streamed from shard to shard.
 
-Its `trim.json` is the manifest, and per pruned linear where it is (`key`, `shape` [D_out, D_in], `transposed`), what
-was asked (`target`, `pattern`), how many weights its mask took (`pruned`), its exact number of `zeros`, and
-`keep_sha256`, the SHA-256 of the packed bits of `weight != 0`; and of the kept weights that are zero, where there are
-some, the places in row order, `kept_zeros`, so that directory and `trim.json` together tell the mask.
+Its `trim.json` is the manifest, and per pruned linear where it is (`key`, `shape` [D_out, D_in], `transposed`, and of
+a stack of matrices its `place` there), what was asked (`target`, `pattern`), how many weights its mask took (`pruned`),
+its exact number of `zeros`, and `keep_sha256`, the SHA-256 of the packed bits of `weight != 0`; and of the kept weights
+that are zero, where there are some, the places in row order, `kept_zeros`, so that directory and `trim.json` together
+tell the mask.
 """
 
 import re
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import OptionError
+from trimcli.errors import InputError, OptionError
 from trimcli.files.atomic import MARK, atomic_directory
 from trimcli.files.card import with_card
 from trimcli.files.checkpoint import CONFIG, SAFE_INDEX, SAFE_SINGLE, Checkpoint
 from trimcli.files.documents import write_json
 from trimcli.files.manifest import COMMAND_LINE, with_linears
 from trimcli.files.masks import keep_digest
+from trimcli.files.names import grouped
 from trimcli.files.outputs import check_space
 from trimcli.files.tensors import TensorSpec, bit_view, nonzero, write_tensors
 from trimcli.methods import masks
@@ -36,7 +38,10 @@ LISTED = 1 << 16
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """A pruned matrix as recorded: [D_in, D_out] if `transposed`; weights its mask takes; (kept, group) of N:M."""
+    """A pruned matrix as recorded: [D_in, D_out] if `transposed`; weights its mask takes; (kept, group) of N:M.
+
+    place: which one it is of the stack [E, ., .] that the tensor is, None where it is a matrix itself.
+    """
 
     key: str
     shape: tuple[int, int]
@@ -44,6 +49,7 @@ class PrunedLinear:
     pruned: int
     target: float | None = None
     pattern: tuple[int, int] | None = None
+    place: int | None = None
 
     @classmethod
     def from_entry(cls, entry: Mapping[str, Any]) -> "PrunedLinear":
@@ -53,14 +59,32 @@ class PrunedLinear:
         pattern = tuple(entry["pattern"]) if entry.get("pattern") else None
         return cls(**{**fields, "shape": tuple(entry["shape"]), "pattern": pattern})
 
+    def within(self, tensor: Tensor) -> Tensor:
+        """The matrix [D_out, D_in] in the stored tensor, a view."""
+        own = tensor if self.place is None else tensor[self.place]
+        return own.T if self.transposed else own
+
     def entry(self, weight: Tensor, keep: Tensor | None = None) -> dict[str, Any]:
         """The record of the matrix as written; `weight` is the stored tensor, `keep` its mask, bool [D_out, D_in]."""
-        there = nonzero(weight.T if self.transposed else weight)
+        there = nonzero(self.within(weight))
         zeros = there.numel() - int(np.count_nonzero(there.numpy()))
         found = {**asdict(self), "zeros": zeros, "keep_sha256": keep_digest(masks.pack(there))}
+        if self.place is None:
+            del found["place"]
         if keep is None or not 0 < zeros - self.pruned <= LISTED:
             return found
         return {**found, "kept_zeros": (keep & ~there).flatten().nonzero().squeeze(1).tolist()}
+
+
+def matrix_in(tensor: Tensor, entry: Mapping[str, Any]) -> Tensor:
+    """The matrix that an entry of `linears` in `trim.json` tells of in its tensor, a view.
+
+    Raises InputError where the tensor is no stack that has its place.
+    """
+    place = entry.get("place")
+    if place is not None and not (tensor.ndim == 3 and place < len(tensor)):
+        raise InputError(f"{entry['key']} is of shape {list(tensor.shape)}, no stack of {place + 1} matrices or more")
+    return PrunedLinear.from_entry(entry).within(tensor)
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,7 @@ class PrunedTensors:
         keep_of: Callable[[str], Tensor | None] = lambda _: None,
     ) -> None:
         self.checkpoint, self.linears, self._weight_of, self._keep_of = checkpoint, linears, weight_of, keep_of
-        self.names = {linear.key: name for name, linear in linears.items()}
+        self.names = grouped(linears, lambda name: linears[name].key)
         self.entries: dict[str, dict[str, Any]] = {}
 
     def plan(self, shards: Mapping[str, list[str]]) -> dict[str, dict[str, TensorSpec]]:
@@ -163,9 +187,8 @@ class PrunedTensors:
         """A checkpoint tensor, pruned; of a matrix, `entries` holds from then on what `trim.json` records."""
         replaced = self._weight_of(key)
         value = self.checkpoint.load(key) if replaced is None else replaced
-        if key in self.names:
-            name = self.names[key]
-            rows = value.T if self.linears[name].transposed else value
+        for name in self.names.get(key, ()):
+            rows = self.linears[name].within(value)
             more = rows.numel() - int(rows.count_nonzero()) > self.linears[name].pruned
             self.entries[name] = self.linears[name].entry(value, self._keep_of(name) if more else None)
         return value

@@ -72,7 +72,13 @@ MASKED_LINEAR = {
     "wbits": WBITS,
     "group_size": SIZE,
 }
-PRUNED_LINEAR = {**MASKED_LINEAR, "key": Must(TEXT), "transposed": Must(FLAG), "kept_zeros": [Must(COUNT)]}
+PRUNED_LINEAR = {
+    **MASKED_LINEAR,
+    "key": Must(TEXT),
+    "transposed": Must(FLAG),
+    "place": COUNT,
+    "kept_zeros": [Must(COUNT)],
+}
 # Of a prune's manifest, and of what carries it.
 PRUNING = {
     "numerics": TEXT,

@@ -10,6 +10,7 @@ from torch import Tensor
 from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.directory import matrix_in
 from trimcli.files.documents import read_mark, refuse_later
 from trimcli.files.forms import MODEL, PRUNED_LINEAR, Each, Must, check_form
 from trimcli.files.manifest import PACKED, PRUNED, is_intact
@@ -100,7 +101,7 @@ def mask_in(checkpoint: Checkpoint, entry: Mapping[str, Any]) -> Tensor | None:
     """
     packed = checkpoint.keep_bits(entry["key"])
     stored = checkpoint.load(entry["key"]) != 0 if packed is None else packed
-    keep = (stored.T if entry["transposed"] else stored).contiguous()
+    keep = matrix_in(stored, entry).contiguous()
     if packed is not None:
         return keep
     zeros = keep.numel() - int(keep.count_nonzero())

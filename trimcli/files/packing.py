@@ -51,10 +51,10 @@ class PackedTensors(PrunedTensors):
             "shape": list(spec.shape),
             "kept": None,
         }
-        if key in self.names:
-            linear = self.linears[self.names[key]]
+        if key in self.names and len(spec.shape) == 2:
+            linear = self.linears[self._only(key)]
             packed = {**record, "kept": math.prod(spec.shape) - linear.pruned}
-            if grid := self._grid_of(self.names[key]):
+            if grid := self._grid_of(self._only(key)):
                 packed |= {"wbits": grid.wbits, "group_size": grid.group_size, "transposed": linear.transposed}
             parts = list(packed_specs(spec, packed).values())
             if sum(part.nbytes for part in parts) < spec.nbytes:
@@ -67,7 +67,7 @@ class PackedTensors(PrunedTensors):
     def stored(self, name: str) -> Tensor:
         """A tensor of `plan`."""
         key = self._homes[name]
-        part, grid = name.removeprefix(f"{key}."), self._grid_of(self.names[key]) if key in self.names else None
+        part, grid = name.removeprefix(f"{key}."), self._grid_of(self._only(key)) if key in self.names else None
         if part == "keep":
             return masks.pack(self._keep(key))
         if grid is not None and part in ("scales", "zeros"):
@@ -81,18 +81,19 @@ class PackedTensors(PrunedTensors):
         if grid is None:
             return values
         try:
-            return integers_of(values, keep, grid, self.linears[self.names[key]].transposed)
+            return integers_of(values, keep, grid, self.linears[self._only(key)].transposed)
         except ValueError:
-            what = (
-                f"the weights of {self.names[key]} in {self.checkpoint.id} are not those that its masks were made with"
-            )
+            what = f"the weights of {self._only(key)} in {self.checkpoint.id} are not those that its masks were made with"
             raise MismatchError(f"{what}; use what prune --save-model wrote.") from None
 
     def _keep(self, key: str) -> Tensor:
         """The mask as the matrix is stored."""
-        name = self.names[key]
-        keep = self._mask_of(name)
-        return keep.T.contiguous() if self.linears[name].transposed else keep
+        keep = self._mask_of(self._only(key))
+        return keep.T.contiguous() if self.linears[self._only(key)].transposed else keep
+
+    def _only(self, key: str) -> str:
+        """The matrix that a tensor is, by name; of a stack, which stays as it is, there would be several."""
+        return self.names[key][0]
 
     def finish(self, directory: Path, shards: Mapping[str, list[str]]) -> dict[str, Any]:
         """What `trim.json` says of the files of `plan`."""

@@ -168,7 +168,7 @@ def _products(model: str, device: torch.device, options: BenchOptions, progress:
     recorded = forms.pruned_names(checkpoint)
     shapes: dict[tuple[int, int], list[Matrix]] = {}
     for linear in sorted(skeleton.linears.values(), key=lambda linear: -linear.numel):
-        if recorded is None or linear.name in recorded:
+        if not linear.stacked and (recorded is None or linear.name in recorded):
             shapes.setdefault(linear.shape, []).append(linear)
     bandwidth, races = copy_bandwidth(options.repeat, device), []
     with progress.task("racing products", len(shapes) + 1) as step:
@@ -212,7 +212,8 @@ def _forms(
         yield measured(exported.to, len(exported.sparse), _bytes_on_disk(exported))
         return
     recorded = forms.pruned_names(checkpoint)
-    pruned = [name for name, share in zeros_of.items() if forms.was_pruned(name, share, recorded)]
+    alone = {name: share for name, share in zeros_of.items() if not skeleton.linears[name].stacked}
+    pruned = [name for name, share in alone.items() if forms.was_pruned(name, share, recorded)]
     if pruned and (sparse := _make_sparse(skeleton, pruned)):
         yield measured("csr" if device.type == "cpu" else "semi-structured", sparse, None)
     if pruned:

@@ -40,9 +40,10 @@ def _rate(flag: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Outcome(Updated):
-    """What became of one matrix. rows: what a search tells of them."""
+    """What became of one matrix. rows: what a search tells of them. fewer: what too few tokens made of the recipe."""
 
     rows: RowResult | None = None
+    fewer: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,9 @@ class Recipe:
         f"Samples a step, of --refine learned too (default: about {STEP_TOKENS:,} tokens).",
         panel=RECONSTRUCTION,
         check=positive,
+    )
+    min_expert_tokens: int = option(
+        1, "Experts that fewer tokens reached are pruned by magnitude.", panel="Mixtures of experts", check=positive
     )
     barber: BarberOptions | None = None
     options: tuple[Any, ...] = ()
@@ -189,6 +193,7 @@ class Recipe:
             "refine": self._refinement(),
             "target": None if self.target == "pruned" else self.target,
             "reconstruct": self._reconstruction(),
+            "min_expert_tokens": self.min_expert_tokens,
             "options": {entry.name: asdict(self.options_of(entry)) for entry in self.entries if entry.options},
         }
 
@@ -253,6 +258,23 @@ class Recipe:
         by_block = uneven and self.obs.mask_update == "block"
         refuse(by_block, f"{rows} with --mask-update block: it fixes every row's count for the whole matrix")
 
+    def for_tokens(self, stats: LinearStats) -> Recipe:
+        """The recipe itself, or what is left of it where too few tokens reached an expert for statistics it reads.
+
+        Below `min_expert_tokens` that is magnitude.
+        """
+        if stats.tokens is None or not self.needs:
+            return self
+        if stats.tokens < self.min_expert_tokens:
+            return replace(self, method="magnitude", rows="even", update="none", refine="none")
+        missing = {name for name in self.needs if name not in stats.tensors}
+        rows = "even" if self.allocating.needs & missing else self.rows
+        if not missing:
+            return self
+        update = "none" if self.updating.needs & missing else self.update
+        refine = "none" if self.refine == "swaps" and HELDOUT.name in missing else self.refine
+        return replace(self, rows=rows, update=update, refine=refine)
+
     def choose(self, weight: Tensor, stats: LinearStats, target: Target, *, keep_zeros: bool = False) -> Outcome:
         """The mask and, where the update changes them, the new weights of one matrix [D_out, D_in], any float dtype.
 
@@ -260,6 +282,11 @@ class Recipe:
         """
         import torch
 
+        fewer = self.for_tokens(stats)
+        if fewer is not self:
+            made = fewer.choose(weight, LinearStats(**stats.tensors), target, keep_zeros=keep_zeros)
+            reached = f"{stats.tokens:,} tokens" if stats.tokens else "no token"
+            return replace(made, fewer=f"{reached} reached it, so it is pruned {_without(self, fewer)}")
         weight = weight.float()
         if target.pattern and target.pattern[0] == target.pattern[1]:
             # A mixed N:M allocation may leave a layer whole.
@@ -274,6 +301,16 @@ class Recipe:
             refined = (judged,)
         made = self.updating(weight, choice, options=self.options_of(self.updating))
         return Outcome(made.keep, made.weight, made.remarks, (*refined, *made.judged), made.grid, rows.found)
+
+
+def _without(recipe: Recipe, fewer: Recipe) -> str:
+    """What is left of a recipe, in words."""
+    if recipe.method != fewer.method:
+        return f"by {fewer.method}"
+    gone = [recipe.rows] if recipe.rows != fewer.rows else []
+    gone += [recipe.updating.name] if recipe.updating is not fewer.updating else []
+    gone += [recipe.refine] if recipe.refine != fewer.refine else []
+    return f"without {' and '.join(gone)}"
 
 
 def check_patterns(targets: Mapping[str, Target], shapes: Mapping[str, tuple[int, int]]) -> None:

@@ -21,6 +21,22 @@ _COLUMNS = 1 << 18
 HELDOUT_SHARE = 8
 
 
+@dataclass(frozen=True)
+class Routed:
+    """How a statistic is gathered of the tokens that a router sends to one expert, in any number.
+
+    start(d_in, nsamples, device[, options]): what it is gathered in. add(gathered, tokens [T, D_in], seen, N): takes in
+    some, `seen` having come before. finish(gathered, N): what methods read. nbytes(d_in, nsamples): memory. least(N):
+    tokens without which it tells nothing.
+    """
+
+    add: Callable[[Tensor, Tensor, int, int], None]
+    start: Callable[..., Tensor] | None = None
+    finish: Callable[[Tensor, int], Tensor] = lambda gathered, nsamples: gathered
+    nbytes: Callable[[int, int], int] | None = None
+    least: Callable[[int], int] = lambda nsamples: 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Statistic(Entry):
     """A statistic: function(d_in, nsamples, device) gives the tensor it is gathered in.
@@ -28,7 +44,8 @@ class Statistic(Entry):
     add(gathered, inputs [n, L, D_in], samples, N): takes in a batch, `samples` its slice of 0..N-1. finish(gathered):
     what methods read. columns(tensor, slice): its part of some columns. nbytes(d_in, nsamples): memory, and `copies`
     more of it while a matrix is pruned. stored: its name in `calibrate --stats`; None for what is only collected while
-    pruning. paired: `add` takes the dense model's inputs of the batch, too, as its last argument.
+    pruning. paired: `add` takes the dense model's inputs of the batch, too, as its last argument. routed: how it is
+    gathered for an expert, None where it cannot be.
     """
 
     add: Callable[..., None]
@@ -38,6 +55,7 @@ class Statistic(Entry):
     stored: str | None = None
     copies: int = 0
     paired: bool = False
+    routed: Routed | None = None
 
 
 STATISTICS = Registry("statistic", "--stats", Statistic)
@@ -56,10 +74,14 @@ def stored_statistics() -> dict[str, Statistic]:
 
 
 class LinearStats:
-    """Tensors by statistic of one linear, or of those that share its input, on one device. place: of which columns."""
+    """Tensors by statistic of one linear, or of those that share its input, on one device. place: of which columns.
 
-    def __init__(self, **tensors: Tensor | None) -> None:
+    tokens: how many reached an expert; None where all do. A statistic that these are too few for is not there.
+    """
+
+    def __init__(self, tokens: int | None = None, /, **tensors: Tensor | None) -> None:
         self.tensors: Mapping[str, Tensor] = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self.tokens = tokens
         self._derived: dict[Hashable, Any] = {}
         self.place = slice(None)
 
@@ -89,7 +111,7 @@ class LinearStats:
 
     def with_(self, **tensors: Tensor | None) -> LinearStats:
         """The same with other tensors in the place of some; what `once` gives stays."""
-        found = LinearStats(**{**self.tensors, **tensors})
+        found = LinearStats(self.tokens, **{**self.tensors, **tensors})
         found._derived, found.place = self._derived, self.place
         return found
 
@@ -109,7 +131,7 @@ class LinearStats:
         return found
 
 
-def _zeros(shape: tuple[int, int], device: torch.device, dtype: str = "float32") -> Tensor:
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: str = "float32") -> Tensor:
     import torch
 
     return torch.zeros(shape, device=device, dtype=getattr(torch, dtype))
@@ -194,6 +216,43 @@ def _add_heldout_dense(gathered: Tensor, inputs: Tensor, samples: slice, nsample
     _add_heldout(gathered, dense, samples, nsamples)
 
 
+def _add_routed_squares(gathered: Tensor, tokens: Tensor, seen: int, nsamples: int) -> None:
+    gathered += tokens.float().square().sum(dim=0, dtype=gathered.dtype)
+
+
+def _add_drawn(gathered: Tensor, tokens: Tensor, seen: int, nsamples: int) -> None:
+    """Keep N of all tokens, each as likely as any other (Vitter 1985, algorithm R); draws hang on counts alone."""
+    import numpy as np
+    import torch
+
+    draws = np.random.Generator(np.random.PCG64(0).advance(seen)).random(len(tokens))
+    numbers = np.arange(seen, seen + len(tokens))
+    places = np.where(numbers < nsamples, numbers, np.floor(draws * (numbers + 1)).astype(np.int64))
+    last = {int(place): number for number, place in enumerate(places) if place < nsamples}
+    if last:
+        to, of = (torch.tensor(list(some), device=tokens.device) for some in (last, last.values()))
+        gathered[:, to] = tokens[of].T.float()
+
+
+def _add_routed_gram(gathered: Tensor, tokens: Tensor, seen: int, nsamples: int) -> None:
+    _add_gram(gathered, tokens, slice(None), nsamples)
+
+
+def _held_out(tokens: Tensor, seen: int) -> Tensor:
+    """Which tokens are held out of what is fitted, bool [T]: one in so many, as they come."""
+    import torch
+
+    return torch.arange(seen + 1, seen + 1 + len(tokens), device=tokens.device) % HELDOUT_SHARE == 0
+
+
+def _add_routed_fitting(gathered: Tensor, tokens: Tensor, seen: int, nsamples: int) -> None:
+    _add_gram(gathered, tokens[~_held_out(tokens, seen)], slice(None), fitting_samples(nsamples))
+
+
+def _add_routed_heldout(gathered: Tensor, tokens: Tensor, seen: int, nsamples: int) -> None:
+    _add_gram(gathered, tokens[_held_out(tokens, seen)], slice(None), max(1, nsamples - fitting_samples(nsamples)))
+
+
 @dataclass(frozen=True)
 class GramOptions:
     """How the Gram is accumulated. Raises OptionError for another dtype."""
@@ -216,6 +275,12 @@ SQNORM = statistic(
     finish=lambda gathered: gathered.double().mean(dim=0).float(),
     nbytes=lambda d_in, nsamples: 4 * d_in * nsamples,
     stored="norms",
+    routed=Routed(
+        _add_routed_squares,
+        start=lambda d_in, nsamples, device: _zeros((d_in,), device, "float64"),
+        finish=lambda gathered, nsamples: (gathered / nsamples).float(),
+        nbytes=lambda d_in, nsamples: 8 * d_in,
+    ),
 )
 INPUTS = statistic(
     "inputs",
@@ -225,6 +290,7 @@ INPUTS = statistic(
     add=_add_inputs,
     nbytes=lambda d_in, nsamples: 4 * d_in * nsamples,
     stored="inputs",
+    routed=Routed(_add_drawn, least=lambda nsamples: nsamples),
 )
 
 
@@ -242,10 +308,21 @@ def _gram_like(name: str, add: Callable[..., None], help: str, **more: Any) -> S
     )
 
 
-GRAM = _gram_like("gram", _add_gram, "Gram H = (2/N) * sum_j X_j^T X_j", copies=5)
+GRAM = _gram_like("gram", _add_gram, "Gram H = (2/N) * sum_j X_j^T X_j", copies=5, routed=Routed(_add_routed_gram))
 # A sample is in one of the two, so that together they take no longer to gather than the Gram.
-FITTING = _gram_like("fitting", _add_fitting, "Gram of all samples but those held out", copies=5)
-HELDOUT = _gram_like("heldout", _add_heldout, "Gram of the held-out samples, the last eighth")
+FITTING = _gram_like(
+    "fitting",
+    _add_fitting,
+    "Gram of all samples but those held out",
+    copies=5,
+    routed=Routed(_add_routed_fitting, least=lambda nsamples: 2 * HELDOUT_SHARE),
+)
+HELDOUT = _gram_like(
+    "heldout",
+    _add_heldout,
+    "Gram of the held-out samples, the last eighth",
+    routed=Routed(_add_routed_heldout, least=lambda nsamples: 2 * HELDOUT_SHARE),
+)
 # Of the dense model's inputs Z_j and the pruned one's X_j of the same samples.
 CROSS = _gram_like("cross", _add_fitting_cross, "sum_j Z_j^T X_j of all samples but these", paired=True, copies=1)
 HELDOUT_CROSS = _gram_like("heldout_cross", _add_heldout_cross, "the same of the held-out samples", paired=True)

@@ -21,7 +21,8 @@ class Joined(NamedTuple):
     """Where a matrix of the checkpoint's lies in a parameter [E, ., D_in] that several of them are joined to."""
 
     expert: int
-    rows: slice
+    start: int
+    stop: int
 
 
 class Piece(NamedTuple):
@@ -82,7 +83,9 @@ class Matrix:
 
     def inside(self, tensor: Tensor) -> Tensor:
         """The view [D_out, D_in] of the matrix in a tensor of the loaded parameter's form."""
-        return self.within(tensor) if self.joined is None else tensor[self.joined.expert, self.joined.rows]
+        if self.joined is None:
+            return self.within(tensor)
+        return tensor[self.joined.expert, self.joined.start : self.joined.stop]
 
     @property
     def parameter(self) -> Tensor:

@@ -1,5 +1,6 @@
 """Module names against checkpoint names, by transformers' own mapping: what it would load is what is pruned."""
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterable
@@ -34,7 +35,6 @@ class Conversion:
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-
     def joined(self, shape_of: Callable[[str], tuple[int, ...]]) -> list[Piece]:
         """Where each piece lies in a stack of experts that they make; empty where they are put together otherwise."""
         from transformers.core_model_loading import Concatenate, MergeModulelist
@@ -49,9 +49,9 @@ class Conversion:
             shapes = {shape_of(key) for key in keys}
             if len(shapes) != 1 or len(shape := shapes.pop()) != 2:
                 return []
-            rows = slice(start, start + shape[0])
-            found += [Piece(key, (shape[0], shape[1]), Joined(expert, rows)) for expert, key in enumerate(keys)]
-            start = rows.stop
+            stop = start + shape[0]
+            found += [Piece(key, (shape[0], shape[1]), Joined(expert, start, stop)) for expert, key in enumerate(keys)]
+            start = stop
         return found
 
 
@@ -96,11 +96,9 @@ def map_names(model: torch.nn.Module, keys: Iterable[str]) -> NameMap:
 def saved_shapes(model: Any) -> dict[str, tuple[int, ...]]:
     """What transformers would save of a model, its weights on the meta device: checkpoint key -> shape."""
     meta = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
-    try:
+    with contextlib.suppress(ImportError):  # version 4 saves everything as it is
         from transformers.core_model_loading import revert_weight_conversion
-    except ImportError:
-        pass
-    else:
+
         meta = revert_weight_conversion(model, meta)
     return {key: tuple(tensor.shape) for key, tensor in meta.items()}
 

@@ -1,8 +1,8 @@
 """What hooks gather from the inputs of a layer's linears; those that share an input share its statistics."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,14 @@ from trimcli.files.names import grouped, inside_layer
 from trimcli.methods.stats import STATISTICS, LinearStats, Statistic
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
+from trimcli.pipeline.routed import watching_experts
 
 
 @dataclass(frozen=True)
 class InputGroup:
     """Linears of one layer that read the same tensor, in module order; groups are in order of execution.
 
-    once: whether the layer calls each of them once.
+    once: whether the layer calls each of them once, with every token.
     """
 
     linears: tuple[Matrix, ...]
@@ -36,12 +37,21 @@ class InputGroup:
         """Input features."""
         return self.linears[0].d_in
 
+    @property
+    def routed(self) -> bool:
+        """Whether only the tokens of one expert come here."""
+        return self.linears[0].routed
+
 
 def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[str] | None = None) -> list[InputGroup]:
     """The layer's input groups of the `wanted` linears, seen in one pass `run`. Raises TrimError for one not called."""
     mine = {linear.name: linear for linear in layer.linears if wanted is None or linear.name in wanted}
     seen: dict[int, Tensor] = {}  # the tensors, which must live for their ids to stay theirs
-    read: dict[str, list[int]] = {}
+    read: dict[str, list[Hashable]] = {}
+
+    def note_stack(members: list[Matrix], *_: Any) -> None:
+        for linear in sorted(members, key=lambda one: list(one.module._parameters).index(one.parameter_name)):
+            read.setdefault(linear.name, [(linear.module, linear.parameter_name, linear.expert)])
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         seen[id(args[0])] = args[0]
@@ -49,8 +59,15 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
 
     with ExitStack() as hooks:
         for name, linear in mine.items():
-            hooks.enter_context(linear.module.register_forward_pre_hook(partial(note, name)))
+            if not linear.stacked:
+                hooks.enter_context(linear.module.register_forward_pre_hook(partial(note, name)))
+        stacks = grouped((linear for linear in mine.values() if linear.stacked), lambda linear: linear.module)
+        for module, members in stacks.items():
+            hooks.enter_context(module.register_forward_pre_hook(partial(note_stack, members)))
         run()
+    for name, linear in mine.items():
+        if linear.routed and not linear.stacked:  # other samples' tokens may reach it
+            read.setdefault(name, [name])
     if unused := [name for name in mine if name not in read]:
         globs = dict.fromkeys(f"--skip '*.{_part(name, mine, unused)}'" for name in unused)
         what = f"{unused[0]} is never called by its layer, so it has no inputs"
@@ -59,7 +76,8 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
     groups = grouped(read, lambda name: read[name][0] if len(read[name]) == 1 else name)
     return [
         InputGroup(
-            tuple(mine[name] for name in mine if name in names), once=all(len(read[name]) == 1 for name in names)
+            tuple(mine[name] for name in mine if name in names),
+            once=all(len(read[name]) == 1 and not mine[name].routed for name in names),
         )
         for names in groups.values()
     ]
@@ -96,6 +114,7 @@ class Collector:
     _paired: dict[str, list[Tensor]] = field(default_factory=dict)
     _pairing: bool = False
     _gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _tokens: dict[str, int] = field(default_factory=dict)
     _samples: slice = field(default_factory=lambda: slice(0, 0))
     _leaves: bool = False
     _left: int = 0
@@ -103,9 +122,13 @@ class Collector:
     def reset(self) -> None:
         """Forget everything: before the first batch, and when a pass starts over."""
         self._gathered = {group.name: {} for group in self.groups}
+        self._tokens = {group.name: 0 for group in self.groups if group.routed}
         for one in (STATISTICS[name] for name in sorted(self.needs)):
             for group in self.groups:
-                start = one(group.d_in, self.nsamples, self.device, options=self.options_of(one))
+                entry = one
+                if group.routed and one.routed and one.routed.start:
+                    entry = replace(one, function=one.routed.start)
+                start = entry(group.d_in, self.nsamples, self.device, options=self.options_of(one))
                 self._gathered[group.name][one.name] = start
 
     @contextmanager
@@ -113,9 +136,14 @@ class Collector:
         """Hook the first linear of every group for the duration. leaves: a layer may be left with `LeftEarly`."""
         self._leaves = leaves and all(group.once for group in self.groups)
         with ExitStack() as hooks:
+            experts = {}
             for group in self.groups:
-                module = group.linears[0].module
-                hooks.enter_context(module.register_forward_pre_hook(partial(self._take_in, group.name)))
+                first, take = group.linears[0], self._take_routed if group.routed else self._take_in
+                if first.stacked:
+                    experts[first] = partial(self._take_tokens, group.name)
+                else:
+                    hooks.enter_context(first.module.register_forward_pre_hook(partial(take, group.name)))
+            hooks.enter_context(watching_experts(experts))
             yield
 
     @contextmanager
@@ -152,12 +180,30 @@ class Collector:
         if self._leaves and not self._left:
             raise LeftEarly
 
+    def _take_routed(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+        """The hook of the group `name` of an expert that is a module of its own."""
+        self._take_tokens(name, args[0].detach().flatten(0, -2))
+
+    def _take_tokens(self, name: str, tokens: Tensor) -> None:
+        """Some tokens [T, D_in] that an expert was given."""
+        tokens = tokens[tokens[:, 0].argsort()]  # each kernel has an order of its own
+        for key, gathered in self._gathered[name].items():
+            routed = STATISTICS[key].routed
+            assert routed is not None, "refused before anything is gathered"
+            routed.add(gathered, tokens, self._tokens[name], self.nsamples)
+        self._tokens[name] += len(tokens)
+
     def by_linear(self) -> dict[str, LinearStats]:
         """Full module name -> its group's statistics. Raises InputError when activations are not finite."""
         result: dict[str, LinearStats] = {}
         for group in self.groups:
-            gathered = self._gathered[group.name]
-            stats = LinearStats(**{name: STATISTICS[name].finish(tensor) for name, tensor in gathered.items()})
+            gathered, tokens = self._gathered[group.name], self._tokens.get(group.name)
+            found = {name: STATISTICS[name].finish(tensor) for name, tensor in gathered.items() if tokens is None}
+            for name, tensor in gathered.items():
+                routed = STATISTICS[name].routed
+                if tokens is not None and routed is not None and tokens >= routed.least(self.nsamples):
+                    found[name] = routed.finish(tensor, self.nsamples)
+            stats = LinearStats(tokens, **found)
             refuse_unusable(stats, group.name)
             result |= dict.fromkeys((linear.name for linear in group.linears), stats)
         return result

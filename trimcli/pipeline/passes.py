@@ -22,7 +22,7 @@ from trimcli.methods.stats import INPUTS, SQNORM, LinearStats
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
-from trimcli.pipeline.plan import walks
+from trimcli.pipeline.plan import gathered_together, walks
 from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
 from trimcli.pipeline.reconstruct import Guide, learn_layer, parameter_inside, reconstruct_layer
 from trimcli.pipeline.walk import Walk
@@ -108,7 +108,7 @@ class Passes:
                 stats = self.calibration.statistics(linear.name, linear.d_in)
                 refuse_unusable(stats, linear.name)
                 moved = {name: tensor.to(self.skeleton.device) for name, tensor in stats.tensors.items()}
-                stats = LinearStats(**moved)
+                stats = LinearStats(stats.tokens, **moved)
             writer.add(linear, self._choose(linear, self._stored(linear), stats))
         return writer
 
@@ -123,22 +123,27 @@ class Passes:
         if self.recipe.barber and layer.index == 0:
             blocks_of(walk, layer)  # what the second pass cannot work on is refused before the first one is done
         groups = walk.groups(layer)
-        stats = self._collect(walk, layer, groups, self.recipe.needs, guide.walk if guide else None)
-        if guide is not None:
-            guide.advance(layer, finished=False)  # before anything in it is pruned
-        for number, group in enumerate(groups):
-            if self.recipe.input_recalc and number:
-                self._recalculate(walk, layer, group, stats)
-            for linear in group.linears:
-                outcome = self._choose(linear, self._dense(linear), stats[linear.name])
-                if self.recipe.refine == "learned":
-                    weight = self._stored(linear)
-                    pruned[linear.name] = weight, outcome.keep, wanda(weight, stats[linear.name])
-                writer.add(linear, outcome)
-                linear.write(writer.weight(linear), outcome.keep)
-                keep[linear.name] = outcome.keep
-            for linear in group.linears:
-                stats.pop(linear.name, None)
+        parts = gathered_together(groups, self.recipe, walk.nsamples)
+        for number, part in enumerate(parts):
+            stats = self._collect(walk, layer, part, self.recipe.needs, guide.walk if guide else None)
+            if guide is not None and not number:
+                guide.advance(layer, finished=False)  # before anything in it is pruned
+            for place, group in enumerate(part):
+                if self.recipe.input_recalc and place:
+                    self._recalculate(walk, layer, group, stats)
+                for linear in group.linears:
+                    outcome = self._choose(linear, self._dense(linear), stats[linear.name])
+                    if self.recipe.refine == "learned":
+                        weight = self._stored(linear)
+                        pruned[linear.name] = weight, outcome.keep, wanda(weight, stats[linear.name])
+                    writer.add(linear, outcome)
+                    keep[linear.name] = outcome.keep
+                    if len(parts) == 1:  # else what is yet to be gathered still needs the dense layer
+                        linear.write(writer.weight(linear), outcome.keep)
+                for linear in group.linears:
+                    stats.pop(linear.name, None)
+        for linear in self.mine(layer) if len(parts) > 1 else ():
+            linear.write(writer.weight(linear), keep[linear.name])
         if guide is not None and pruned:
             keep, learned = learn_layer(walk, guide, layer, pruned, self.targets, self.recipe)
             writer.relearn(keep, learned)
@@ -226,6 +231,7 @@ class PartWriter:
         self._errors: tuple[float, float] | None = None
         self._learned: tuple[float, float] | None = None
         self._remarks: list[str] = []
+        self._fewer: list[str] = []
         self._judged: dict[str, dict[str, tuple[float, float]]] = {}
 
     def add(self, linear: Matrix, outcome: Outcome) -> None:
@@ -244,6 +250,8 @@ class PartWriter:
         if outcome.judged:
             self._judged[linear.name] = {one.step: (one.before, one.after) for one in outcome.judged}
             self._remarks += [f"{linear.name}: {one.remark}" for one in outcome.judged if not one.better]
+        if outcome.fewer is not None:
+            self._fewer.append(f"{linear.name}: {outcome.fewer}")
         for remark in outcome.remarks:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])
@@ -277,6 +285,10 @@ class PartWriter:
 
     def finish(self, parts: Parts, layer: DecoderLayer) -> None:
         """Write the part: the layer is finished."""
+        if self._fewer:  # of hundreds of experts perhaps
+            more = f"; and {len(self._fewer) - 1:,} more matrices of experts like it" if len(self._fewer) > 1 else ""
+            self._passes.progress.warn(f"{self._fewer[0]}{more}.")
+            self._remarks += self._fewer
         facts = {"rows": self._rows, "remarks": self._remarks, "fitted": self._fitted, "errors": self._errors}
         facts |= {"judged": self._judged, "learned": self._learned}
         parts.write(layer.index, self._tensors, facts)

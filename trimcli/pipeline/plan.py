@@ -1,20 +1,23 @@
 """What a prune will do, before any pass: matrices, targets, exact counts, memory, disk, forward passes."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
+from trimcli.files.names import kind_of
 from trimcli.files.tensors import dtype_name
 from trimcli.methods.choice import Target
 from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
 from trimcli.methods.stats import GRAM, STATISTICS
 from trimcli.model.matrix import Matrix
-from trimcli.model.skeleton import LeftDense, Skeleton
+from trimcli.model.skeleton import DecoderLayer, LeftDense, Skeleton
 from trimcli.options import selected
+from trimcli.pipeline.collector import InputGroup
 from trimcli.pipeline.reconstruct import fitted_logits
 from trimcli.pipeline.walk import batch_tokens
 
@@ -30,6 +33,8 @@ REBUILT = 16
 FITTED, GRAPH = 28, 4
 # Copies of the logits held at a time while the last layer is fitted: both models', their logarithms, and gradients.
 PREDICTED = 6
+# Bytes of what is gathered at a time for a layer's experts; those beyond take another pass over the layer.
+GATHERED = 8 << 30
 # Linears of one layer with equal inputs are at most so many groups: of attention, its output, the MLP.
 GROUPS = 3
 
@@ -132,6 +137,7 @@ def make_plan(
     """
     shapes = {linear.name: linear.shape for linear in linears}
     check_patterns(targets, shapes)
+    refuse_experts(linears, recipe)
     checkpoint = skeleton.checkpoint
     why = "it was not asked for"
     dense = {name: LeftDense(one.shape, why) for name, one in skeleton.linears.items() if name not in shapes}
@@ -158,6 +164,53 @@ def make_plan(
     )
 
 
+def gathered_together(groups: Sequence[InputGroup], recipe: Recipe, nsamples: int) -> list[list[InputGroup]]:
+    """A layer's groups as they are gathered, in one pass over the samples each: experts as many as memory is meant for.
+
+    Inputs that are gathered anew want a single pass.
+    """
+    parts, taken = [[group for group in groups if not group.routed]], 0
+    for group in groups:
+        if not group.routed:
+            continue
+        needed = gathered_bytes(recipe, group.d_in, nsamples, routed=True)
+        if taken and taken + needed > GATHERED and not recipe.input_recalc:
+            parts.append([])
+            taken = 0
+        parts[-1].append(group)
+        taken += needed
+    return [part for part in parts if part]
+
+
+def gathered_bytes(recipe: Recipe, d_in: int, nsamples: int, *, routed: bool = False, copies: bool = False) -> int:
+    """Bytes of what is gathered for linears with `d_in` inputs; with the `copies` made of it while one is pruned."""
+    wide, total = 2 if recipe.options_of(GRAM).gram_dtype == "float64" else 1, 0
+    for one in (STATISTICS[name] for name in recipe.needs):
+        nbytes = one.routed.nbytes if routed and one.routed and one.routed.nbytes else one.nbytes
+        total += nbytes(d_in, nsamples) * (1 + copies * one.copies)
+    return wide * total
+
+
+def refuse_experts(linears: Sequence[Matrix], recipe: Recipe) -> None:
+    """Raise OptionError where experts are to be pruned in a way that is not theirs yet."""
+    routed = [linear.name for linear in linears if linear.routed]
+    if not routed:
+        return
+    wrong = [
+        (recipe.barber, "--prune-barber"),
+        (recipe.reconstructs, f"--reconstruct {recipe.reconstruct}"),
+        (recipe.refine == "learned", "--refine learned"),
+        (recipe.target == "dense", "--target dense"),
+        *((STATISTICS[name].routed is None, f"the statistic {name}") for name in sorted(recipe.needs)),
+    ]
+    if what := next((flag for given, flag in wrong if given), None):
+        globs = dict.fromkeys(f"--skip '*.{kind_of(name)}'" for name in routed)
+        raise OptionError(
+            f"{what} does not work on experts, which only some tokens reach, such as {routed[0]}; leave it out, or "
+            f"leave experts dense with {' '.join(globs)}."
+        )
+
+
 def walks(recipe: Recipe) -> bool:
     """Whether choosing the masks of the first pass needs hidden states."""
     return recipe.propagate and (bool(recipe.needs) or recipe.follows_dense)
@@ -182,6 +235,13 @@ def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
     return passes
 
 
+def _expert_bytes(layer: DecoderLayer, chosen: Collection[str], held: Callable[..., int]) -> int:
+    """Bytes of what is gathered at a time for a layer's experts: of each slice once."""
+    mine = [one for one in layer.linears if one.routed and one.name in chosen]
+    slices = {(one.module, one.parameter_name, one.expert): held(one.d_in, routed=True) for one in mine}
+    return max(min(sum(slices.values()), GATHERED), max(slices.values(), default=0))
+
+
 def estimate_memory(
     skeleton: Skeleton,
     linears: list[Matrix],
@@ -199,20 +259,16 @@ def estimate_memory(
     dense model are gathered first. trials: of an allocation, whose candidates walk together.
     """
     size, cpu = skeleton.dtype.itemsize, skeleton.device.type == "cpu"
-    wide = 2 if recipe.options_of(GRAM).gram_dtype == "float64" else 1
-
-    def held(d_in: int, copies: bool = False) -> int:
-        statistics = [STATISTICS[name] for name in recipe.needs]
-        return wide * sum(one.nbytes(d_in, nsamples) * (1 + copies * one.copies) for one in statistics)
-
+    held = partial(gathered_bytes, recipe, nsamples=nsamples)
     needed = worked = max(held(one.d_in, copies=True) + WORKED * one.numel for one in linears)
     if walks(recipe) or recipe.barber or calibrates:
         embedding = skeleton.model.get_input_embeddings()
         layer = max(sum(p.numel() for p in one.module.parameters()) for one in skeleton.layers) * size
         widest = max(max(one.shape) for one in linears)
         activations = 4 * max(seqlen, batch_tokens(skeleton.device)) * widest * size
-        inputs = Counter(one.d_in for one in skeleton.layers[0].linears)
+        inputs = Counter(one.d_in for one in skeleton.layers[0].linears if not one.routed)
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
+        gathered += max(_expert_bytes(one, {linear.name for linear in linears}, held) for one in skeleton.layers)
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
         streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves")
         states = streams * nsamples * seqlen * embedding.embedding_dim * size

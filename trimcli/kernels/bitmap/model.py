@@ -79,7 +79,7 @@ def make_sparse(
             kept = int(weight.count_nonzero())
             zeros, weights = zeros + linear.numel - kept, weights + linear.numel
             smaller = bitmap_bytes(linear.shape, kept, weight.itemsize) < linear.numel * skeleton.dtype.itemsize
-            if smaller and was_pruned(name, 1 - kept / linear.numel, recorded):
+            if smaller and not linear.stacked and was_pruned(name, 1 - kept / linear.numel, recorded):
                 semi_structured = two_of_four.form(weight) if two_of_four else None
                 if semi_structured is None:
                     put_in_place(skeleton, linear, weight)
