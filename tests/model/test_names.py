@@ -65,7 +65,10 @@ def test_experts_are_assembled_as_transformers_does(tmp_path: Path) -> None:
     assert found.keys() == own.keys()
     for name in own:
         assert torch.equal(found[name], own[name]), name
-    assert not any("expert" in name for name in skeleton.linears)
+    experts = {name: linear for name, linear in skeleton.linears.items() if "expert" in name}
+    assert len(experts) == 3 * 4 * 3
+    assert {f"{name}.weight" for name in experts} <= set(skeleton.checkpoint.keys())
+    assert all(torch.equal(linear.weight, linear.read(skeleton.checkpoint)) for linear in experts.values())
 
 
 def test_what_the_model_lacks_is_left_out() -> None:

@@ -182,7 +182,7 @@ class Passes:
         again = self._collect(walk, layer, [group], frozenset(needs))
         for position, linear in enumerate(group.linears):
             before, after = stats[linear.name], again[linear.name]
-            anew = {"inputs": after.inputs}
+            anew = {"inputs": after.tensors.get(INPUTS.name)}  # of an expert, perhaps, that fewer tokens reach by now
             if adding and position:
                 anew["sqnorm"] = (before.sqnorm + after.sqnorm) / 2
             stats[linear.name] = before.with_(**anew)
