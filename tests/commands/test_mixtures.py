@@ -209,9 +209,9 @@ def test_ratios_name_experts_whether_weights_are_read_or_not(home: Path, tmp_pat
 
 
 def test_plan_counts_what_is_gathered_for_experts(home: Path, tmp_path: Path) -> None:
-    common = ("plan", home / "qwen3_moe", "--sparsity", 0.5, "--tokens", home / "tokens", *COMPUTE)
-    common = (*common, "--method", "sparsegpt", "--save-model", tmp_path / "out", "--cache-dir", tmp_path / "cache")
-    dense, whole = trim_json(*common, "--skip", "*.experts.*"), trim_json(*common)
+    common = ("plan", home / "qwen3_moe", "--sparsity", 0.5, "--tokens", home / "tokens", "--method", "sparsegpt")
+    paths = ("--save-model", tmp_path / "out", "--cache-dir", tmp_path / "cache", *COMPUTE)
+    dense, whole = trim_json(*common, *paths, "--skip", "*.experts.*"), trim_json(*common, *paths)
     assert not any("experts" in linear["name"] for linear in dense["linears"])
     assert sum("experts" in linear["name"] for linear in whole["linears"]) == 2 * 3 * EXPERTS
     grams = EXPERTS * 4 * (32**2 + 20**2)

@@ -8,31 +8,45 @@ import torch
 from torch import Tensor, nn
 
 from trimcli.errors import InputError, first_line
-from trimcli.files.checkpoint import Checkpoint
+from trimcli.files.checkpoint import CONFIG, Checkpoint
 from trimcli.model.bounds import counted_modules, refuse_absurd_counts, refuse_absurd_sizes
 
 
 def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The transformers model of a config, parameters on the meta device, buffers real. Raises InputError."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     refuse_absurd_counts(checkpoint)
     try:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=trust_remote_code)
-        make = partial(AutoModelForCausalLM.from_config, config, dtype=dtype, trust_remote_code=trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False):
+            what = f"{checkpoint.directory / CONFIG} is of an encoder-decoder ({config.model_type})"
+            raise InputError(f"{what}, whose decoder reads what its encoder made of other tokens; give a decoder.")
+        make = partial(_kind_of(config).from_config, config, dtype=dtype, trust_remote_code=trust_remote_code)
         _refuse_absurd(make, checkpoint)
         with init_empty_weights(include_buffers=False):
             model = make()
     except InputError:
         raise
     except Exception as problem:  # any library behind a config may raise anything
-        what = f"no causal language model can be built from {checkpoint.directory / 'config.json'}"
+        what = f"no causal language model can be built from {checkpoint.directory / CONFIG}"
         hint = "check the config, or --trust-remote-code if the model brings its own code."
         reason = "its tensors fit into no memory" if "allocate memory" in str(problem) else first_line(problem)
         raise InputError(f"{what} ({reason}); {hint}") from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _kind_of(config: Any) -> Any:
+    """The class of transformers' that makes the model: of those that read images beside text where that is one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as auto
+
+    seeing = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    decoder = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    named = seeing in (getattr(config, "architectures", None) or ())
+    return AutoModelForImageTextToText if seeing and (named or decoder is None) else AutoModelForCausalLM
 
 
 def _refuse_absurd(make: Callable[[], Any], checkpoint: Checkpoint) -> None:

@@ -1,0 +1,188 @@
+"""Decoders inside models that also read images, and models that are no decoders."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, PretrainedConfig
+
+from tests.causal_survey import own_loss, sample_windows
+from tests.small_models import skeleton_of
+from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json, zeros
+from trimcli.evaluation.perplexity import perplexity
+from trimcli.files.masks import MaskFile
+from trimcli.methods.masks import matrix_budget
+
+VOCABULARY = 97
+TEXT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+IMAGES: dict[str, Any] = {
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
+    "vision_end_token_id": 8,
+}
+
+
+def qwen2_5_vl() -> PretrainedConfig:
+    rope = {"rope_type": "default", "type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    key = "rope_parameters" if int(transformers.__version__.partition(".")[0]) >= 5 else "rope_scaling"
+    vision: dict[str, Any] = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 4, "patch_size": 8}
+    vision |= {"out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 16}
+    return transformers.Qwen2_5_VLConfig(text_config={**TEXT, key: rope}, vision_config=vision, **IMAGES)
+
+
+def gemma3() -> PretrainedConfig:
+    text = {**TEXT, "head_dim": 8, "sliding_window": 5, "query_pre_attn_scalar": 8}
+    tokens: dict[str, Any] = {
+        "boi_token_index": 7,
+        "eoi_token_index": 8,
+        "image_token_index": 5,
+        "mm_tokens_per_image": 4,
+    }
+    return transformers.Gemma3Config(text_config=text, vision_config=VISION, **tokens)
+
+
+def mistral3() -> PretrainedConfig:
+    text = {**TEXT, "model_type": "mistral", "head_dim": 8}
+    vision = {**VISION, "model_type": "pixtral", "head_dim": 8}
+    return transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=5)
+
+
+LARGER = {"qwen2_5_vl": qwen2_5_vl, "gemma3": gemma3, "mistral3": mistral3}
+
+
+@pytest.fixture(scope="module", params=LARGER)
+def larger(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model that reads images beside text, as save_pretrained writes it: float32."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(LARGER[request.param]())
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 0.5, 0.3)
+    directory: Path = tmp_path_factory.mktemp("larger") / request.param
+    model.save_pretrained(directory)
+    (directory / "preprocessor_config.json").write_text("{}")
+    return directory
+
+
+def stored(directory: Path) -> dict[str, bytes]:
+    """Every tensor's bytes, and what is said of it."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 - no mapping
+                tensor = file.get_tensor(key)
+                found[key] = f"{tensor.dtype} {list(tensor.shape)}".encode() + tensor.numpy().tobytes()
+    return found
+
+
+def test_perplexity_on_text_is_the_models_own(larger: Path) -> None:
+    own = AutoModelForImageTextToText.from_pretrained(larger, dtype=torch.float32).eval()
+    windows = sample_windows().clamp(min=9)  # no image's token
+    skeleton = skeleton_of(larger)
+    assert type(skeleton.model) is type(own)
+    assert perplexity(skeleton, windows) == pytest.approx(math.exp(own_loss(own, windows)), rel=1e-5)
+
+
+def test_only_the_decoder_is_pruned(larger: Path, tmp_path: Path) -> None:
+    out, masks = tmp_path / "out", tmp_path / "masks"
+    tokens = save_tokens(tmp_path / "tokens", vocabulary=VOCABULARY)
+    summary = trim_json(
+        "prune", larger, "-o", masks, "--save-model", out, "--sparsity", 0.5, "--tokens", tokens,
+        "--cache-dir", tmp_path / "cache", *COMPUTE,
+    )  # fmt: skip
+    skeleton, keeps = skeleton_of(larger), MaskFile.open(masks)
+    assert summary["linears"] == len(skeleton.linears) == 2 * 7
+    before, after = stored(larger), stored(out)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {linear.key for linear in skeleton.linears.values()}
+    assert any("vis" in key for key in before.keys() - changed)
+    for linear in skeleton.linears.values():
+        assert zeros(keeps.keep(linear.name)) == matrix_budget(*linear.shape, 0.5)
+    assert trim_json("verify", out)["holds"]
+    assert (out / "preprocessor_config.json").is_file()
+
+    written = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    windows = sample_windows().clamp(min=9)
+    expected = math.exp(own_loss(written, windows))
+    assert perplexity(skeleton, windows, mask=keeps) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(skeleton_of(out), windows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32}
+    models = {
+        "t5": transformers.T5ForConditionalGeneration(transformers.T5Config(num_layers=2, num_heads=4, **small)),
+        "bart": transformers.BartForConditionalGeneration(
+            transformers.BartConfig(encoder_layers=2, decoder_layers=2, max_position_embeddings=64, **small)
+        ),
+    }
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        for command in (("plan", tmp_path / name), ("prune", tmp_path / name, "-o", tmp_path / "masks")):
+            done = trim(*command, "--sparsity", 0.5, *COMPUTE)
+            assert done.status == 2
+            said = " ".join(done.err.split())
+            assert f"is of an encoder-decoder ({name}), whose decoder reads what its encoder made" in said
+            assert said.count(". ") == 0
+
+
+def test_what_a_decoder_would_ask_an_encoder_is_no_matrix_to_prune(tmp_path: Path) -> None:
+    """Bart's decoder on its own: its layers never call what attends to the encoder, as a forward pass shows."""
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    transformers.BartForCausalLM(config).save_pretrained(tmp_path / "bart")
+    tokens = save_tokens(tmp_path / "tokens", vocabulary=VOCABULARY)
+    common = ("prune", tmp_path / "bart", "-o", tmp_path / "masks", "--sparsity", 0.5, "--tokens", tokens)
+    cache = ("--cache-dir", tmp_path / "cache", *COMPUTE)
+    done = trim(*common, *cache)
+    assert done.status == 1
+    said = " ".join(done.err.split())
+    assert "encoder_attn.k_proj is never called by its layer, so it has no inputs" in said
+    assert "--skip '*.encoder_attn.*'" in said
+    assert trim(*common, *cache, "--skip", "*.encoder_attn.*").status == 0
+
+
+@pytest.mark.filterwarnings("ignore:If you want to use")
+def test_what_looks_both_ways_is_refused(tmp_path: Path) -> None:
+    """Bert as a causal model: another last token changes what is predicted before it."""
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    torch.manual_seed(0)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    tokens = save_tokens(tmp_path / "tokens", vocabulary=VOCABULARY)
+    common = ("--sparsity", 0.5, "--tokens", tokens, "--cache-dir", tmp_path / "cache", *COMPUTE)
+    done = trim("prune", tmp_path / "bert", "-o", tmp_path / "masks", *common)
+    assert done.status == 2
+    assert "is no causal language model: another last token changes what it predicts" in " ".join(done.err.split())
