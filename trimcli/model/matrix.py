@@ -7,7 +7,7 @@ them arrives.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,16 @@ class Joined(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A checkpoint tensor [D_out, D_in] that is joined with others to one parameter, and where it lies in that."""
+    """A matrix (D_out, D_in) of a checkpoint's tensor that becomes a part of one parameter, and where it lies in that.
+
+    place, transposed: where it lies in its own tensor, as of a `Matrix`.
+    """
 
     key: str
     shape: tuple[int, int]
     joined: Joined
+    place: int | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -186,15 +191,19 @@ def _stacked(
         parameter: Tensor = getattr(module, kind)
         d_out, d_in = parameter.shape[:0:-1] if transposed else parameter.shape[1:]
         key = key_of(f"{full}.{kind}")
+        common: dict[str, Any] = {"parameter_name": kind, "routed": True}
         for piece in () if transposed else pieces.get(f"{full}.{kind}", ()):
-            name = f"{prefix}.{inside_layer(piece.key).removesuffix('.weight')}"
-            made = Matrix(name, module, *piece.shape, piece.key, parameter_name=kind, joined=piece.joined, routed=True)
+            where: dict[str, Any] = {"key": piece.key, "transposed": piece.transposed, "place": piece.place}
+            made = Matrix("", module, piece.shape[0], piece.shape[1], joined=piece.joined, **where, **common)
             found.append((piece.joined.expert, made))
         if key is not None:
-            name = f"{prefix}.{inside_layer(key).removesuffix('.weight')}"
-            one = Matrix(name, module, d_out, d_in, key, transposed, parameter_name=kind, routed=True)
-            found += [(place, replace(one, name=f"{name}.{place}", place=place)) for place in range(len(parameter))]
-    yield from (matrix for _, matrix in sorted(found, key=lambda item: item[0]))
+            found += [
+                (place, Matrix("", module, d_out, d_in, key, transposed, place, **common))
+                for place in range(len(parameter))
+            ]
+    for _, matrix in sorted(found, key=lambda item: item[0]):
+        name = f"{prefix}.{inside_layer(str(matrix.key)).removesuffix('.weight')}"
+        yield replace(matrix, name=name if matrix.place is None else f"{name}.{matrix.place}")
 
 
 def _stacks(module: nn.Module, counts: Collection[int]) -> dict[str, bool]:

@@ -35,14 +35,26 @@ class Conversion:
         made = converter.convert(self.name, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
-    def joined(self, shape_of: Callable[[str], tuple[int, ...]]) -> list[Piece]:
-        """Where each piece lies in a stack of experts that they make; empty where they are put together otherwise."""
-        from transformers.core_model_loading import Concatenate, MergeModulelist
+    def joined(self, shape_of: Callable[[str], tuple[int, ...]], shape: tuple[int, ...]) -> list[Piece]:
+        """Where each matrix lies in a stack of experts of this `shape`; empty where they are put together otherwise."""
+        from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
 
-        steps = [(type(step), getattr(step, "dim", None)) for step in self.converter.operations]
-        merged = (MergeModulelist, 0)
-        if steps not in ([merged], [merged, (Concatenate, 1)]) or len(self.converter.target_patterns) != 1:
+        operations = self.converter.operations
+        steps = [(type(step), getattr(step, "dim", None)) for step in operations]
+        if len(shape) != 3 or len(self.converter.target_patterns) != 1:
             return []
+        if steps in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+            return self._merged(shape_of)
+        if len(steps) == len(self.pieces) == 1 and isinstance(operations[0], Transpose):
+            turn, (_, key) = operations[0], self.pieces[0]
+            stays = turn.check_dims and tuple(shape_of(key)) == shape
+            if {turn.dim0, turn.dim1} == {1, 2}:
+                whole = [Joined(expert, 0, shape[1]) for expert in range(shape[0])]
+                return [Piece(key, (shape[1], shape[2]), one, one.expert, not stays) for one in whole]
+        return []
+
+    def _merged(self, shape_of: Callable[[str], tuple[int, ...]]) -> list[Piece]:
+        """One expert's after another, those of a source pattern below those of the one before."""
         found, start = [], 0
         for pattern in self.converter.source_patterns:
             keys = [key for own, key in self.pieces if own == pattern]

@@ -99,7 +99,8 @@ class Skeleton:
         if experts and not checkpoint.has_weights:  # whose matrices are called what the checkpoint would call them
             shapes = saved_shapes(self.model)
             names = map_names(self.model, shapes)
-        pieces = {one.name: one.joined(shapes.__getitem__) for one in names.conversions}
+        own = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        pieces = {one.name: one.joined(shapes.__getitem__, own.get(one.name, ())) for one in names.conversions}
         whole = {name for name, found in pieces.items() if not found}
         self._kept |= dict.fromkeys(whole, "the checkpoint holds it in pieces")
         keys = {name: key for name, key in names.plain.items() if name not in pieces}
