@@ -63,6 +63,7 @@ def test_every_expert_loses_its_share_and_the_checkpoint_keeps_its_form(home: Pa
         key = linear.name if linear.place is None else linear.name.rpartition(".")[0]
         assert {key, f"{key}.weight"} & before.keys(), linear.name
         assert (linear.place is None) == (name not in FUSED)
+        assert isinstance(masks.entry(linear.name)["tokens"], int)
     assert UP.get(name, "") in "".join(masks.names)
     # Routers, embeddings, norms and biases are as they were.
     others = before.keys() - {linear.key for linear in skeleton.linears.values()}
@@ -216,6 +217,17 @@ def test_plan_counts_what_is_gathered_for_experts(home: Path, tmp_path: Path) ->
     assert sum("experts" in linear["name"] for linear in whole["linears"]) == 2 * 3 * EXPERTS
     grams = EXPERTS * 4 * (32**2 + 20**2)
     assert whole["peak_host_bytes"] - dense["peak_host_bytes"] == grams
+
+
+def test_experts_that_take_further_passes_are_planned_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ("plan", home / "qwen3_moe", "--sparsity", 0.5, "--tokens", home / "tokens", "--method", "sparsegpt")
+    paths = ("--save-model", home / "unwritten", "--cache-dir", home / "cache", *COMPUTE)
+    whole = trim_json(*common, *paths)
+    monkeypatch.setattr("trimcli.pipeline.plan.GATHERED", 8 * 32**2)
+    parts = trim_json(*common, *paths)
+    grams = EXPERTS * 4 * (32**2 + 20**2)
+    assert parts["forward_passes"] - whole["forward_passes"] == -(-grams // (8 * 32**2)) - 1
+    assert whole["peak_host_bytes"] - parts["peak_host_bytes"] == grams - 8 * 32**2
 
 
 def test_experts_are_gathered_in_parts_where_they_are_too_many(

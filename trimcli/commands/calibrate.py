@@ -18,7 +18,7 @@ from trimcli.memory import PeakMemory
 from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import Collector
-from trimcli.pipeline.plan import chosen_linears
+from trimcli.pipeline.plan import chosen_linears, refuse_experts
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.walk import Walk, default_seqlen
 from trimcli.text.encoding import Encoder
@@ -95,7 +95,9 @@ def _gather(
 ) -> int:
     """Write the calibration file; returns how many linears have statistics."""
     needs = frozenset(one.name for option, one in stored_statistics().items() if option in options.stats)
-    wanted = [linear.name for linear in chosen_linears(skeleton, options.only, options.skip, progress)]
+    linears = chosen_linears(skeleton, options.only, options.skip, progress)
+    refuse_experts(linears, needs)
+    wanted = [linear.name for linear in linears]
     compute = {"dtype": str(skeleton.dtype), "device": skeleton.device.type}
     what = {"model": skeleton.fingerprint.document(), "tokens": tokens.tolist(), "linears": wanted}
     key = {"stage": "calibrate", **what, **compute, "stats": options.stats}

@@ -223,6 +223,7 @@ class _Run:
         homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
         options, obs = self.options, self.recipe.obs
         first = [rows.read(layer.index).facts for layer, _ in layers]
+        reached = {name: {"tokens": count} for found in first for name, count in found["tokens"].items()}
         before = [self.calibration.manifest] if self.calibration else []
         before += [read_json(self.ratios)] if self.ratios else []
         document = manifest(
@@ -231,7 +232,10 @@ class _Run:
             {**options.document(), "recipe": self.recipe.document(), "keep_zeros": self.keep_zeros},
             self.skeleton.fingerprint,
             {"calibration": self.calibration.path if self.calibration else None, "ratios": self.ratios},
-            linears={name: {"target": one.sparsity, "pattern": one.pattern} for name, one in self.targets.items()},
+            linears={
+                name: {"target": one.sparsity, "pattern": one.pattern, **reached.get(name, {})}
+                for name, one in self.targets.items()
+            },
             changes_weights=self.recipe.changes_weights,
             commands=commands_so_far(*before),
             numerics=self.recipe.numerics,

@@ -71,6 +71,7 @@ MASKED_LINEAR = {
     "pruned": COUNT,
     "wbits": WBITS,
     "group_size": SIZE,
+    "tokens": COUNT,
 }
 PRUNED_LINEAR = {
     **MASKED_LINEAR,

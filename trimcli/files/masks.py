@@ -1,9 +1,10 @@
 """The masks artifact (`trim.masks/1`): which weights of which linears stay, one bit a weight.
 
 Per linear a tensor `<name>.keep`, uint8 [D_out, ceil(D_in / 8)], most significant bit first, 1 = kept; in the manifest,
-under `linears`, in the model's order, `{shape, zeros, sparsity, keep_sha256}` beside what the caller says of it. Where
-kept weights were rounded to a few bits, `wbits` and `group_size` as well, and as tensors their grid, `<name>.scales`,
-bfloat16 [D_out, ceil(D_in / group_size)], and `<name>.zeros`, uint8 of that shape.
+under `linears`, in the model's order, `{shape, zeros, sparsity, keep_sha256}` beside what the caller says of it, such
+as how many `tokens` reached an expert. Where kept weights were rounded to a few bits, `wbits` and `group_size` as well,
+and as tensors their grid, `<name>.scales`, bfloat16 [D_out, ceil(D_in / group_size)], and `<name>.zeros`, uint8 of that
+shape.
 """
 
 from collections.abc import Callable, Mapping

@@ -40,9 +40,13 @@ def _rate(flag: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class Outcome(Updated):
-    """What became of one matrix. rows: what a search tells of them. fewer: what too few tokens made of the recipe."""
+    """What became of one matrix. rows: what a search tells of them.
+
+    tokens: how many reached an expert. fewer: what it made of the recipe that these are too few for it.
+    """
 
     rows: RowResult | None = None
+    tokens: int | None = None
     fewer: str | None = None
 
 

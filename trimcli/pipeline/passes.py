@@ -1,7 +1,7 @@
 """The passes over a model that choose masks: layer by layer, one resident, each leaving a part file when finished."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -154,7 +154,8 @@ class Passes:
         return writer
 
     def _choose(self, linear: Matrix, weight: Tensor, stats: LinearStats) -> Outcome:
-        return self.recipe.choose(weight, stats, self.targets[linear.name], keep_zeros=self.keep_zeros)
+        made = self.recipe.choose(weight, stats, self.targets[linear.name], keep_zeros=self.keep_zeros)
+        return replace(made, tokens=stats.tokens)
 
     def _collect(
         self,
@@ -231,6 +232,7 @@ class PartWriter:
         self._errors: tuple[float, float] | None = None
         self._learned: tuple[float, float] | None = None
         self._remarks: list[str] = []
+        self._reached: dict[str, int] = {}
         self._fewer: list[str] = []
         self._judged: dict[str, dict[str, tuple[float, float]]] = {}
 
@@ -250,6 +252,8 @@ class PartWriter:
         if outcome.judged:
             self._judged[linear.name] = {one.step: (one.before, one.after) for one in outcome.judged}
             self._remarks += [f"{linear.name}: {one.remark}" for one in outcome.judged if not one.better]
+        if outcome.tokens is not None:
+            self._reached[linear.name] = outcome.tokens
         if outcome.fewer is not None:
             self._fewer.append(f"{linear.name}: {outcome.fewer}")
         for remark in outcome.remarks:
@@ -290,5 +294,5 @@ class PartWriter:
             self._passes.progress.warn(f"{self._fewer[0]}{more}.")
             self._remarks += self._fewer
         facts = {"rows": self._rows, "remarks": self._remarks, "fitted": self._fitted, "errors": self._errors}
-        facts |= {"judged": self._judged, "learned": self._learned}
+        facts |= {"judged": self._judged, "learned": self._learned, "tokens": self._reached}
         parts.write(layer.index, self._tensors, facts)

@@ -137,13 +137,15 @@ def make_plan(
     """
     shapes = {linear.name: linear.shape for linear in linears}
     check_patterns(targets, shapes)
-    refuse_experts(linears, recipe)
+    refuse_experts(linears, recipe.needs, recipe)
     checkpoint = skeleton.checkpoint
     why = "it was not asked for"
     dense = {name: LeftDense(one.shape, why) for name, one in skeleton.linears.items() if name not in shapes}
     known: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen, "trials": trials}
     device, host = estimate_memory(skeleton, linears, recipe, calibrates=calibrates, **known)
     passes = forward_passes(recipe, len(skeleton.layers), nsamples / recipe.step_samples(seqlen))
+    if walks(recipe) and not recipe.input_recalc:
+        passes += _further_passes(skeleton, linears, recipe, nsamples)
     if trials is not None and nsamples:
         walked = trials.candidates + -(-trials.candidates // trials.together)  # the dense model goes along
         passes += walked * min(trials.samples, nsamples) / nsamples
@@ -191,17 +193,17 @@ def gathered_bytes(recipe: Recipe, d_in: int, nsamples: int, *, routed: bool = F
     return wide * total
 
 
-def refuse_experts(linears: Sequence[Matrix], recipe: Recipe) -> None:
-    """Raise OptionError where experts are to be pruned in a way that is not theirs yet."""
+def refuse_experts(linears: Sequence[Matrix], needs: Collection[str], recipe: Recipe | None = None) -> None:
+    """Raise OptionError where experts are to be pruned in a way that is not theirs yet, or need such a statistic."""
     routed = [linear.name for linear in linears if linear.routed]
     if not routed:
         return
     wrong = [
-        (recipe.barber, "--prune-barber"),
-        (recipe.reconstructs, f"--reconstruct {recipe.reconstruct}"),
-        (recipe.refine == "learned", "--refine learned"),
-        (recipe.target == "dense", "--target dense"),
-        *((STATISTICS[name].routed is None, f"the statistic {name}") for name in sorted(recipe.needs)),
+        (recipe and recipe.barber, "--prune-barber"),
+        (recipe and recipe.reconstructs, f"--reconstruct {recipe and recipe.reconstruct}"),
+        (recipe and recipe.refine == "learned", "--refine learned"),
+        (recipe and recipe.target == "dense", "--target dense"),
+        *((STATISTICS[name].routed is None, f"the statistic {name}") for name in sorted(needs)),
     ]
     if what := next((flag for given, flag in wrong if given), None):
         globs = dict.fromkeys(f"--skip '*.{kind_of(name)}'" for name in routed)
@@ -235,11 +237,18 @@ def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
     return passes
 
 
-def _expert_bytes(layer: DecoderLayer, chosen: Collection[str], held: Callable[..., int]) -> int:
-    """Bytes of what is gathered at a time for a layer's experts: of each slice once."""
+def _expert_bytes(layer: DecoderLayer, chosen: Collection[str], held: Callable[..., int]) -> tuple[int, int]:
+    """Bytes of what is gathered for a layer's experts, of each slice once: altogether, and at least at a time."""
     mine = [one for one in layer.linears if one.routed and one.name in chosen]
     slices = {(one.module, one.parameter_name, one.expert): held(one.d_in, routed=True) for one in mine}
-    return max(min(sum(slices.values()), GATHERED), max(slices.values(), default=0))
+    return sum(slices.values()), max(slices.values(), default=0)
+
+
+def _further_passes(skeleton: Skeleton, linears: Sequence[Matrix], recipe: Recipe, nsamples: int) -> float:
+    """Passes through the model that experts take because not all are gathered at a time."""
+    held, chosen = partial(gathered_bytes, recipe, nsamples=nsamples), {linear.name for linear in linears}
+    needed = [_expert_bytes(layer, chosen, held)[0] for layer in skeleton.layers]
+    return sum(max(0, -(-one // GATHERED) - 1) for one in needed) / len(skeleton.layers)
 
 
 def estimate_memory(
@@ -266,9 +275,12 @@ def estimate_memory(
         layer = max(sum(p.numel() for p in one.module.parameters()) for one in skeleton.layers) * size
         widest = max(max(one.shape) for one in linears)
         activations = 4 * max(seqlen, batch_tokens(skeleton.device)) * widest * size
-        inputs = Counter(one.d_in for one in skeleton.layers[0].linears if not one.routed)
+        inputs, experts = Counter(one.d_in for one in skeleton.layers[0].linears if not one.routed), 0
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
-        gathered += max(_expert_bytes(one, {linear.name for linear in linears}, held) for one in skeleton.layers)
+        chosen = {linear.name for linear in linears}
+        for whole, least in (_expert_bytes(one, chosen, held) for one in skeleton.layers):
+            experts = max(experts, whole if recipe.input_recalc else min(whole, GATHERED), least)
+        gathered += experts
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
         streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves")
         states = streams * nsamples * seqlen * embedding.embedding_dim * size
