@@ -16,6 +16,8 @@ from trimcli.evaluation.perplexity import perplexity
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.masks import MaskFile
 from trimcli.methods.masks import matrix_budget
+from trimcli.model.forward import first_output
+from trimcli.model.skeleton import DecoderLayer, Skeleton
 
 FUSED = {"gpt_oss", "llama4", "granitemoe"}
 """Whose checkpoints hold stacks of experts."""
@@ -198,6 +200,32 @@ def test_statistics_of_experts_in_a_calibration_file(home: Path, tmp_path: Path)
     routed = CalibrationFile(calibration).manifest["routed"]
     down = [count for name, count in routed.items() if "layers.1" in name and name.endswith("down_proj")]
     assert sum(down) == 2 * 6 * 16  # two experts a token
+
+
+def test_a_batch_that_runs_out_of_memory_leaves_nothing_in_experts_sums(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    command = ("calibrate", home / "olmoe", "--tokens", home / "tokens", "--stats", "norms", *COMPUTE)
+    assert trim(*command, "-o", tmp_path / "whole", "--batch-size", 4, "--cache-dir", tmp_path / "cache").status == 0
+    load = Skeleton.load_layer
+
+    def short(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if len(first_output(result)) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def loaded(skeleton: Skeleton, layer: DecoderLayer) -> None:
+        load(skeleton, layer)
+        if layer.index == 0 and not layer.module._forward_hooks:
+            layer.module.register_forward_hook(short, with_kwargs=True)
+
+    monkeypatch.setattr(Skeleton, "load_layer", loaded)
+    done = trim(*command, "-o", tmp_path / "halved", "--batch-size", 4, "--cache-dir", tmp_path / "cache")
+    assert done.status == 0, done.err
+    assert "going on with a batch size of 2" in done.err
+    whole, halved = (load_file(tmp_path / name) for name in ("whole", "halved"))
+    assert whole.keys() == halved.keys()
+    for key, one in whole.items():
+        torch.testing.assert_close(halved[key], one, rtol=1e-5, atol=1e-6)
 
 
 def test_ratios_name_experts_whether_weights_are_read_or_not(home: Path, tmp_path: Path) -> None:

@@ -115,7 +115,11 @@ def _gather(
                     if layer.index >= done:
                         collector = Collector(walk.groups(layer), needs, walk.nsamples, walk.seqlen, skeleton.device)
                         last = layer.index + 1 == len(skeleton.layers)
-                        (walk.collect if last else walk.advance)(layer, collector)
+                        # What experts gather is a sum, which a batch that ran out of memory would leave its part in.
+                        apart = any(group.routed for group in collector.groups)
+                        (walk.collect if last or apart else walk.advance)(layer, collector)
+                        if apart and not last:
+                            walk.advance(layer)
                         _write_part(parts, layer.index, collector)
                     elif done < len(skeleton.layers):
                         walk.advance(layer)
@@ -123,7 +127,7 @@ def _gather(
             for layer in skeleton.layers:
                 part = parts.read(layer.index)
                 shares.update(part.facts["shares"])
-                routed.update(part.facts["routed"])
+                routed.update(part.facts.get("routed", {}))
                 homes.update(dict.fromkeys(part.names, part))
                 specs.update({name: part.spec(name) for name in part.names})
         document = manifest(

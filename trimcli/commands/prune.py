@@ -223,7 +223,7 @@ class _Run:
         homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
         options, obs = self.options, self.recipe.obs
         first = [rows.read(layer.index).facts for layer, _ in layers]
-        reached = {name: {"tokens": count} for found in first for name, count in found["tokens"].items()}
+        reached = {name: {"tokens": count} for found in first for name, count in found.get("tokens", {}).items()}
         before = [self.calibration.manifest] if self.calibration else []
         before += [read_json(self.ratios)] if self.ratios else []
         document = manifest(
