@@ -15,6 +15,7 @@ from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json, zeros
 from trimcli.evaluation.perplexity import perplexity
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.masks import MaskFile
+from trimcli.kernels.bitmap.model import make_sparse
 from trimcli.methods.masks import matrix_budget
 from trimcli.model.forward import first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
@@ -296,3 +297,15 @@ def test_finetune_refuses_experts_that_share_a_parameter(home: Path, tmp_path: P
     done = trim("finetune", out, "-o", tmp_path / "trained", "--tokens", home / "tokens", "--mode", "full")
     assert done.status == 2
     assert "experts that share one parameter cannot be trained yet" in done.err.replace("\n", " ")
+
+
+def test_sparse_products_leave_experts_dense(home: Path, tmp_path: Path) -> None:
+    """No module is there for a stack's slice to be replaced: what is exported are the linears, and experts go along."""
+    out, exported = tmp_path / "out", tmp_path / "exported"
+    pruned(home, "granitemoe" if CONVERTS else "gpt_oss", out)
+    found = trim_json("export", out, "--to", "csr", "-o", exported)["linears"]
+    skeleton = skeleton_of(out)
+    assert set(found) == {name for name, linear in skeleton.linears.items() if not linear.stacked}
+    made = make_sparse(skeleton_of(out), MaskFile.open(out.with_suffix(".masks")))
+    assert set(made.names) <= set(found)
+    assert made.zeros == pytest.approx(0.5, abs=0.01)

@@ -240,8 +240,15 @@ def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
 def _expert_bytes(layer: DecoderLayer, chosen: Collection[str], held: Callable[..., int]) -> tuple[int, int]:
     """Bytes of what is gathered for a layer's experts, of each slice once: altogether, and at least at a time."""
     mine = [one for one in layer.linears if one.routed and one.name in chosen]
-    slices = {(one.module, one.parameter_name, one.expert): held(one.d_in, routed=True) for one in mine}
+    slices = {_slice(one): held(one.d_in, routed=True) for one in mine}
     return sum(slices.values()), max(slices.values(), default=0)
+
+
+def _slice(linear: Matrix) -> tuple[object, ...]:
+    """What is the same for those of an expert's matrices that read the same: a slice of a stack, or as many inputs."""
+    if linear.stacked:
+        return linear.module, linear.parameter_name, linear.expert
+    return linear.name.rpartition(".")[0], linear.d_in
 
 
 def _further_passes(skeleton: Skeleton, linears: Sequence[Matrix], recipe: Recipe, nsamples: int) -> float:
