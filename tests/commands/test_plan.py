@@ -86,6 +86,9 @@ def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
     [experts] = [line for line in shown.out.splitlines() if line.startswith("block_sparse_moe.experts.*.w1")]
     assert experts.split()[1:5] == ["12", "64", "x", "32"]
     assert "left dense: mlp.gate.weight 4 x 32 in 3 layers: it is no linear's" in shown.out
+    skipped = trim("plan", tmp_path / "mixtral", "--sparsity", 0.5, "--skip", "*.experts.*", *COMPUTE)
+    left = "left dense: block_sparse_moe.experts.*.w2 32 x 64, 12 of them in 3 layers: it was not asked for"
+    assert left in skipped.out
 
 
 @pytest.mark.parametrize(

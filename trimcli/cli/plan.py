@@ -32,11 +32,11 @@ def plan(
 
 
 def _print(found: "Plan") -> None:
-    from trimcli.files.names import grouped, inside_layer, kind_of
+    from trimcli.files.names import grouped, kind_of, layer_of
 
     groups: dict[tuple[str, tuple[int, int]], list[int]] = {}
     for place, linear in enumerate(found.linears):
-        groups.setdefault((inside_layer(linear.name), linear.shape), []).append(place)
+        groups.setdefault((kind_of(linear.name), linear.shape), []).append(place)
     rows = []
     for (name, shape), places in groups.items():
         members = [found.linears[place] for place in places]
@@ -48,7 +48,9 @@ def _print(found: "Plan") -> None:
     show(rows_table(("linear", "matrices", "shape", "target", "zeros"), rows), head(found))
     kinds = grouped(found.dense.items(), lambda item: (kind_of(item[0]), *item[1]))
     for (name, sizes, why), left in kinds.items():
-        times = f" in {len(left)} layers" if len(left) > 1 else ""
+        layers = len({layer_of(name) for name, _ in left})
+        times = f", {len(left):,} of them" if len(left) > layers else ""
+        times += f" in {layers} layers" if layers > 1 else ""
         show(f"left dense: {name} {' x '.join(map(str, sizes))}{times}: {why}")
 
 

@@ -167,9 +167,10 @@ def _products(model: str, device: torch.device, options: BenchOptions, progress:
     skeleton = Skeleton(checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code)
     recorded = forms.pruned_names(checkpoint)
     shapes: dict[tuple[int, int], list[Matrix]] = {}
-    for linear in sorted(skeleton.linears.values(), key=lambda linear: -linear.numel):
-        if not linear.stacked and (recorded is None or linear.name in recorded):
-            shapes.setdefault(linear.shape, []).append(linear)
+    alone = [linear for linear in skeleton.linears.values() if not linear.stacked]
+    pruned = [linear for linear in alone if recorded is None or linear.name in recorded]
+    for linear in sorted(pruned or alone, key=lambda linear: -linear.numel):  # where experts alone were pruned
+        shapes.setdefault(linear.shape, []).append(linear)
     bandwidth, races = copy_bandwidth(options.repeat, device), []
     with progress.task("racing products", len(shapes) + 1) as step:
         for linears in shapes.values():
