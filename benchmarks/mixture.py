@@ -77,7 +77,7 @@ def _batches(blocks: torch.Tensor, steps: int) -> Iterator[torch.Tensor]:
 def measured(directory: Path, text: Path) -> float:
     """Perplexity of what was held back, in windows of the training's length."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]
     windows = torch.tensor(ids[: len(ids) // SEQLEN * SEQLEN]).view(-1, SEQLEN)
     return perplexity(Skeleton(Checkpoint.open(directory)), windows)
 
