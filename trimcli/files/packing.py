@@ -83,7 +83,8 @@ class PackedTensors(PrunedTensors):
         try:
             return integers_of(values, keep, grid, self.linears[self._only(key)].transposed)
         except ValueError:
-            what = f"the weights of {self._only(key)} in {self.checkpoint.id} are not those that its masks were made with"
+            whose = f"the weights of {self._only(key)} in {self.checkpoint.id}"
+            what = f"{whose} are not those that its masks were made with"
             raise MismatchError(f"{what}; use what prune --save-model wrote.") from None
 
     def _keep(self, key: str) -> Tensor:
