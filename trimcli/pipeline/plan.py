@@ -17,6 +17,7 @@ from trimcli.model.skeleton import LeftDense, Skeleton
 from trimcli.options import selected
 from trimcli.pipeline.reconstruct import fitted_logits
 from trimcli.pipeline.walk import batch_tokens
+from trimcli.world import current
 
 # What the interpreter and the libraries hold before any tensor is read.
 LIBRARIES = 320 << 20
@@ -192,7 +193,7 @@ def estimate_memory(
     calibrates: bool = False,
     trials: Trials | None = None,
 ) -> tuple[int, int]:
-    """Peak (device, host) memory in bytes, estimated from shapes; on a CPU everything is host memory.
+    """Peak (device, host) memory of a rank in bytes, estimated from shapes; on a CPU everything is host memory.
 
     The largest of what follows one another: the embedding; a layer with a batch's activations and the statistics it
     gathers; a layer with one matrix worked on; a layer whose masks are rebuilt. calibrates: whether statistics of the
@@ -215,7 +216,8 @@ def estimate_memory(
         gathered = sum(min(count, GROUPS) * held(d_in) for d_in, count in inputs.items())
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
         streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves")
-        states = streams * nsamples * seqlen * embedding.embedding_dim * size
+        share = current().share(nsamples, 0)  # the largest
+        states = streams * (share.stop - share.start) * seqlen * embedding.embedding_dim * size
         if recipe.follows_dense:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
