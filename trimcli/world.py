@@ -295,7 +295,8 @@ def speaks() -> bool:
     run = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
-        return store.add("/".join(["trim", *run]), 1) == 1
+        connect = torch.distributed.TCPStore  # type: ignore[attr-defined]
+        store = connect(host, port, is_master=False, wait_for_workers=False, timeout=STORE_TIMEOUT)
+        return bool(store.add("/".join(["trim", *run]), 1) == 1)
     except (RuntimeError, LookupError, ValueError):  # no launcher is there any more to ask
         return is_first()

@@ -54,6 +54,7 @@ def _allocated(
     survey = _ModelSurvey(skeleton, options, progress)
     if chosen.tries:
         prove(skeleton, options.cache_dir, progress)
+    skeleton.spill = options.spill
     try:
         target = _target(survey, options)
         proposed = chosen(survey, target, options=options.own())

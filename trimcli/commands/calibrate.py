@@ -108,6 +108,7 @@ def _gather(
     with Cache(options.cache_dir).parts(key) as parts:
         if needs:
             prove(skeleton, options.cache_dir, progress)
+            skeleton.spill = options.spill
             done = parts.finished()
             mine = own_samples(tokens)
             walk = Walk(skeleton, mine, batch_size=options.batch_size, wanted=set(wanted), progress=progress)

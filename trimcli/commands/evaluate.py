@@ -50,6 +50,7 @@ def _evaluated(
     started = time.monotonic()
     with PeakMemory() as memory:
         skeleton = open_proven(model, options, progress)
+        skeleton.spill = options.spill
         mask = open_masks(options.masks, skeleton) if options.masks else None
         tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
         sparse = sparsify(skeleton, mask, options.cache_dir, progress) if options.sparse else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimcli.commands.apply import masked_weights, pruned_linear
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import cached_calibration, cached_ratios, targets_of
+from trimcli.commands.resolve import cached_calibration, cached_ratios, spill_folder, targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.atomic import MARK, all_or_none, file_digest
@@ -88,6 +88,7 @@ def prune(
             check_space({output: plan.mask_bytes, **saved})
             if walks(run.recipe) or run.recipe.barber:
                 prove(run.skeleton, options.cache_dir, progress)
+            run.skeleton.spill = plan.spill
             stages = ["first", "second"] if options.recipe.barber else ["first"]
             passes = [stack.enter_context(Cache(options.cache_dir).parts(run.key(stage))) for stage in stages]
             for parts in [] if options.resume else passes:
@@ -211,6 +212,8 @@ class _Run:
             saves_model=self.options.save_model is not None,
             calibrates=self.options.calibrates,
             trials=self.options.allocate.trials if self.options.allocate else None,
+            spill=self.options.spill,
+            otherwise=spill_folder(self.options.cache_dir),
         )
 
     def key(self, stage: str) -> dict[str, Any]:

@@ -34,6 +34,8 @@ def perplexity(
     """
     width = skeleton.model.get_input_embeddings().embedding_dim
     per_round = max(1, ROUND_BYTES // (windows.shape[1] * width * skeleton.dtype.itemsize))
+    if skeleton.spill is not None:
+        per_round = len(windows)
     losses = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)
     mine = current().share(len(windows))
     for start in range(mine.start, mine.stop, per_round):

@@ -45,6 +45,9 @@ class Walk:
         size = max(1, min(batch_size or chosen, self.nsamples))
         self.stream: Stream
         if (form or skeleton.form) == "suspended":
+            if skeleton.spill is not None and form is None:
+                what = f"the hidden states of {skeleton.checkpoint.id} belong to passes of its own"
+                progress.warn(f"{what} and stay in memory, whatever --spill says.")
             self.stream = Suspended(skeleton, tokens, progress)
         else:
             self.stream = Recorded(skeleton, tokens, size, progress)
