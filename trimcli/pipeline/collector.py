@@ -14,6 +14,7 @@ from trimcli.files.names import grouped, inside_layer
 from trimcli.methods.stats import STATISTICS, LinearStats, Statistic
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
+from trimcli.world import World, current
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class LeftEarly(Exception):
 class Collector:
     """Gathers the statistics `needs` of `groups` while batches of a layer run. nsamples, seqlen: N and L.
 
+    Of N samples a rank runs its share, numbered from 0; what it gathers is joined with the other ranks' in the end.
     dense: runs the layer on the dense model's hidden states of some samples; for statistics of both models' inputs.
     """
 
@@ -93,6 +95,7 @@ class Collector:
     device: torch.device
     options_of: Callable[[Statistic], Any] = lambda statistic: None
     dense: Callable[[slice], Any] | None = None
+    world: World = field(default_factory=current)
     _paired: dict[str, list[Tensor]] = field(default_factory=dict)
     _pairing: bool = False
     _gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -121,7 +124,8 @@ class Collector:
     @contextmanager
     def batch(self, samples: slice) -> Iterator[None]:
         """The forward pass inside holds these samples; if it is left early, that is the end of the block."""
-        self._samples, self._left = samples, len(self.groups)
+        first = self.world.share(self.nsamples).start
+        self._samples, self._left = slice(first + samples.start, first + samples.stop), len(self.groups)
         if self.dense is not None:
             self._paired = {group.name: [] for group in self.groups}
             self._pairing = True
@@ -157,10 +161,14 @@ class Collector:
         result: dict[str, LinearStats] = {}
         for group in self.groups:
             gathered = self._gathered[group.name]
-            stats = LinearStats(**{name: STATISTICS[name].finish(tensor) for name, tensor in gathered.items()})
+            joined = {name: self._joined(STATISTICS[name], tensor) for name, tensor in gathered.items()}
+            stats = LinearStats(**{name: STATISTICS[name].finish(tensor) for name, tensor in joined.items()})
             refuse_unusable(stats, group.name)
             result |= dict.fromkeys((linear.name for linear in group.linears), stats)
         return result
+
+    def _joined(self, one: Statistic, gathered: Tensor) -> Tensor:
+        return self.world.summed(gathered) if one.dim is None else self.world.whole(gathered, one.dim)
 
 
 def refuse_unusable(stats: LinearStats, name: str) -> None:
