@@ -20,6 +20,8 @@ Check = Callable[[str, Any], None]
 
 Numerics = Literal["exact", "reference"]
 RUN = "Run"
+# Options that say where things lie on the way, and shape no result.
+FOLDERS = ("cache_dir", "spill")
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,26 @@ class RunOptions(ModelOptions):
         return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(RunOptions)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions(RunOptions):
+    """Where and how to compute what walks through the layers with all samples."""
+
+    spill: Path | None = option(
+        None,
+        "Hold the samples' hidden states in files in this folder, not in memory; nothing is left of them. "
+        "prune does so by itself where memory would not do.",
+        panel=RUN,
+    )
+
+    def run(self) -> dict[str, Any]:
+        """What every stage takes from the run, by name."""
+        return {**super().run(), "spill": self.spill}
+
+
 def _recorded(value: Any) -> Any:
-    """An option's value, or the options of a stage within, with paths as text and without cache folders."""
+    """An option's value, or the options of a stage within, with paths as text and without FOLDERS."""
     if isinstance(value, dict):
-        return {key: _recorded(entry) for key, entry in value.items() if key != "cache_dir"}
+        return {key: _recorded(entry) for key, entry in value.items() if key not in FOLDERS}
     return str(value) if isinstance(value, Path) else value
 
 

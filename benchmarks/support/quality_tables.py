@@ -134,7 +134,8 @@ def _plot(runs: Sequence[Facts], dense: Facts, text: str, out: Path) -> None:
         left.plot(order, [mean(nats(points[at], dense, text)) for at in order], label=label, **style)
         if 0.7 in points:
             seconds = mean(run["seconds"] for run in points[0.7])
-            right.scatter([seconds], [mean(nats(points[0.7], dense, text))], color=style["color"], marker=style["marker"])
+            middle = mean(nats(points[0.7], dense, text))
+            right.scatter([seconds], [middle], color=style["color"], marker=style["marker"])
     left.set(xlabel="sparsity", ylabel="nats above dense", yscale="log", title=text)
     right.set(xlabel="seconds of the prune, beside other work", xscale="log", yscale="log", title="at 70%")
     figure.legend(fontsize=8, loc="outside right upper")

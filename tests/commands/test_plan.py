@@ -18,6 +18,7 @@ from trimcli.errors import InputError, OptionError
 from trimcli.methods.layers.auto import AutoOptions
 from trimcli.methods.layers.search import SearchOptions
 from trimcli.pipeline.plan import forward_passes
+from trimcli.world import World
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -52,6 +53,41 @@ def test_a_plan_writes_nothing_and_needs_no_weights(tmp_path: Path) -> None:
     assert planned["model_bytes"] is None
     assert planned["peak_host_bytes"] > 1 << 30
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_72_billion_weights_from_its_config_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen2.5-72B's published shape, by hand."""
+    config = json.loads((DATA / "qwen2.5-3b" / "config.json").read_text())
+    heads = {"num_hidden_layers": 80, "max_window_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    sizes = {"hidden_size": 8192, "intermediate_size": 29568, "vocab_size": 152064, "tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **heads, **sizes}))
+    options = PruneOptions(sparsity=0.75, device="cpu", dtype="bfloat16")
+    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: 1 << 40)
+    plan = foresee(str(tmp_path), options)  # on 256 samples of 2,048 tokens
+
+    wide, narrow, mlp = 8192 * 8192, 1024 * 8192, 29568 * 8192  # q and o, k and v, and the MLP's three
+    matrices = 2 * wide + 2 * narrow + 3 * mlp
+    assert matrices == 877_658_112
+    assert (len(plan.linears), plan.weights) == (7 * 80, 80 * matrices)
+    assert plan.zeros == 80 * matrices * 3 // 4
+    assert plan.mask_bytes == 80 * matrices // 8
+    assert plan.forward_passes == pytest.approx(2 - 1 / 80)
+    layer = 2 * (matrices + 8192 + 2 * 1024 + 2 * 8192)  # in bfloat16, with the biases of q, k and v and two norms
+    states = 256 * 2048 * 8192 * 2
+    assert states == pytest.approx(8.6e9, rel=0.01)
+    worked = 24 * mlp + 4 * 256 * 29568  # one matrix, and the square norms of what down_proj reads
+    assert plan.host_bytes == (320 << 20) + layer + worked + states == pytest.approx(16.5e9, rel=0.01)
+
+    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: 8 << 30)
+    small = foresee(str(tmp_path), options)
+    assert (small.host_bytes, small.spill_bytes) == (plan.host_bytes - states, states)
+    assert small.host_bytes < 8 << 30
+    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: None)
+
+    four = World()
+    four.size = 4
+    monkeypatch.setattr("trimcli.pipeline.plan.current", lambda: four)
+    assert foresee(str(tmp_path), options).host_bytes == plan.host_bytes - states * 3 // 4
 
 
 def test_the_tables_name_matrices_and_passes(base: Path) -> None:

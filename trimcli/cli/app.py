@@ -52,6 +52,8 @@ COMMANDS: dict[str, tuple[str, Callable[..., None], str | None]] = {
     "cache": (MORE, cache, None),
     "demo": (MORE, demo, None),
 }
+# What several ranks under torchrun share; anything else is one process's work.
+SHARED = ("calibrate", "alloc-layers", "prune", "eval", "finetune")
 
 
 class Command(TyperCommand):
@@ -77,7 +79,9 @@ class Program(TyperGroup):
         if cmd_name in COMMANDS and cmd_name not in self.commands:
             _, function, takes = COMMANDS[cmd_name]
             alone = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-            alone.command(cmd_name, cls=Command)(expanded(function, takes))
+            alone.command(cmd_name, cls=Command)(
+                expanded(function, takes, alone=None if cmd_name in SHARED else cmd_name)
+            )
             self.commands[cmd_name] = typer.main.get_command(alone)
         return self.commands.get(cmd_name)
 

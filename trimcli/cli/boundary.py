@@ -15,7 +15,9 @@ import typer
 
 from trimcli.console import inert
 from trimcli.errors import TrimError
+from trimcli.world import ranks, speaks
 
+STOPPED = "the run was stopped, perhaps because another of its ranks ended; repeat the command to go on."
 INTERRUPTED = "interrupted; repeat the command: calibrate, prune, sweep, finetune --resume go on where they stopped."
 
 
@@ -30,7 +32,11 @@ def guarded(work: Callable[[], None]) -> None:
         except typer.Exit:
             raise
         except BaseException as problem:
+            with contextlib.suppress(ValueError):  # the launcher, when it learns of another rank's end, comes too late
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             if stops:  # libraries written in C may have made another error of it
+                if ranks() > 1 and stops[0] == signal.SIGTERM:
+                    say(STOPPED)
                 raise typer.Exit(128 + stops[0]) from None
             if os.environ.get("TRIM_TRACEBACK") == "1" and not isinstance(problem, KeyboardInterrupt):
                 raise
@@ -69,7 +75,9 @@ def interrupted(status: int) -> None:
 
 
 def say(sentence: str) -> None:
-    """What went wrong, in a line on stderr."""
+    """What went wrong, in a line on stderr; of several ranks the first to know says it."""
+    if not speaks():
+        return
     print(f"trim: {inert(sentence, stream=sys.stderr)}", file=sys.stderr)
 
 

@@ -37,11 +37,7 @@ def finetune(
     Masks learned: trim finetune Qwen/Qwen2.5-3B -o Qwen2.5-3B-80 --mode admm --sparsity 0.8 --steps 2000
     """
     from trimcli.commands.finetune import finetune as run
-    from trimcli.training.work import is_first
 
-    if not is_first():  # of several processes one speaks
-        run(model, output, options, force=say.force)
-        return
     found = run(
         model,
         output,

@@ -19,7 +19,7 @@ from trimcli.methods.rows.options import PANEL as TRIM
 from trimcli.methods.scores import SCORES
 from trimcli.methods.stats import STATISTICS
 from trimcli.methods.updates.base import UPDATES
-from trimcli.options import RunOptions, declared, option
+from trimcli.options import WalkOptions, declared, option
 from trimcli.registry import option_types
 from trimcli.sweep.grid import GRID, SweepOptions, axes
 
@@ -80,7 +80,7 @@ def _prune_parameters() -> list[inspect.Parameter]:
 
 def _prune(values: Values) -> PruneOptions:
     """PruneOptions with its recipe, and how the stages before it are run."""
-    run, calibrate, allocate = fields_of(RunOptions, values), None, None
+    run, calibrate, allocate = fields_of(WalkOptions, values), None, None
     drawn = {name: values[name] for name in DRAWN if values[name] is not None and values[name] is not False}
     if values["calibration"] is None:
         calibrate = CalibrateOptions(**run, **drawn, batch_size=values["batch_size"])

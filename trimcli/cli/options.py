@@ -19,6 +19,7 @@ from trimcli.cli.boundary import guarded
 from trimcli.cli.output import Say
 from trimcli.errors import OptionError
 from trimcli.options import RUN, Declared, RunOptions, declared
+from trimcli.world import ranks
 
 Values = Mapping[str, Any]
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -155,8 +156,11 @@ def _group(takes: str) -> Group:
     return Group(lambda: parameters(found), lambda values: found(**fields_of(found, values)))
 
 
-def expanded(function: Callable[..., None], takes: str | None) -> Callable[..., None]:
-    """The function as typer makes a command of it: options spelled out, errors in one sentence and an exit status."""
+def expanded(function: Callable[..., None], takes: str | None, *, alone: str | None = None) -> Callable[..., None]:
+    """The function as typer makes a command of it: options spelled out, errors in one sentence and an exit status.
+
+    alone: the name of a command that several ranks cannot share.
+    """
     group = _group(takes) if takes else None
     signature = inspect.signature(function)
     own = [one for one in signature.parameters.values() if one.name not in ("options", "say")]
@@ -177,6 +181,9 @@ def expanded(function: Callable[..., None], takes: str | None) -> Callable[..., 
     @functools.wraps(function)
     def command(context: typer.Context, **values: Any) -> None:
         def work() -> None:
+            if alone and ranks() > 1:
+                what = f"trim {alone} works in one process and {ranks()} ranks were started"
+                raise OptionError(f"{what}; run it without torchrun.")
             sources = {name: context.get_parameter_source(name) for name in values}
             given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
             say = Say.start(values, given)

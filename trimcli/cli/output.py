@@ -18,6 +18,7 @@ from trimcli.errors import OptionError
 from trimcli.files.atomic import recover
 from trimcli.files.documents import finite_or_none, is_stdout
 from trimcli.files.manifest import COMMAND_LINE
+from trimcli.world import is_first
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,10 @@ BAR = 24
 
 @dataclass(frozen=True)
 class Say:
-    """How a command speaks. given: names of the parameters on the command line. streams: its output is stdout."""
+    """How a command speaks; of several ranks the first one does.
+
+    given: names of the parameters on the command line. streams: its output is stdout.
+    """
 
     quiet: bool
     as_json: bool
@@ -52,12 +56,12 @@ class Say:
         streams = values.get("output") is not None and is_stdout(values["output"])
         if streams and values["as_json"]:
             raise OptionError(f"--json and -o {values['output']} both write to standard output; drop one of the two.")
-        for value in values.values():
+        for value in values.values() if is_first() else ():
             for part in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(part, str | Path):
                     recover(Path(part), sweep=False)
-        quiet = bool(values["quiet"])
-        return cls(quiet, values["as_json"], values["force"], given, streams, RichProgress(quiet=quiet))
+        quiet = bool(values["quiet"]) or not is_first()
+        return cls(quiet, values["as_json"] and is_first(), values["force"], given, streams, RichProgress(quiet=quiet))
 
     def result(self, document: Callable[[], Any], people: Callable[[], None]) -> None:
         """What was found: `document()` as JSON, or `people()` prints it; neither under --quiet or -o -."""

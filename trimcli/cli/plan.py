@@ -59,6 +59,7 @@ def head(plan: "Plan") -> str:
     memory = size(plan.host_bytes)
     if plan.device_bytes:
         memory = f"{size(plan.device_bytes)} on {plan.device}, {memory} on the host"
+    spilled = f", hidden states ({size(plan.spill_bytes)}) in {plan.spill}" if plan.spill is not None else ""
     passes = f"{plan.forward_passes:.3g} forward passes" if plan.forward_passes else "no forward pass"
     disk = size(plan.mask_bytes) + " of masks"
     if plan.model_bytes:
@@ -66,5 +67,5 @@ def head(plan: "Plan") -> str:
     return (
         f"{len(plan.linears)} matrices, {plan.weights:,} weights, {plan.zeros:,} to zero "
         f"({plan.zeros / plan.weights:.2%}), {len(plan.dense)} matrices left dense\n"
-        f"{passes} in {plan.compute_dtype} on {plan.device}, about {memory} of memory, {disk}"
+        f"{passes} in {plan.compute_dtype} on {plan.device}, about {memory} of memory{spilled}, {disk}"
     )

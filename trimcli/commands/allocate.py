@@ -1,5 +1,6 @@
 """`trim alloc-layers`: a sparsity for every linear of a model, the target on average."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +25,7 @@ from trimcli.pipeline.collector import refuse_unusable
 from trimcli.pipeline.plan import chosen_linears
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.trial import divergences
+from trimcli.world import Found, World, current, joined
 
 # A target further than this from the mean of imported keep ratios was meant for another file.
 IMPORT_TOLERANCE = 0.005
@@ -38,6 +40,13 @@ def allocate(
     options.check()
     inputs = inputs_of(options, model)
     check_outputs(inputs, texts=[output], kept=[options.metrics_cache], force=force)
+    with joined() as world:
+        return _allocated(model, output, options, world, progress, force)
+
+
+def _allocated(
+    model: str, output: Path | None, options: AllocateOptions, world: World, progress: Progress, force: bool
+) -> LayerSparsity:
     chosen = options.allocating
     skeleton = open_model(model, options, weights=not chosen.config_only and options.import_file is None)
     if not skeleton.linears:
@@ -45,11 +54,13 @@ def allocate(
     survey = _ModelSurvey(skeleton, options, progress)
     if chosen.tries:
         prove(skeleton, options.cache_dir, progress)
+    skeleton.spill = options.spill
     try:
         target = _target(survey, options)
         proposed = chosen(survey, target, options=options.own())
     finally:
-        survey.metrics.save()
+        if world.is_first:
+            survey.metrics.save()
     final = proposed.sparsity
     if proposed.pattern is None:
         final = settle(final, survey.counts, target, options.numerics)
@@ -68,7 +79,7 @@ def allocate(
         pattern=None if proposed.pattern is None else dict(zip(names, proposed.pattern, strict=True)),
         model=skeleton.fingerprint,
     )
-    if output is not None:
+    if output is not None and world.is_first:
         sources = {"calibration": options.calibration, "import": options.import_file}
         write_json(output, result.document(options.document(), sources), force=force)
     return result
@@ -121,12 +132,18 @@ class _ModelSurvey:
     def remembered(self, metric: str, find: Callable[[str], Mapping[str, float]]) -> list[float]:
         """Every linear's metric, from the metrics file or measured and kept there."""
         missing = [name for name in self.names if self.metrics.get(metric, name) is None]
-        for name in self.each(metric, missing):
-            for other, value in find(name).items():
-                self.metrics.put(other, name, value)
-            if self.metrics.get(metric, name) is None:
-                what = f"the metric {metric} of {name} in {self._skeleton.checkpoint.directory}"
-                raise InputError(f"{what} is not a finite number; choose another --ww-metric.")
+
+        def work(name: str) -> Found:
+            return Found({}, dict(find(name)))
+
+        with self._progress.task(metric, len(missing)) as advance:
+            for name, found in current().divided(missing, work, lambda name: math.prod(self.shapes[name])):
+                for other, value in found.facts.items():
+                    self.metrics.put(other, name, value)
+                if self.metrics.get(metric, name) is None:
+                    what = f"the metric {metric} of {name} in {self._skeleton.checkpoint.directory}"
+                    raise InputError(f"{what} is not a finite number; choose another --ww-metric.")
+                advance()
         return [self.metrics.values[metric][name] for name in self.names]
 
     def each(self, title: str, items: Sequence[T]) -> Iterator[T]:

@@ -1,6 +1,7 @@
 """The calibrate stage: text to tokens, tokens through the dense model, statistics to a file."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.plan import chosen_linears, refuse_experts
 from trimcli.pipeline.proof import prove
-from trimcli.pipeline.walk import Walk, default_seqlen
+from trimcli.pipeline.walk import Walk, default_seqlen, own_samples
 from trimcli.text.encoding import Encoder
 from trimcli.text.stdin import file_of
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
+from trimcli.world import Found, World, joined
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ def encoder_of(skeleton: Skeleton, options: CalibrateOptions) -> Encoder:
     return Encoder.of(tokenizer, options.bos, chat=options.chat)
 
 
-def _draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> tuple[Tensor, str | None]:
-    """The calibration samples, int32 [nsamples, seqlen], and where BOS stands in them, None where they were given."""
+def _draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> Found:
+    """The samples `tokens`, int32 [nsamples, seqlen], and where BOS stands in them, None where they were given."""
     if options.tokens is not None:
-        return read_tokens(options.tokens), None
+        return Found({"tokens": read_tokens(options.tokens)}, None)
     encoder, seqlen = encoder_of(skeleton, options), options.seqlen or default_seqlen(skeleton.config)
     tokens = calibration_tokens(
         options.dataset,
@@ -60,7 +62,7 @@ def _draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> tuple[Tensor,
         pack=options.pack,
         chat=options.chat,
     )
-    return tokens, encoder.bos
+    return Found({"tokens": tokens}, encoder.bos)
 
 
 def calibrate(
@@ -76,12 +78,15 @@ def calibrate(
     options.check()
     check_outputs(inputs_of(options, model), files=[output], force=force)
     started = time.monotonic()
-    with PeakMemory() as memory:
-        skeleton = open_model(model, options)
-        tokens, bos = _draw_tokens(skeleton, options)
-        linears = _gather(skeleton, tokens, bos, output, options, force, progress)
+    with joined() as world:
+        with PeakMemory() as memory:
+            skeleton = open_model(model, options)
+            drawn = world.first(lambda: _draw_tokens(skeleton, options))
+            tokens, bos = drawn.tensors["tokens"], drawn.facts
+            linears = _gather(skeleton, tokens, bos, output, options, force, progress, world)
+        peak = world.most(memory.document())
     seconds, (nsamples, seqlen) = time.monotonic() - started, tokens.shape
-    return CalibrationSummary(output, nsamples, seqlen, linears, options.stats, seconds, memory.document())
+    return CalibrationSummary(output, nsamples, seqlen, linears, options.stats, seconds, peak)
 
 
 def _gather(
@@ -92,6 +97,7 @@ def _gather(
     options: CalibrateOptions,
     force: bool,
     progress: Progress,
+    world: World,
 ) -> int:
     """Write the calibration file; returns how many linears have statistics."""
     needs = frozenset(one.name for option, one in stored_statistics().items() if option in options.stats)
@@ -101,19 +107,17 @@ def _gather(
     compute = {"dtype": str(skeleton.dtype), "device": skeleton.device.type}
     what = {"model": skeleton.fingerprint.document(), "tokens": tokens.tolist(), "linears": wanted}
     key = {"stage": "calibrate", **what, **compute, "stats": options.stats}
-    shares: dict[str, str] = {}
-    routed: dict[str, int] = {}
-    homes: dict[str, Part] = {}
-    specs = {"tokens": TensorSpec(torch.int32, tuple(tokens.shape))}
     with Cache(options.cache_dir).parts(key) as parts:
         if needs:
             prove(skeleton, options.cache_dir, progress)
+            skeleton.spill = options.spill
             done = parts.finished()
-            walk = Walk(skeleton, tokens, batch_size=options.batch_size, wanted=set(wanted), progress=progress)
+            mine = own_samples(tokens)
+            walk = Walk(skeleton, mine, batch_size=options.batch_size, wanted=set(wanted), progress=progress)
             with progress.task("calibrating layers", len(skeleton.layers)) as step:
                 for layer in walk.layers():
                     if layer.index >= done:
-                        collector = Collector(walk.groups(layer), needs, walk.nsamples, walk.seqlen, skeleton.device)
+                        collector = Collector(walk.groups(layer), needs, len(tokens), walk.seqlen, skeleton.device)
                         last = layer.index + 1 == len(skeleton.layers)
                         # What experts gather is a sum, which a batch that ran out of memory would leave its part in.
                         apart = any(group.routed for group in collector.groups)
@@ -124,32 +128,50 @@ def _gather(
                     elif done < len(skeleton.layers):
                         walk.advance(layer)
                     step()
-            for layer in skeleton.layers:
-                part = parts.read(layer.index)
-                shares.update(part.facts["shares"])
-                routed.update(part.facts.get("routed", {}))
-                homes.update(dict.fromkeys(part.names, part))
-                specs.update({name: part.spec(name) for name in part.names})
-        document = manifest(
-            CALIBRATION,
-            "calibrate",
-            options.document(),
-            skeleton.fingerprint,
-            {"tokens": options.tokens and file_of(options.tokens)},
-            stats=list(options.stats),
-            shares=shares,
-            **({"routed": routed} if routed else {}),
-            nsamples=tokens.shape[0],
-            seqlen=tokens.shape[1],
-            bos=bos,
-            compute_dtype=dtype_name(skeleton.dtype),
-        )
-
-        def tensor(name: str) -> Tensor:
-            return tokens.int() if name == "tokens" else homes[name].load(name)
-
-        write_artifact(output, sealed(document), specs, tensor, force=force)
+        found = [parts.read(layer.index) for layer in skeleton.layers] if needs and world.is_first else []
+        count = world.agreed(lambda: _write(skeleton, tokens, bos, found, output, options, force))
         parts.discard()
+    return count
+
+
+def _write(
+    skeleton: Skeleton,
+    tokens: Tensor,
+    bos: str | None,
+    parts: Sequence[Part],
+    output: Path,
+    options: CalibrateOptions,
+    force: bool,
+) -> int:
+    """Write what the layers' parts hold; returns how many linears have statistics."""
+    shares: dict[str, str] = {}
+    routed: dict[str, int] = {}
+    homes: dict[str, Part] = {}
+    specs = {"tokens": TensorSpec(torch.int32, tuple(tokens.shape))}
+    for part in parts:
+        shares.update(part.facts["shares"])
+        routed.update(part.facts.get("routed", {}))
+        homes.update(dict.fromkeys(part.names, part))
+        specs.update({name: part.spec(name) for name in part.names})
+    document = manifest(
+        CALIBRATION,
+        "calibrate",
+        options.document(),
+        skeleton.fingerprint,
+        {"tokens": options.tokens and file_of(options.tokens)},
+        stats=list(options.stats),
+        shares=shares,
+        **({"routed": routed} if routed else {}),
+        nsamples=tokens.shape[0],
+        seqlen=tokens.shape[1],
+        bos=bos,
+        compute_dtype=dtype_name(skeleton.dtype),
+    )
+
+    def tensor(name: str) -> Tensor:
+        return tokens.int() if name == "tokens" else homes[name].load(name)
+
+    write_artifact(output, sealed(document), specs, tensor, force=force)
     return len(shares)
 
 

@@ -23,6 +23,7 @@ from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.proof import open_proven
 from trimcli.pipeline.walk import default_seqlen, max_positions
 from trimcli.text.tokens import evaluation_windows, load_tokenizer
+from trimcli.world import World, joined, ranks
 
 
 def evaluate(
@@ -35,38 +36,53 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model, or it under masks; returns the document (`trim.results/1`) that `output` receives, if given."""
     options.check()
+    if options.tasks and ranks() > 1:
+        raise OptionError(f"--tasks is measured in one process and {ranks()} ranks were started; leave out torchrun.")
     inputs = inputs_of(options, model)
     check_outputs(inputs, texts=[output], folders=[options.log_samples], force=force)
+    with joined() as world:
+        return _evaluated(model, options, output, world, progress, force)
+
+
+def _evaluated(
+    model: str, options: EvaluateOptions, output: Path | None, world: World, progress: Progress, force: bool
+) -> dict[str, Any]:
     started = time.monotonic()
     with PeakMemory() as memory:
         skeleton = open_proven(model, options, progress)
+        skeleton.spill = options.spill
         mask = open_masks(options.masks, skeleton) if options.masks else None
         tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
         sparse = sparsify(skeleton, mask, options.cache_dir, progress) if options.sparse else None
         measured = _perplexities(skeleton, tokenizer, mask, options, progress)
-        sparsity = _sparsity(skeleton, mask)
+        sparsity = world.agreed(lambda: _sparsity(skeleton, mask))
         tasks = _tasks(skeleton, tokenizer, mask, options, progress, force) if options.tasks else {}
-    name = Path(skeleton.checkpoint.id).name or skeleton.checkpoint.id
-    document = manifest(
-        RESULTS,
-        "eval",
-        options.document(),
-        skeleton.fingerprint,
-        {"masks": options.masks},
-        label=f"{name} + {mask.path.stem}" if mask else name,
-        perplexity=measured,
-        **tasks,
-        sparsity=sparsity,
-        pruning=_pruning(skeleton, mask),
-        multiplied_sparse=None if sparse is None else len(sparse.names),
-        compute_dtype=dtype_name(skeleton.dtype),
-        device=str(skeleton.device),
-        seconds=time.monotonic() - started,
-        peak_memory=memory.document(),
-    )
-    if output is not None:
-        write_json(output, document, force=force)
-    return document
+    peak = world.most(memory.document())
+
+    def finished() -> dict[str, Any]:
+        name = Path(skeleton.checkpoint.id).name or skeleton.checkpoint.id
+        document = manifest(
+            RESULTS,
+            "eval",
+            options.document(),
+            skeleton.fingerprint,
+            {"masks": options.masks},
+            label=f"{name} + {mask.path.stem}" if mask else name,
+            perplexity=measured,
+            **tasks,
+            sparsity=sparsity,
+            pruning=_pruning(skeleton, mask),
+            multiplied_sparse=None if sparse is None else len(sparse.names),
+            compute_dtype=dtype_name(skeleton.dtype),
+            device=str(skeleton.device),
+            seconds=time.monotonic() - started,
+            peak_memory=peak,
+        )
+        if output is not None:
+            write_json(output, document, force=force)
+        return document
+
+    return world.agreed(finished)
 
 
 def open_masks(path: Path, skeleton: Skeleton) -> MaskFile:

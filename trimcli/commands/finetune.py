@@ -29,11 +29,12 @@ from trimcli.training.budget import goal_of
 from trimcli.training.lora import adapted
 from trimcli.training.masked import check_held
 from trimcli.training.options import FinetuneOptions
-from trimcli.training.plan import FinetunePlan, make_plan, processes, split
+from trimcli.training.plan import FinetunePlan, make_plan, split
 from trimcli.training.record import Record
 from trimcli.training.teacher import Teacher, at_hand, check_vocabulary
 from trimcli.training.trainer import autocast_dtype
 from trimcli.training.work import Work
+from trimcli.world import ranks
 
 Announce = Callable[[FinetunePlan], None]
 Note = Callable[[str], None]
@@ -125,7 +126,7 @@ class _Session:
                 "--mode admm does not go with FSDP, where no process holds whole matrices; run it without."
             )
         # Where several processes train together, Trainer moves the model to the device of each.
-        device = options.device if processes() == 1 else "cpu"
+        device = options.device if ranks() == 1 else "cpu"
         self.skeleton = open_model(model, replace(options, dtype="float32", device=device))
         self.mark = read_mark(self.skeleton.checkpoint.directory)
         self.masks = self._masks()

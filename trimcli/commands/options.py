@@ -16,6 +16,7 @@ from trimcli.options import (
     ModelOptions,
     Numerics,
     RunOptions,
+    WalkOptions,
     above_zero,
     at_least,
     fraction,
@@ -40,7 +41,7 @@ STATS = "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation);
 
 
 @dataclass(frozen=True, kw_only=True)
-class CalibrateOptions(RunOptions):
+class CalibrateOptions(WalkOptions):
     """What to calibrate on."""
 
     dataset: str = option("c4", DATASET, panel=SAMPLES)
@@ -70,7 +71,7 @@ class CalibrateOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllocateOptions(RunOptions):
+class AllocateOptions(WalkOptions):
     """How to distribute the target. options: of the method, where they differ from the defaults."""
 
     method: str = option("uniform", "How layers share the target.", choices=lambda: ALLOCATIONS)
@@ -135,7 +136,7 @@ class AllocateOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneOptions(RunOptions):
+class PruneOptions(WalkOptions):
     """What to prune, and how. calibrate: made through the stage cache where no file is given."""
 
     recipe: Recipe = field(default_factory=Recipe)
@@ -242,7 +243,7 @@ class ApplyOptions(ModelOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(RunOptions):
+class EvaluateOptions(WalkOptions):
     """What to measure; only what is asked for is measured. fewshot_seed: None for lm-eval's own seeds."""
 
     masks: Path | None = option(None, "Measure the model under these masks, without writing it.")

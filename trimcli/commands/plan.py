@@ -1,7 +1,7 @@
 """`plan` without a run: targets from the options and whatever files they name, nothing computed and nothing written."""
 
 from trimcli.commands.options import CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import targets_of
+from trimcli.commands.resolve import spill_folder, targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.ratios import LayerSparsity
@@ -41,4 +41,6 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
         saves_model=options.save_model is not None,
         calibrates=options.calibrates,
         trials=options.allocate.trials if options.allocate else None,
+        spill=options.spill,
+        otherwise=spill_folder(options.cache_dir),
     )

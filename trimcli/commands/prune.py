@@ -11,8 +11,9 @@ from torch import Tensor
 
 from trimcli.commands.apply import masked_weights, pruned_linear
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import cached_calibration, cached_ratios, targets_of
+from trimcli.commands.resolve import cached_calibration, cached_ratios, spill_folder, targets_of
 from trimcli.console import NO_PROGRESS, Progress
+from trimcli.errors import OptionError
 from trimcli.files.atomic import MARK, all_or_none, file_digest
 from trimcli.files.cache import Cache
 from trimcli.files.calibration import CalibrationFile
@@ -28,6 +29,7 @@ from trimcli.files.rowstats import stats_paths, write_row_stats
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import PeakMemory
 from trimcli.methods import masks
+from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import stored_statistics
 from trimcli.methods.updates.grid import Grid
 from trimcli.model.skeleton import Skeleton, open_model
@@ -35,6 +37,7 @@ from trimcli.pipeline.passes import Passes
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.walk import default_seqlen
+from trimcli.world import joined, ranks
 
 Announce = Callable[[Plan], None]
 KeepOf = Callable[[str], Tensor]
@@ -73,27 +76,31 @@ def prune(
 ) -> PruneSummary:
     """Choose a model's masks, one decoder layer resident, and write them; `announce` is given the plan. TrimError."""
     options.check()
+    _refuse_ranks(options.recipe)
     _refuse_outputs(model, output, options, force=force)
     started = time.monotonic()
-    with PeakMemory() as memory, contextlib.ExitStack() as stack:
-        run = _Run(open_model(model, options), options, progress)
-        plan = run.plan()
-        if announce:
-            announce(plan)
-        saved = {options.save_model: plan.model_bytes or 0} if options.save_model else {}
-        check_space({output: plan.mask_bytes, **saved})
-        if walks(run.recipe) or run.recipe.barber:
-            prove(run.skeleton, options.cache_dir, progress)
-        stages = ["first", "second"] if options.recipe.barber else ["first"]
-        passes = [stack.enter_context(Cache(options.cache_dir).parts(run.key(stage))) for stage in stages]
-        for parts in [] if options.resume else passes:
-            parts.discard()
-        resumed = run.passes.first(passes[0])
-        if options.recipe.barber:
-            resumed += run.passes.second(*passes)
-        document, improved = run.write(passes[-1], output, force=force, rows=passes[0])
-        for parts in passes:
-            parts.discard()
+    with joined() as world:
+        with PeakMemory() as memory, contextlib.ExitStack() as stack:
+            run = _Run(open_model(model, options), options, progress)
+            plan = run.plan()
+            if announce:
+                announce(plan)
+            saved = {options.save_model: plan.model_bytes or 0} if options.save_model else {}
+            check_space({output: plan.mask_bytes, **saved})
+            if walks(run.recipe) or run.recipe.barber:
+                prove(run.skeleton, options.cache_dir, progress)
+            run.skeleton.spill = plan.spill
+            stages = ["first", "second"] if options.recipe.barber else ["first"]
+            passes = [stack.enter_context(Cache(options.cache_dir).parts(run.key(stage))) for stage in stages]
+            for parts in [] if options.resume else passes:
+                parts.discard()
+            resumed = run.passes.first(passes[0])
+            if options.recipe.barber:
+                resumed += run.passes.second(*passes)
+            document, improved = world.agreed(lambda: run.write(passes[-1], output, force=force, rows=passes[0]))
+            for parts in passes:
+                parts.discard()
+        peak = world.most(memory.document())
     found, layers = document["linears"], {}
     for layer in run.skeleton.layers:
         if mine := run.passes.mine(layer):
@@ -111,7 +118,7 @@ def prune(
         remarks=tuple(document["remarks"]),
         resumed=resumed,
         seconds=time.monotonic() - started,
-        peak_memory=memory.document(),
+        peak_memory=peak,
     )
 
 
@@ -122,6 +129,13 @@ def _stood(judged: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tup
         for step, pair in steps.items():
             errors.setdefault(step, []).append(pair)
     return {step: (sum(after <= before for before, after in pairs), len(pairs)) for step, pairs in errors.items()}
+
+
+def _refuse_ranks(recipe: Recipe) -> None:
+    """Raise OptionError for what several ranks cannot share: steps of training, each of which needs the one before."""
+    if recipe.follows_dense and ranks() > 1:
+        flag = f"--reconstruct {recipe.reconstruct}" if recipe.reconstructs else f"--refine {recipe.refine}"
+        raise OptionError(f"{flag} trains in one process and {ranks()} ranks were started; leave it out, or torchrun.")
 
 
 def _refuse_outputs(model: str, output: Path, options: PruneOptions, *, force: bool) -> None:
@@ -199,6 +213,8 @@ class _Run:
             saves_model=self.options.save_model is not None,
             calibrates=self.options.calibrates,
             trials=self.options.allocate.trials if self.options.allocate else None,
+            spill=self.options.spill,
+            otherwise=spill_folder(self.options.cache_dir),
         )
 
     def key(self, stage: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.choice import Target, uniform_target
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
+from trimcli.options import FOLDERS
 from trimcli.text.stdin import file_of
 
 
@@ -57,6 +58,11 @@ def targets_of(
     return {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}
 
 
+def spill_folder(cache_dir: Path | None) -> Path:
+    """Where hidden states go that memory has no room for, and nobody said where."""
+    return Cache(cache_dir).directory / "spilled"
+
+
 def _digests(options: Any, *fields: str) -> dict[str, str]:
     """Of the files that these options name."""
     named = {field: file_of(value) for field in fields if (value := getattr(options, field)) is not None}
@@ -65,6 +71,7 @@ def _digests(options: Any, *fields: str) -> dict[str, str]:
 
 def _key(skeleton: Skeleton, options: dict[str, Any]) -> dict[str, Any]:
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    plain.pop("cache_dir", None)
+    for folder in FOLDERS:
+        plain.pop(folder, None)
     fingerprint = skeleton.fingerprint
     return {"model": [fingerprint.structure, fingerprint.content], "options": plain}

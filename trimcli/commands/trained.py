@@ -22,7 +22,7 @@ from trimcli.model.skeleton import Skeleton
 from trimcli.text.stdin import file_of
 from trimcli.training.modes import Outcome
 from trimcli.training.options import FinetuneOptions
-from trimcli.training.work import is_first
+from trimcli.world import is_first
 
 
 @dataclass(frozen=True)

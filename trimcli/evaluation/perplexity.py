@@ -10,6 +10,7 @@ from trimcli.files.masks import MaskFile
 from trimcli.model.device import held_logits
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.walk import Walk
+from trimcli.world import current
 
 # Hidden states of at most this many bytes are walked together; more windows take another round through the layers.
 ROUND_BYTES = 4 << 30
@@ -28,16 +29,19 @@ def perplexity(
 ) -> float:
     """Exp of the mean over windows, integer [n, seqlen], of the mean cross-entropy of their seqlen - 1 predictions.
 
-    mask: applied to each layer as it is loaded. Raises InputError naming the layer whose outputs are not finite.
+    Every rank measures its share of the windows. mask: applied to each layer as it is loaded. Raises InputError naming
+    the layer whose outputs are not finite.
     """
     width = skeleton.model.get_input_embeddings().embedding_dim
     per_round = max(1, ROUND_BYTES // (windows.shape[1] * width * skeleton.dtype.itemsize))
-    losses = [
-        loss
-        for start in range(0, len(windows), per_round)
-        for loss in _round(skeleton, windows[start : start + per_round], mask, batch_size, progress).tolist()
-    ]
-    mean = sum(losses) / len(losses)
+    if skeleton.spill is not None:
+        per_round = len(windows)
+    losses = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)
+    mine = current().share(len(windows))
+    for start in range(mine.start, mine.stop, per_round):
+        rows = slice(start, min(start + per_round, mine.stop))
+        losses[rows] = _round(skeleton, windows[rows], mask, batch_size, progress)
+    mean = sum(current().whole(losses, 0).tolist()) / len(losses)
     return math.exp(mean) if mean < 700 else math.inf if not math.isnan(mean) else math.nan
 
 

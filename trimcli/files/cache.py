@@ -12,6 +12,7 @@ from typing import Any
 from trimcli.errors import TrimError
 from trimcli.files.documents import canonical_json, finite_or_none
 from trimcli.files.parts import Parts
+from trimcli.world import current
 
 # How an entry is called, see `digest`.
 OWN = re.compile(r"[0-9a-f]{20}(\.\w+)?")
@@ -41,13 +42,16 @@ class Cache:
         return folder / f"{digest(key)}{suffix}"
 
     def made(self, kind: str, key: Any, suffix: str, make: Callable[[Path], object]) -> Path:
-        """The same, made by `make` where it does not lie yet; where another run is at it, that is waited for."""
+        """The same, made by `make` where it does not lie yet; where another run is at it, that is waited for.
+
+        Every one of several ranks takes part in making it, of which the first one writes.
+        """
         from filelock import FileLock
 
-        path = self.file(kind, key, suffix)
-        if not path.is_file():
-            with FileLock(path.with_suffix(".lock")):
-                if not path.is_file():
+        path, world = self.file(kind, key, suffix), current()
+        if not world.agreed(path.is_file):
+            with FileLock(path.with_suffix(".lock")) if world.is_first else contextlib.nullcontext():
+                if not world.agreed(path.is_file):
                     make(path)
         return path
 

@@ -18,7 +18,7 @@ from trimcli.files.documents import is_stdout, is_stream, read_json
 from trimcli.files.tensors import read_manifest
 
 # Fields of options classes: the paths that are written, and the texts that may be paths and are read.
-WRITTEN = {"save_model", "stats_out", "metrics_cache", "log_samples"}
+WRITTEN = {"save_model", "stats_out", "metrics_cache", "log_samples", "spill"}
 READ = {"dataset", "ppl", "tasks", "teacher"}
 # Beside other weights, these would be taken for the model.
 TAKEN = {MARK, "config.json", SAFE_SINGLE, SAFE_INDEX, BIN_SINGLE, BIN_INDEX}

@@ -15,10 +15,14 @@ from trimcli.errors import InputError, TrimError
 from trimcli.files.atomic import atomic_file
 from trimcli.files.documents import finite_or_none
 from trimcli.files.tensors import TensorSpec, open_tensors, spec_of, tensor_hash, write_tensors
+from trimcli.world import current
 
 
 class Parts:
-    """One safetensors file a layer, durable. One run at a time holds the folder; a second one is told so."""
+    """One safetensors file a layer, durable. One run at a time holds the folder; a second one is told so.
+
+    Where several ranks share a run, the first one holds, writes and discards; the others read what lies there.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -28,6 +32,8 @@ class Parts:
     def __enter__(self) -> "Parts":
         from filelock import FileLock, Timeout
 
+        if not current().is_first:
+            return self
         self.directory.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.directory.with_suffix(".lock"))
         try:
@@ -38,6 +44,8 @@ class Parts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._lock is None:
+            return
         if self.directory.is_dir() and not any(self.directory.iterdir()):
             self.directory.rmdir()
         self._lock.release()
@@ -49,6 +57,9 @@ class Parts:
 
     def finished(self) -> int:
         """How many layers from the first on are finished, their files being whole."""
+        return current().agreed(self._count)
+
+    def _count(self) -> int:
         count = 0
         while self._is_whole(count):
             count += 1
@@ -66,11 +77,15 @@ class Parts:
     def discard(self) -> None:
         """Forget everything: under --no-resume before the run, and after a run that came to its end."""
         self._whole.clear()
+        if not current().is_first:
+            return
         for path in self.directory.glob("*"):
             path.unlink()
 
     def write(self, index: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Leave layer `index`'s tensors and JSON facts."""
+        if not current().is_first:
+            return
         specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
         text = json.dumps(finite_or_none(facts))
         metadata = {"facts": text, "digest": _digest(text, sorted(specs), specs.__getitem__, tensors.__getitem__)}

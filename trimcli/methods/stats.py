@@ -44,8 +44,9 @@ class Statistic(Entry):
     add(gathered, inputs [n, L, D_in], samples, N): takes in a batch, `samples` its slice of 0..N-1. finish(gathered):
     what methods read. columns(tensor, slice): its part of some columns. nbytes(d_in, nsamples): memory, and `copies`
     more of it while a matrix is pruned. stored: its name in `calibrate --stats`; None for what is only collected while
-    pruning. paired: `add` takes the dense model's inputs of the batch, too, as its last argument. routed: how it is
-    gathered for an expert, None where it cannot be.
+    pruning. paired: `add` takes the dense model's inputs of the batch, too, as its last argument. dim: the dimension
+    along which every sample has its own place; None where samples are added up. routed: how it is gathered for an
+    expert, None where it cannot be.
     """
 
     add: Callable[..., None]
@@ -55,6 +56,7 @@ class Statistic(Entry):
     stored: str | None = None
     copies: int = 0
     paired: bool = False
+    dim: int | None = None
     routed: Routed | None = None
 
 
@@ -275,6 +277,7 @@ SQNORM = statistic(
     finish=lambda gathered: gathered.double().mean(dim=0).float(),
     nbytes=lambda d_in, nsamples: 4 * d_in * nsamples,
     stored="norms",
+    dim=0,
     routed=Routed(
         _add_routed_squares,
         start=lambda d_in, nsamples, device: _zeros((d_in,), device, "float64"),
@@ -290,6 +293,7 @@ INPUTS = statistic(
     add=_add_inputs,
     nbytes=lambda d_in, nsamples: 4 * d_in * nsamples,
     stored="inputs",
+    dim=1,
     routed=Routed(_add_drawn, least=lambda nsamples: nsamples),
 )
 

@@ -1,5 +1,6 @@
 """Where and in which precision to compute."""
 
+import os
 import re
 from collections import Counter
 
@@ -8,6 +9,7 @@ import torch
 from trimcli.errors import OptionError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.options import one_of
+from trimcli.world import ranks
 
 # What a CPU multiplies each 16-bit dtype with, by torch's names; without, it takes a hundred times as long as float32.
 UNITS = {torch.float16: ("avx512_fp16", "amx_fp16"), torch.bfloat16: ("avx512_bf16", "amx_bf16")}
@@ -46,7 +48,12 @@ def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> to
 
 
 def compute_device(name: str) -> torch.device:
-    """The compute device: as named, or for `auto` the first CUDA device where there is one. Raises OptionError."""
+    """The compute device: as named, or for `auto` the first CUDA device where there is one. Raises OptionError.
+
+    Of several ranks on a machine, each computes on a CUDA device of its own, in order.
+    """
+    if ranks() > 1:
+        name = _device_of_rank(name)
     if name == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cuda:\d+", name):
@@ -54,4 +61,15 @@ def compute_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu.")
+    if device.type == "cuda" and ranks() > 1:
+        torch.cuda.set_device(device)  # where nccl then works for this process
     return device
+
+
+def _device_of_rank(name: str) -> str:
+    """What one of several ranks computes on where `name` is asked for."""
+    if name == "cuda" or (name == "auto" and torch.cuda.is_available()):
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name.startswith("cuda:"):
+        raise OptionError(f"--device {name}: each of {ranks()} ranks takes a device of its own; give cuda or cpu.")
+    return name

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,10 +53,12 @@ class Skeleton:
     """A transformers model without weights, and the means to fill it in parts. dtype: of the computation.
 
     form, returns: what `trimcli.pipeline.proof` found to hold for the model; returns is None while nobody looked.
+    spill: the folder in whose files the hidden states of its walks lie, None for memory.
     """
 
     form: Form = "recorded"
     returns: Returns | None = None
+    spill: Path | None = None
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from trimcli.methods.stats import STATISTICS, LinearStats, Statistic
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
 from trimcli.pipeline.routed import watching_experts
+from trimcli.world import World, current
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class LeftEarly(Exception):
 class Collector:
     """Gathers the statistics `needs` of `groups` while batches of a layer run. nsamples, seqlen: N and L.
 
+    Of N samples a rank runs its share, numbered from 0; what it gathers is joined with the other ranks' in the end.
     dense: runs the layer on the dense model's hidden states of some samples; for statistics of both models' inputs.
     """
 
@@ -111,6 +113,7 @@ class Collector:
     device: torch.device
     options_of: Callable[[Statistic], Any] = lambda statistic: None
     dense: Callable[[slice], Any] | None = None
+    world: World = field(default_factory=current)
     _paired: dict[str, list[Tensor]] = field(default_factory=dict)
     _pairing: bool = False
     _gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -149,7 +152,8 @@ class Collector:
     @contextmanager
     def batch(self, samples: slice) -> Iterator[None]:
         """The forward pass inside holds these samples; if it is left early, that is the end of the block."""
-        self._samples, self._left = samples, len(self.groups)
+        first = self.world.share(self.nsamples).start
+        self._samples, self._left = slice(first + samples.start, first + samples.stop), len(self.groups)
         if self.dense is not None:
             self._paired = {group.name: [] for group in self.groups}
             self._pairing = True
@@ -198,15 +202,20 @@ class Collector:
         result: dict[str, LinearStats] = {}
         for group in self.groups:
             gathered, tokens = self._gathered[group.name], self._tokens.get(group.name)
-            found = {name: STATISTICS[name].finish(tensor) for name, tensor in gathered.items() if tokens is None}
+            found: dict[str, Tensor] = {}
             for name, tensor in gathered.items():
-                routed = STATISTICS[name].routed
-                if tokens is not None and routed is not None and tokens >= routed.least(self.nsamples):
-                    found[name] = routed.finish(tensor, self.nsamples)
+                one = STATISTICS[name]
+                if tokens is None:
+                    found[name] = one.finish(self._joined(one, tensor))
+                elif one.routed is not None and tokens >= one.routed.least(self.nsamples):
+                    found[name] = one.routed.finish(tensor, self.nsamples)
             stats = LinearStats(tokens, **found)
             refuse_unusable(stats, group.name)
             result |= dict.fromkeys((linear.name for linear in group.linears), stats)
         return result
+
+    def _joined(self, one: Statistic, gathered: Tensor) -> Tensor:
+        return self.world.summed(gathered) if one.dim is None else self.world.whole(gathered, one.dim)
 
 
 def refuse_unusable(stats: LinearStats, name: str) -> None:

@@ -1,7 +1,7 @@
 """The passes over a model that choose masks: layer by layer, one resident, each leaving a part file when finished."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,19 +18,23 @@ from trimcli.methods.blocks.reconstruct import Reconstructed
 from trimcli.methods.choice import Target
 from trimcli.methods.recipe import Outcome, Recipe
 from trimcli.methods.scores import wanda
-from trimcli.methods.stats import INPUTS, SQNORM, LinearStats
+from trimcli.methods.stats import INPUTS, SQNORM, STATISTICS, LinearStats
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
 from trimcli.pipeline.plan import gathered_together, walks
 from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
 from trimcli.pipeline.reconstruct import Guide, learn_layer, parameter_inside, reconstruct_layer
-from trimcli.pipeline.walk import Walk
+from trimcli.pipeline.walk import Walk, own_samples
+from trimcli.world import Found, World, current
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What the passes work with; targets: by linear that is pruned. calibration: None where nothing is read of it."""
+    """What the passes work with; targets: by linear that is pruned. calibration: None where nothing is read of it.
+
+    Every one of several ranks walks with its share of the samples, and works on some of a layer's matrices.
+    """
 
     skeleton: Skeleton
     recipe: Recipe
@@ -39,6 +43,7 @@ class Passes:
     progress: Progress
     batch_size: int | None = None
     keep_zeros: bool = False
+    world: World = field(default_factory=current)
 
     def first(self, parts: Parts) -> int:
         """Choose the masks layer by layer, leaving a part file each. Returns how many an earlier run had left."""
@@ -57,10 +62,16 @@ class Passes:
         """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber). Returns the like of `first`."""
         return self._along_walk("rebuilding layers", second, partial(self._rebuild, first))
 
+    @property
+    def nsamples(self) -> int:
+        """N, the samples of all ranks."""
+        return self.calibration.nsamples if self.calibration else 0
+
     def _walk(self) -> Walk:
         assert self.calibration is not None, "a recipe that walks has been given tokens"
         tokens, batch_size = self.calibration.tokens, self.batch_size
-        return Walk(self.skeleton, tokens, batch_size=batch_size, wanted=self.targets, progress=self.progress)
+        mine = own_samples(tokens)
+        return Walk(self.skeleton, mine, batch_size=batch_size, wanted=self.targets, progress=self.progress)
 
     def _along_walk(
         self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer, Guide | None], "PartWriter"]
@@ -101,15 +112,19 @@ class Passes:
 
     def _prune_from_file(self, layer: DecoderLayer) -> "PartWriter":
         """Without propagation: statistics from the calibration file, one matrix in memory."""
-        writer = PartWriter(self)
-        for linear in self.mine(layer):
+
+        def stats_of(linear: Matrix) -> LinearStats:
             stats = LinearStats()
             if self.recipe.needs and self.calibration:
                 stats = self.calibration.statistics(linear.name, linear.d_in)
                 refuse_unusable(stats, linear.name)
                 moved = {name: tensor.to(self.skeleton.device) for name, tensor in stats.tensors.items()}
                 stats = LinearStats(stats.tokens, **moved)
-            writer.add(linear, self._choose(linear, self._stored(linear), stats))
+            return stats
+
+        writer = PartWriter(self)
+        for _ in self._outcomes(writer, self.mine(layer), self._stored, stats_of):
+            pass
         return writer
 
     def _prune_layer(self, walk: Walk, layer: DecoderLayer, guide: Guide | None) -> "PartWriter":
@@ -123,25 +138,26 @@ class Passes:
         if self.recipe.barber and layer.index == 0:
             blocks_of(walk, layer)  # what the second pass cannot work on is refused before the first one is done
         groups = walk.groups(layer)
-        parts = gathered_together(groups, self.recipe, walk.nsamples)
-        for number, part in enumerate(parts):
+        parts = gathered_together(groups, self.recipe, self.nsamples)
+        again = self.recipe.input_recalc
+        for place, part in enumerate(parts):
             stats = self._collect(walk, layer, part, self.recipe.needs, guide.walk if guide else None)
-            if guide is not None and not number:
+            if guide is not None and not place:
                 guide.advance(layer, finished=False)  # before anything in it is pruned
-            for place, group in enumerate(part):
-                if self.recipe.input_recalc and place:
-                    self._recalculate(walk, layer, group, stats)
-                for linear in group.linears:
-                    outcome = self._choose(linear, self._dense(linear), stats[linear.name])
+            for number, stage in enumerate([[group] for group in part] if again else [part]):
+                if again and number:
+                    self._recalculate(walk, layer, stage[0], stats)
+                linears = [linear for group in stage for linear in group.linears]
+                for linear, mask in self._outcomes(
+                    writer, linears, self._dense, lambda one, known=stats: known[one.name]
+                ):
                     if self.recipe.refine == "learned":
                         weight = self._stored(linear)
-                        pruned[linear.name] = weight, outcome.keep, wanda(weight, stats[linear.name])
-                    writer.add(linear, outcome)
-                    keep[linear.name] = outcome.keep
+                        pruned[linear.name] = weight, mask, wanda(weight, stats[linear.name])
                     if len(parts) == 1:  # else what is yet to be gathered still needs the dense layer
-                        linear.write(writer.weight(linear), outcome.keep)
-                for linear in group.linears:
-                    stats.pop(linear.name, None)
+                        linear.write(writer.weight(linear), mask)
+                    keep[linear.name] = mask
+                    del stats[linear.name]
         for linear in self.mine(layer) if len(parts) > 1 else ():
             linear.write(writer.weight(linear), keep[linear.name])
         if guide is not None and pruned:
@@ -153,9 +169,28 @@ class Passes:
             writer.refit(layer, reconstruct_layer(walk, guide, layer, keep, self.recipe))
         return writer
 
-    def _choose(self, linear: Matrix, weight: Tensor, stats: LinearStats) -> Outcome:
-        made = self.recipe.choose(weight, stats, self.targets[linear.name], keep_zeros=self.keep_zeros)
-        return replace(made, tokens=stats.tokens)
+    def _outcomes(
+        self,
+        writer: "PartWriter",
+        linears: Sequence[Matrix],
+        weight: Callable[[Matrix], Tensor],
+        stats: Callable[[Matrix], LinearStats],
+    ) -> Iterator[tuple[Matrix, Tensor]]:
+        """Choose masks and weights, which `writer` takes; each linear in order with its mask, bool [D_out, D_in]."""
+        made: dict[str, Tensor] = {}
+
+        def work(linear: Matrix) -> Found:
+            target, known = self.targets[linear.name], stats(linear)
+            outcome = self.recipe.choose(weight(linear), known, target, keep_zeros=self.keep_zeros)
+            outcome = replace(outcome, tokens=known.tokens)
+            made[linear.name] = outcome.keep
+            return writer.packed(linear, outcome)
+
+        # What reads a Gram inverts it, or solves with it, for every row.
+        solves = any(STATISTICS[name].copies for name in self.recipe.needs)
+        for linear, found in self.world.divided(linears, work, lambda one: one.numel * (one.d_in if solves else 1)):
+            writer.take(linear, found)
+            yield linear, made.pop(linear.name) if linear.name in made else writer.mask(linear)
 
     def _collect(
         self,
@@ -171,7 +206,7 @@ class Passes:
         beside = None
         if dense is not None and self.recipe.target == "dense":
             beside = partial(_on_dense_states, walk, dense, layer)
-        collector = Collector(groups, needs, walk.nsamples, walk.seqlen, device, self.recipe.options_of, beside)
+        collector = Collector(groups, needs, self.nsamples, walk.seqlen, device, self.recipe.options_of, beside)
         walk.collect(layer, collector)
         return collector.by_linear()
 
@@ -209,12 +244,17 @@ class Passes:
         keep = {name: mask for name, (_, mask) in found.items()}
         changed = {name: weight for name, (weight, _) in found.items() if weight is not None}
         patterns = {linear.name: self.targets[linear.name].pattern for linear in mine}
-        outcomes = rebuild_layer(walk, layer, stored, stored | changed, keep, patterns, self.recipe)
+        outcomes = rebuild_layer(walk, layer, stored, stored | changed, keep, patterns, self.recipe, self.nsamples)
         for linear in mine:
             mask, weight = outcomes[linear.name]
-            writer.add(linear, Outcome(mask, weight if self.recipe.changes_weights else None))
+            outcome = Outcome(mask, weight if self.recipe.changes_weights else None)
+            writer.take(linear, writer.packed(linear, outcome))
             linear.write(writer.weight(linear), mask)
         return writer
+
+
+def _stats_in(stats: Mapping[str, LinearStats], linear: Matrix) -> LinearStats:
+    return stats[linear.name]
 
 
 def _on_dense_states(walk: Walk, dense: Walk, layer: DecoderLayer, rows: slice) -> Tensor:
@@ -236,29 +276,44 @@ class PartWriter:
         self._fewer: list[str] = []
         self._judged: dict[str, dict[str, tuple[float, float]]] = {}
 
-    def add(self, linear: Matrix, outcome: Outcome) -> None:
-        """Take one matrix's masks, and its weights as the checkpoint will store them."""
-        self._tensors[f"{linear.name}.keep"] = masks.pack(outcome.keep).cpu()
+    def packed(self, linear: Matrix, outcome: Outcome) -> Found:
+        """One matrix's mask as bits, its weights as the checkpoint will store them, and what is to be said of it."""
+        tensors = {f"{linear.name}.keep": masks.pack(outcome.keep).cpu()}
+        facts: dict[str, Any] = {"warnings": list(outcome.remarks)}
         if outcome.weight is not None:
             assert linear.key is not None
             stored = self._passes.skeleton.checkpoint.spec(linear.key).dtype
-            self._tensors[f"{linear.name}.weight"] = outcome.weight.to("cpu", stored).contiguous()
+            tensors[f"{linear.name}.weight"] = outcome.weight.to("cpu", stored).contiguous()
         if outcome.grid is not None:
-            tensors = {"scales": outcome.grid.scales, "zeros": outcome.grid.zeros}
-            self._tensors |= {f"{linear.name}.{kind}": tensor.cpu() for kind, tensor in tensors.items()}
+            grid = {"scales": outcome.grid.scales, "zeros": outcome.grid.zeros}
+            tensors |= {f"{linear.name}.{kind}": tensor.cpu() for kind, tensor in grid.items()}
         if outcome.rows is not None:
-            self._rows[linear.name] = row_facts(outcome.rows, self._passes.targets[linear.name].sparsity)
-            self._tensors.update(row_tensors(linear.name, outcome.rows))
+            facts["rows"] = row_facts(outcome.rows, self._passes.targets[linear.name].sparsity)
+            tensors.update(row_tensors(linear.name, outcome.rows))
         if outcome.judged:
-            self._judged[linear.name] = {one.step: (one.before, one.after) for one in outcome.judged}
-            self._remarks += [f"{linear.name}: {one.remark}" for one in outcome.judged if not one.better]
-        if outcome.tokens is not None:
-            self._reached[linear.name] = outcome.tokens
-        if outcome.fewer is not None:
-            self._fewer.append(f"{linear.name}: {outcome.fewer}")
-        for remark in outcome.remarks:
+            facts["judged"] = {one.step: (one.before, one.after) for one in outcome.judged}
+        facts["remarks"] = [one.remark for one in outcome.judged if not one.better]
+        facts |= {"tokens": outcome.tokens, "fewer": outcome.fewer}
+        return Found(tensors, facts)
+
+    def take(self, linear: Matrix, found: Found) -> None:
+        """Take one matrix's masks and weights, as `packed` gave them on any rank."""
+        self._tensors.update(found.tensors)
+        for kept, name in ((self._rows, "rows"), (self._judged, "judged")):
+            if name in found.facts:
+                kept[linear.name] = found.facts[name]
+        self._remarks += [f"{linear.name}: {remark}" for remark in found.facts["remarks"]]
+        if found.facts["tokens"] is not None:
+            self._reached[linear.name] = found.facts["tokens"]
+        if found.facts["fewer"] is not None:
+            self._fewer.append(f"{linear.name}: {found.facts['fewer']}")
+        for remark in found.facts["warnings"]:
             self._remarks.append(f"{linear.name}: {remark}")
             self._passes.progress.warn(self._remarks[-1])
+
+    def mask(self, linear: Matrix) -> Tensor:
+        """The mask, bool [D_out, D_in], on the CPU."""
+        return masks.unpack(self._tensors[f"{linear.name}.keep"], linear.d_in)
 
     def relearn(self, keep: Mapping[str, Tensor], made: Learned) -> None:
         """Take the masks that were learned in place of those chosen."""

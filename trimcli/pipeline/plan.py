@@ -4,12 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.names import kind_of
 from trimcli.files.tensors import dtype_name
+from trimcli.memory import available_bytes
 from trimcli.methods.choice import Target
 from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
@@ -20,6 +22,7 @@ from trimcli.options import selected
 from trimcli.pipeline.collector import InputGroup
 from trimcli.pipeline.reconstruct import fitted_logits
 from trimcli.pipeline.walk import batch_tokens
+from trimcli.world import current, ranks
 
 # What the interpreter and the libraries hold before any tensor is read.
 LIBRARIES = 320 << 20
@@ -49,9 +52,20 @@ class PlannedLinear:
     zeros: int
 
 
+class Memory(NamedTuple):
+    """Peak bytes of the device (0 on a CPU, where all is the host's) and of the host, besides the hidden `states`'."""
+
+    device: int
+    host: int
+    states: int
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What a prune will do. dense: matrices left dense. forward_passes: of the whole model."""
+    """What a prune will do. dense: matrices left dense. forward_passes: of the whole model.
+
+    spill: the folder that takes hidden states, `spill_bytes` of them, None where they are in memory.
+    """
 
     model: str
     linears: tuple[PlannedLinear, ...]
@@ -63,6 +77,8 @@ class Plan:
     device_bytes: int
     mask_bytes: int
     model_bytes: int | None
+    spill: Path | None = None
+    spill_bytes: int = 0
 
     @property
     def weights(self) -> int:
@@ -100,6 +116,8 @@ class Plan:
             "peak_device_bytes": self.device_bytes,
             "mask_bytes": self.mask_bytes,
             "model_bytes": self.model_bytes,
+            "spill": None if self.spill is None else str(self.spill),
+            "spill_bytes": self.spill_bytes,
         }
 
 
@@ -130,10 +148,12 @@ def make_plan(
     saves_model: bool = False,
     calibrates: bool = False,
     trials: Trials | None = None,
+    spill: Path | None = None,
+    otherwise: Path | None = None,
 ) -> Plan:
     """The plan of a prune. calibrates: gathers statistics of the dense model first. trials: of its allocation.
 
-    Raises OptionError.
+    spill: the folder for hidden states, None for memory; `otherwise`, where that has not enough. Raises OptionError.
     """
     shapes = {linear.name: linear.shape for linear in linears}
     check_patterns(targets, shapes)
@@ -142,7 +162,12 @@ def make_plan(
     why = "it was not asked for"
     dense = {name: LeftDense(one.shape, why) for name, one in skeleton.linears.items() if name not in shapes}
     known: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen, "trials": trials}
-    device, host = estimate_memory(skeleton, linears, recipe, calibrates=calibrates, **known)
+    memory = estimate_memory(skeleton, linears, recipe, calibrates=calibrates, **known)
+    room = available_bytes()
+    if spill is None and not memory.device and room is not None and memory.host + memory.states > room:
+        spill = otherwise
+    spilled = memory.states if spill is not None else 0
+    kept = memory.states - spilled
     passes = forward_passes(recipe, len(skeleton.layers), nsamples / recipe.step_samples(seqlen))
     if walks(recipe) and not recipe.input_recalc:
         passes += _further_passes(skeleton, linears, recipe, nsamples)
@@ -159,10 +184,12 @@ def make_plan(
         compute_dtype=dtype_name(skeleton.dtype),
         device=str(skeleton.device),
         forward_passes=passes,
-        host_bytes=host,
-        device_bytes=device,
+        host_bytes=memory.host + (0 if memory.device else kept),
+        device_bytes=memory.device + (kept if memory.device else 0),
         mask_bytes=sum(d_out * -(-d_in // 8) for d_out, d_in in shapes.values()),
         model_bytes=checkpoint.nbytes if saves_model and checkpoint.has_weights else None,
+        spill=spill if spilled else None,
+        spill_bytes=spilled,
     )
 
 
@@ -199,6 +226,7 @@ def refuse_experts(linears: Sequence[Matrix], needs: Collection[str], recipe: Re
     if not routed:
         return
     wrong = [
+        (needs and ranks() > 1, "a run of several processes"),
         (recipe and recipe.barber, "--prune-barber"),
         (recipe and recipe.reconstructs, f"--reconstruct {recipe and recipe.reconstruct}"),
         (recipe and recipe.refine == "learned", "--refine learned"),
@@ -267,8 +295,8 @@ def estimate_memory(
     seqlen: int,
     calibrates: bool = False,
     trials: Trials | None = None,
-) -> tuple[int, int]:
-    """Peak (device, host) memory in bytes, estimated from shapes; on a CPU everything is host memory.
+) -> Memory:
+    """Peak memory of a rank, estimated from shapes.
 
     The largest of what follows one another: the embedding; a layer with a batch's activations and the statistics it
     gathers; a layer with one matrix worked on; a layer whose masks are rebuilt. calibrates: whether statistics of the
@@ -276,6 +304,7 @@ def estimate_memory(
     """
     size, cpu = skeleton.dtype.itemsize, skeleton.device.type == "cpu"
     held = partial(gathered_bytes, recipe, nsamples=nsamples)
+    states = 0
     needed = worked = max(held(one.d_in, copies=True) + WORKED * one.numel for one in linears)
     if walks(recipe) or recipe.barber or calibrates:
         embedding = skeleton.model.get_input_embeddings()
@@ -290,14 +319,16 @@ def estimate_memory(
         gathered += experts
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
         streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves")
-        states = streams * nsamples * seqlen * embedding.embedding_dim * size
+        share = current().share(nsamples, 0)  # the largest
+        states = streams * (share.stop - share.start) * seqlen * embedding.embedding_dim * size
         if recipe.follows_dense:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
             head = skeleton.model.get_output_embeddings()
             rebuilt += head.weight.numel() * size + PREDICTED * 4 * fitted_logits(skeleton.device)
-        needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt)) + states
+        needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt))
         if trials is not None:  # the layer twice: its dense matrices are put back for every candidate
             tokens = (1 + trials.together) * min(trials.samples, nsamples) * seqlen
-            needed = max(needed, 2 * layer + activations + tokens * embedding.embedding_dim * size)
-    return (0, LIBRARIES + needed) if cpu else (needed, 4 * LIBRARIES)
+            tried = tokens * embedding.embedding_dim * size
+            needed = max(needed, 2 * layer + activations + tried - states)
+    return Memory(0, LIBRARIES + needed, states) if cpu else Memory(needed, 4 * LIBRARIES, states)

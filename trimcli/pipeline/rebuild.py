@@ -11,6 +11,7 @@ from trimcli.methods.blocks.structure import Block, Call, block_gradients, find_
 from trimcli.methods.recipe import Recipe
 from trimcli.model.skeleton import DecoderLayer
 from trimcli.pipeline.walk import Walk
+from trimcli.world import current
 
 
 def rebuild_layer(
@@ -21,11 +22,13 @@ def rebuild_layer(
     keep: Mapping[str, Tensor],
     patterns: Mapping[str, tuple[int, int] | None],
     recipe: Recipe,
+    nsamples: int,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """New masks and weights [D_out, D_in] of a layer's pruned linears, which the loaded layer then holds.
 
-    walk: at this layer, loaded with its sparse weights. dense: every linear's weight. sparse: right where it is kept.
-    keep: the masks to rebuild. patterns: their N:M. Raises OptionError as `find_blocks` does.
+    walk: at this layer, loaded with its sparse weights, with this rank's share of `nsamples` samples. dense: every
+    linear's weight. sparse: right where it is kept. keep: the masks to rebuild. patterns: their N:M. Raises OptionError
+    as `find_blocks` does.
     """
     assert recipe.barber is not None, "there is a second pass"
     linears = {linear.name: linear for linear in layer.linears}
@@ -36,7 +39,7 @@ def rebuild_layer(
             continue
         gradients = None
         if recipe.barber.needs_gradients:
-            found = _gradients(walk, layer, block, dense)
+            found = _gradients(walk, layer, block, dense, nsamples)
             gradients = {name: linears[name].inside(found[name]) for name in mine}
         old = {name: keep[name].to(walk.skeleton.device) for name in mine}
         values = {name: sparse[name].to(walk.skeleton.device) for name in mine}
@@ -68,7 +71,9 @@ def _states(walk: Walk, sample: int) -> Tensor:
     return walk.states(slice(sample, sample + 1))
 
 
-def _gradients(walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _gradients(
+    walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str, Tensor], nsamples: int
+) -> dict[str, Tensor]:
     stored = {
         linear.name: linear.replaced(linear.parameter, dense[linear.name])
         for linear in layer.linears
@@ -81,4 +86,5 @@ def _gradients(walk: Walk, layer: DecoderLayer, block: Block, dense: Mapping[str
                 yield block.capture(partial(_run, walk, layer, sample), _states(walk, sample))
                 step()
 
-        return block_gradients(block, stored, calls(), walk.nsamples)
+        found = block_gradients(block, stored, calls(), nsamples)
+    return {name: current().summed(gradient) for name, gradient in found.items()}

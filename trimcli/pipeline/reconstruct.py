@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from trimcli.files.spilled import Spilled
 from trimcli.methods.blocks.learn import Counts, Learnable, Learned, learn_masks
 from trimcli.methods.blocks.reconstruct import (
     Batch,
@@ -48,16 +49,26 @@ class Guide:
         self.walk = walk
         self._halves = halves
         self.blocks: list[Block] = []
-        self.between: list[Tensor] = []
+        self.between: Tensor | None = None
 
     def advance(self, layer: DecoderLayer, *, finished: bool) -> None:
         """Go past a loaded, dense layer. finished: whether nothing is left to be done with it. OptionError."""
         if self._halves and not finished:
             self.blocks = blocks_of(self.walk, layer, "--reconstruct halves")
             with self.blocks[1].silenced():  # what remains is the residual stream
-                samples = [self.walk.call(layer, slice(one, one + 1)) for one in range(self.walk.nsamples)]
-            self.between = [one.to(self.walk.states(slice(0, 1)).dtype).cpu() for one in samples]
+                self._keep_between(layer)
         self.walk.advance(layer)
+
+    def _keep_between(self, layer: DecoderLayer) -> None:
+        for sample in range(self.walk.nsamples):
+            rows = slice(sample, sample + 1)
+            states = self.walk.states(rows)
+            if self.between is None:
+                shape, spill = (self.walk.nsamples, *states.shape[1:]), self.walk.skeleton.spill
+                self.between = (
+                    Spilled(spill, shape, states.dtype).tensor if spill else states.new_empty(shape, device="cpu")
+                )
+            self.between[rows] = self.walk.call(layer, rows).cpu()
 
     def target(self, rows: slice) -> Tensor:
         """What the dense layer gives for samples `rows`, [b, L, H]."""
@@ -65,7 +76,8 @@ class Guide:
 
     def halfway(self, rows: slice) -> Tensor:
         """What the dense layer hands from its attention to its MLP, [b, L, H]."""
-        return torch.cat(self.between[rows]).to(self.walk.skeleton.device)
+        assert self.between is not None, "advance has been past a layer"
+        return self.between[rows].to(self.walk.skeleton.device)
 
 
 def learn_layer(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimcli.console import Progress
 from trimcli.errors import InputError
+from trimcli.files.spilled import Spilled
 from trimcli.methods.masks import slices
 from trimcli.model.forward import Embedder, Forward, Head, Recording, first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
@@ -25,6 +26,7 @@ class Recorded(Stream):
 
     def __init__(self, skeleton: Skeleton, tokens: Tensor, batch_size: int, progress: Progress) -> None:
         self.skeleton, self.batch_size = skeleton, batch_size
+        self._spilled: Spilled | None = None
         self.forward = Forward(skeleton)
         self._tokens, self._progress = tokens, progress
         self._recordings: dict[int, Recording] = {}
@@ -57,6 +59,9 @@ class Recorded(Stream):
 
     def _buffer(self, states: Tensor) -> Tensor:
         shape = (len(self._tokens), *states.shape[1:])
+        if self.skeleton.spill is not None:
+            self._spilled = Spilled(self.skeleton.spill, shape, states.dtype)
+            return self._spilled.tensor
         size = states[0].numel() * len(self._tokens) * states.element_size()
         if states.device.type != "cpu":
             free, _ = torch.get_device_module(states.device).mem_get_info(states.device)
@@ -76,6 +81,10 @@ class Recorded(Stream):
 
     def states(self, rows: slice) -> Tensor:
         """The hidden states [b, L, H] of samples `rows`, on the compute device."""
+        if self._spilled is not None:
+            self._spilled.ahead(slice(rows.stop, rows.stop + self.batch_size))
+            if before := rows.start:  # its results are written, or were not asked for
+                self._spilled.behind(slice(max(0, before - self.batch_size), before))
         return self.hidden[rows].to(self.skeleton.device, non_blocking=True)
 
     def arguments(self, layer: DecoderLayer, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -19,7 +19,8 @@ from trimcli.model.device import held_logits
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.stream import Logits
-from trimcli.pipeline.walk import Walk, batch_tokens
+from trimcli.pipeline.walk import Walk, batch_tokens, own_samples
+from trimcli.world import current
 
 
 def divergences(
@@ -33,8 +34,10 @@ def divergences(
     """Mean KL divergence of each candidate's predictions from the dense model's, in nats a token.
 
     candidates: sparsity by linear, all of the same linears; the others stay dense. stats: square norms of dense inputs.
-    tokens: integer [n, L]. The skeleton is proven. Raises InputError where a layer's outputs are not finite.
+    tokens: integer [n, L], of which every rank tries its share. The skeleton is proven. Raises InputError where a
+    layer's outputs are not finite.
     """
+    everyone, tokens = tokens.numel(), own_samples(tokens)
     count = len(tokens)
     most = max(1, min(batch_tokens(skeleton.device) // tokens.shape[1], count))
     # Batches that do not reach from one candidate into the next.
@@ -57,7 +60,7 @@ def divergences(
             for sample in range(count):
                 total += _sample(head, sample, [block.start + sample for block in blocks], tokens.shape[1])
                 step()
-    return (total / tokens.numel()).tolist()
+    return (current().summed(total) / everyone).tolist()
 
 
 def _masks(

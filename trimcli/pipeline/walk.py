@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import InputError, ResourceError
+from trimcli.errors import InputError, OptionError, ResourceError
 from trimcli.model.forward import first_output
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, find_groups
 from trimcli.pipeline.recorded import Recorded
 from trimcli.pipeline.stream import Logits, Stream
 from trimcli.pipeline.suspended import Suspended
+from trimcli.world import current
 
 
 class Walk:
@@ -44,6 +45,9 @@ class Walk:
         size = max(1, min(batch_size or chosen, self.nsamples))
         self.stream: Stream
         if (form or skeleton.form) == "suspended":
+            if skeleton.spill is not None and form is None:
+                what = f"the hidden states of {skeleton.checkpoint.id} belong to passes of its own"
+                progress.warn(f"{what} and stay in memory, whatever --spill says.")
             self.stream = Suspended(skeleton, tokens, progress)
         else:
             self.stream = Recorded(skeleton, tokens, size, progress)
@@ -168,6 +172,15 @@ def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
     if positions is not None and tokens.shape[1] > positions:
         known = f"the {positions} positions of {skeleton.checkpoint.id}"
         raise InputError(f"samples of {tokens.shape[1]} tokens are longer than {known}; give --seqlen {positions}.")
+
+
+def own_samples(tokens: Tensor) -> Tensor:
+    """This rank's share of the samples, integer [N, L]. Raises OptionError for fewer samples than ranks."""
+    world, count = current(), len(tokens)
+    if count < world.size:
+        what = f"{count} samples of calibration do not go round {world.size} ranks"
+        raise OptionError(f"{what}; start at most {count}, or give more samples.")
+    return tokens[world.share(count)]
 
 
 def batch_tokens(device: torch.device) -> int:

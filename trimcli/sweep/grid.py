@@ -17,7 +17,7 @@ from trimcli.methods.rows.base import ROWS
 from trimcli.methods.scores import SCORES
 from trimcli.methods.stats import STATISTICS
 from trimcli.methods.updates.base import UPDATES
-from trimcli.options import Numerics, RunOptions, at_least, declared, fraction, one_of, option, positive
+from trimcli.options import Numerics, WalkOptions, at_least, declared, fraction, one_of, option, positive
 from trimcli.registry import Entry, option_types
 
 GRID, SAMPLES = "The grid (values separated by commas)", "Samples"
@@ -31,7 +31,7 @@ def axes() -> list[type[Any]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepOptions(RunOptions):
+class SweepOptions(WalkOptions):
     """A grid, and what all of it has in common. settings: the values of methods' and allocations' options, by field."""
 
     sparsity: float = option(..., "The fraction to prune, in [0, 1); the same in every run.", check=fraction)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimcli.errors import OptionError
+from trimcli.world import ranks
 
 STDIN = "-"
 STDIN_NAME = "standard input"
@@ -22,6 +23,8 @@ def check_stdin(values: Iterable[object]) -> None:
     named = sum(str(value) == STDIN for value in values)
     if named > 1:
         raise OptionError("- is named twice, and standard input can be read once; give a file for one of the two.")
+    if named and ranks() > 1:
+        raise OptionError(f"- reads standard input, which {ranks()} ranks cannot share; give a file.")
     if named and (sys.stdin is None or sys.stdin.isatty()):
         raise OptionError("- reads standard input, which is a terminal; pipe something into it or give a file.")
 

@@ -33,7 +33,7 @@ from trimcli.training.trainer import (
     train,
     unheard,
 )
-from trimcli.training.work import is_first
+from trimcli.world import is_first
 
 
 @dataclass(frozen=True)

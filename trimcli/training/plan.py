@@ -1,7 +1,6 @@
 """What a training will do, before it does: samples, steps, tokens, memory."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.plan import LIBRARIES
 from trimcli.training.options import FinetuneOptions
+from trimcli.world import ranks
 
 # Bytes a trained weight: float32 value, gradient and Adam's two moments; under ADMM z and u besides, and scores.
 TRAINED, SPLIT = 16, 12
@@ -100,7 +100,7 @@ def make_plan(
 ) -> FinetunePlan:
     """The plan. samples: those to train on and those held out. adapted: linears that get adapters."""
     train, heldout = samples
-    together = processes()
+    together = ranks()
     steps = step_count(options, len(train), together)
     if options.mode == "lora":
         trained = sum(options.rank * sum(linear.shape) for linear in adapted)
@@ -145,8 +145,3 @@ def estimate_memory(
     if options.mode == "admm":
         state += SPLIT * sum(one.numel for one in skeleton.linears.values())
     return state + activations + logits + teacher + (LIBRARIES if skeleton.device.type == "cpu" else 0)
-
-
-def processes() -> int:
-    """How many processes train together, as torchrun and accelerate tell."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

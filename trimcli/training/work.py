@@ -1,6 +1,5 @@
 """The folder beside an output in which a training keeps its checkpoints until it is done."""
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from filelock import FileLock, Timeout
 from trimcli.errors import MismatchError, OutputExists, TrimError
 from trimcli.files.atomic import place_of
 from trimcli.files.documents import canonical_json, finite_or_none, read_json, write_json
+from trimcli.world import is_first
 
 KEY = "run.json"
 
@@ -77,8 +77,3 @@ class Work:
     def _release(self) -> None:
         self._lock.release()
         Path(self._lock.lock_file).unlink(missing_ok=True)
-
-
-def is_first() -> bool:
-    """Whether this process is the one of several that writes."""
-    return os.environ.get("RANK", "0") == "0"

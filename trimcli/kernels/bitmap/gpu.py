@@ -26,15 +26,21 @@ class Blocks(NamedTuple):
 
 
 DECODED = Blocks(4, 32, 1)
-DOTTED = Blocks(16, 32, 4)
 
 
 def product_blocks(rows: int, columns: int) -> Blocks:
-    """The blocks for a matrix of so many rows times so many columns without tensor cores.
+    """The blocks for a matrix of so many rows times so many columns without tensor cores, as an H100 likes them best.
 
-    Inputs are read once for all rows of a block; with few rows, or many sums to hold, there are more blocks instead.
+    Where there are fewer rows than it runs programs at once, more warps share one.
     """
-    return Blocks(2 if rows >= 2048 and columns <= 4 else 1, 32, 1)
+    if columns > 4:
+        return Blocks(1, 32, 1)
+    return Blocks(1, 64, 1) if rows >= 1024 else Blocks(1, 512, 4)
+
+
+def dotted_blocks(rows: int) -> Blocks:
+    """The same for tensor cores, which take 16 rows and no fewer."""
+    return Blocks(16, 16, 1) if rows >= 8192 else Blocks(16, 32, 4)
 
 
 def multiply(inputs: Tensor, keep: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,7 +60,7 @@ def multiply(inputs: Tensor, keep: Tensor, offsets: Tensor, values: Tensor, bias
     if outputs.numel() == 0:
         return outputs
     dotted = n >= DOTTED_COLUMNS and inputs.dtype == values.dtype != torch.float32
-    blocks = DOTTED if dotted else product_blocks(rows, n)
+    blocks = dotted_blocks(rows) if dotted else product_blocks(rows, n)
     kernel, columns = (_dotted, MOST_COLUMNS) if dotted else (_few, triton.next_power_of_2(n))
     given = (inputs.contiguous(), keep, offsets, values, bias, outputs, n, rows, inputs.shape[1], keep.shape[1])
     kernel[(triton.cdiv(rows, blocks.rows),)](*given, columns, blocks.rows, blocks.bytes, num_warps=blocks.warps)
