@@ -12,13 +12,16 @@ from tests.families import CONVERTS, VOCABULARY
 from tests.mixtures import EXPERTS, MIXTURES, save_mixture
 from tests.small_models import skeleton_of, with_tensors
 from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json, zeros
+from trimcli.errors import OptionError
 from trimcli.evaluation.perplexity import perplexity
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.masks import MaskFile
 from trimcli.kernels.bitmap.model import make_sparse
 from trimcli.methods.masks import matrix_budget
+from trimcli.methods.recipe import Recipe
 from trimcli.model.forward import first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.pipeline.plan import refuse_experts
 
 FUSED = {"gpt_oss", "llama4", "granitemoe"}
 """Whose checkpoints hold stacks of experts."""
@@ -288,6 +291,14 @@ def test_what_does_not_take_experts_says_so_before_any_work(
     assert f"{named} does not work on experts" in done.err.replace("\n", " ")
     assert "--skip '*.block_sparse_moe.experts.*.w1'" in done.err.replace("\n", " ")
     assert not (tmp_path / "masks").exists()
+
+
+def test_several_processes_do_not_take_experts(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    linears = list(skeleton_of(home / "mixtral").linears.values())
+    monkeypatch.setattr("trimcli.pipeline.plan.ranks", lambda: 2)
+    with pytest.raises(OptionError, match="a run of several processes does not work on experts"):
+        refuse_experts(linears, Recipe().needs, Recipe())
+    refuse_experts([linear for linear in linears if not linear.routed], Recipe().needs, Recipe())
 
 
 @pytest.mark.skipif(not CONVERTS, reason="transformers 4 leaves experts apart")

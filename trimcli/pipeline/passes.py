@@ -148,9 +148,7 @@ class Passes:
                 if again and number:
                     self._recalculate(walk, layer, stage[0], stats)
                 linears = [linear for group in stage for linear in group.linears]
-                for linear, mask in self._outcomes(
-                    writer, linears, self._dense, lambda one, known=stats: known[one.name]
-                ):
+                for linear, mask in self._outcomes(writer, linears, self._dense, partial(_stats_in, stats)):
                     if self.recipe.refine == "learned":
                         weight = self._stored(linear)
                         pruned[linear.name] = weight, mask, wanda(weight, stats[linear.name])
