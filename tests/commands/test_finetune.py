@@ -240,6 +240,27 @@ finetune({str(pruned)!r}, Path({str(tmp_path / "cut")!r}), options(Path({str(pru
     assert_same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
 
 
+def test_a_run_that_is_stopped_while_it_tidies_up_is_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pruned = pruned_model(llama_config(), tmp_path)
+    first = tuned(pruned, tmp_path / "out")
+
+    remove = shutil.rmtree
+
+    def stopped(folder: Any, **how: Any) -> None:
+        if any(Path(folder).glob("*/checkpoint-*")):
+            raise KeyboardInterrupt
+        remove(folder, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trimcli.training.work.shutil.rmtree", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(str(pruned), tmp_path / "out", options(pruned, resume=True), force=True)
+    assert list((tmp_path / ".out.finetune").glob("*/checkpoint-*"))
+    again = finetune(str(pruned), tmp_path / "out", options(pruned, resume=True), force=True)
+    assert again.records == first.records
+    assert not [name for name in tree(tmp_path) if name.startswith(".")]
+
+
 def test_checkpoints_of_an_interrupted_run_are_neither_lost_nor_mixed_up(tmp_path: Path) -> None:
     pruned = pruned_model(llama_config(), tmp_path)
     stopped_at("step 4", pruned, tmp_path / "out")

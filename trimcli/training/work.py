@@ -56,13 +56,15 @@ class Work:
         if self.has_checkpoints and not self.force:
             what = f"{self.folder} holds checkpoints of an interrupted run"
             raise OutputExists(f"{what}; give --resume to go on from them, or --force to start over.")
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._remove()
         self.folder.mkdir()
         write_json(self.folder / KEY, self._key)
 
     @property
     def has_checkpoints(self) -> bool:
         """Whether there is something to go on from."""
+        if not (self.folder / KEY).is_file():
+            return False
         return any(self.folder.glob("*/checkpoint-*")) or any(self.folder.glob("learned/*"))
 
     def __exit__(
@@ -71,8 +73,13 @@ class Work:
         if not is_first():
             return
         if kind is None or issubclass(kind, TrimError) or not self.has_checkpoints:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._remove()
         self._release()
+
+    def _remove(self) -> None:
+        """Remove the folder, `KEY` first: a run that ends meanwhile leaves nothing that another would go on from."""
+        (self.folder / KEY).unlink(missing_ok=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _release(self) -> None:
         self._lock.release()
