@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import trimcli
-from trimcli.cli.app import app
+from trimcli.cli.app import main
 
 PACKAGE = Path(trimcli.__file__).parent
 
@@ -70,7 +70,7 @@ def start(
         sys.argv = ["trim", *line]
         with within():
             try:
-                app(list(line))
+                main()
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 1
             over = True

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import trimcli.commands.prune
 from tests.small_models import llama_config, random_model, save
 from tests.trim_cli import COMPUTE, save_tokens, tree, trim, trim_json, zeros
-from trimcli.cli.app import app
+from trimcli.cli.app import app, main
 from trimcli.cli.boundary import INTERRUPTED, explain
 from trimcli.demo import write_texts
 from trimcli.files.manifest import COMMAND_LINE
@@ -289,3 +289,17 @@ def test_a_signal_that_a_library_makes_another_error_of(
         assert done.status == status
         assert done.err == (f"trim: {INTERRUPTED}\n" if status == 130 else "")
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_ctrl_c_outside_of_a_command_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trimcli.cli.app.app", stopped)
+    monkeypatch.setattr("trimcli.cli.app.collect_rarely", lambda: None)  # it would go on in the tests after this
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.startswith("trim: interrupted; repeat the command")

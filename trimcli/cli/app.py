@@ -159,4 +159,8 @@ def program(
 def main() -> None:
     """Entry point of the console script."""
     collect_rarely()
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # in the moment before a command's work or after it
+        interrupted(130)
+        sys.exit(130)
