@@ -23,6 +23,8 @@ SETTINGS = {
     "locale": {"LC_ALL": "C", "PYTHONIOENCODING": ""},
     "utf-8": {"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "utf-8"},
 }
+# The narrowest and the widest, and the others where time allows.
+EACH = ["ascii", "utf-8", *(pytest.param(one, marks=pytest.mark.slow) for one in ("cp1252", "locale"))]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ LION["locale"] = LION["ascii"]
 BAR = {setting: "█" if setting == "utf-8" else "#" for setting in SETTINGS}
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", EACH)
 def test_a_run_ends_well_whatever_the_encoding(setting: str, made: Path, tmp_path: Path) -> None:
     out = tmp_path / NAME
     out.mkdir()
@@ -74,7 +76,7 @@ def test_a_run_ends_well_whatever_the_encoding(setting: str, made: Path, tmp_pat
     assert BAR[setting] * 12 in verified
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", EACH)
 def test_tables_and_json_in_every_encoding(setting: str, made: Path, tmp_path: Path) -> None:
     files = (made / "dense.json", made / "pruned.json")
     table, _ = trim_in(setting, "compare", *files)

@@ -24,6 +24,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(trimcli.demo.run, name, number)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_the_lines_that_it_tells_do_what_it_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "kept"
