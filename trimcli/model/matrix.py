@@ -209,8 +209,8 @@ def _stacked(
 def _stacks(module: nn.Module, counts: Collection[int]) -> dict[str, bool]:
     """The parameters [E, ., .] of a module that hold a matrix for each expert, and whether each is [D_in, D_out].
 
-    As transformers marks the module; else there are two, and the second takes its outputs' features from what the first
-    takes its inputs' from, which tells how both lie.
+    As transformers marks the module, or its sizes tell of a single one; else there are two, and the second takes its
+    outputs' features from what the first takes its inputs' from, which tells how both lie.
     """
     own = {
         name: one.shape
@@ -221,6 +221,9 @@ def _stacks(module: nn.Module, counts: Collection[int]) -> dict[str, bool]:
         return {}
     if hasattr(module, "is_transposed"):
         return dict.fromkeys(own, bool(module.is_transposed))
+    sizes = getattr(module, "output_size", None), getattr(module, "input_size", None)
+    if [tuple(shape[1:]) for shape in own.values()] == [sizes]:
+        return dict.fromkeys(own, False)
     if len(own) != 2:
         return {}
     first, last = own.values()
