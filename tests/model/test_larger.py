@@ -164,6 +164,17 @@ def test_only_the_decoder_is_pruned(larger: Path, tmp_path: Path) -> None:
     assert perplexity(skeleton_of(out), windows) == pytest.approx(expected, rel=1e-5)
 
 
+def test_what_lies_outside_of_the_decoder_is_refused_by_name(larger: Path, tmp_path: Path) -> None:
+    """Text gives a vision tower no inputs."""
+    skeleton = skeleton_of(larger)
+    outside = next(name for name in skeleton.linears_outside() if "vis" in name)
+    command = ("prune", larger, "-o", tmp_path / "masks", "--sparsity", 0.5, "--method", "magnitude", *COMPUTE)
+    done = trim(*command, "--only", "*vis*")
+    assert done.status == 2
+    assert f"{outside} lies outside of the {len(skeleton.layers)} decoder layers" in " ".join(done.err.split())
+    assert not (tmp_path / "masks").exists()
+
+
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     small: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32}
     models = {

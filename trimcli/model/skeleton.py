@@ -175,6 +175,12 @@ class Skeleton:
             for full in [".".join(filter(None, (layer.name, place, name)))]
         }
 
+    def linears_outside(self) -> Iterator[str]:
+        """Full module names of the linears that lie in no decoder layer: a vision tower's, the head."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and not name.startswith(f"{self._container}."):
+                yield name
+
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
         """Which model this is."""

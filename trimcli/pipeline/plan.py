@@ -128,6 +128,9 @@ def chosen_linears(
     found = [linear for name, linear in skeleton.linears.items() if selected(name, only, skip)]
     some = next(iter(skeleton.linears), "none")
     if not found:
+        if outside := next((name for name in skeleton.linears_outside() if selected(name, only, skip)), None):
+            what = f"{outside} lies outside of the {len(skeleton.layers)} decoder layers, whose inputs alone text tells"
+            raise OptionError(f"{what}; --only takes linears inside of them, such as {some}.")
         left = f"of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip {list(skip)}"
         raise OptionError(f"nothing matches: {left} leave none; globs are matched against full module names.")
     for flag, globs in (("--only", only), ("--skip", skip)):
