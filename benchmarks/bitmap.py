@@ -30,6 +30,7 @@ from trimcli.kernels.bench import bench, measure
 from trimcli.kernels.bitmap import build
 from trimcli.kernels.bitmap.linear import SparseLinear
 from trimcli.kernels.bitmap.model import model_bytes
+from trimcli.kernels.bitmap.operator import bitmap_linear
 from trimcli.kernels.options import BenchOptions
 from trimcli.kernels.shapes import random_matrix
 from trimcli.kernels.timing import COPIED_BYTES, rounds
@@ -77,7 +78,7 @@ def products(
             inputs = torch.randn(n, shape[1]).to(device, dtype)
             runs: dict[str, Callable[[], object]] = {
                 "dense": partial(nn.functional.linear, inputs, dense),
-                "sparse": partial(sparse, inputs),
+                "sparse": partial(bitmap_linear, inputs, sparse.keep, sparse.offsets, sparse.values),
             }
             best = fastest(runs, repeats, device)
             yield n, zeros, best["dense"], best["sparse"], sparse.nbytes

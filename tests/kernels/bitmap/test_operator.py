@@ -74,6 +74,14 @@ def test_several_threads_and_several_tiles(columns: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("shape", [(20,), (1, 1, 20), (2, 3, 20), (2, 0, 20)])
+def test_inputs_of_any_dimensions(shape: tuple[int, ...]) -> None:
+    weight = pruned(9, 20, 0.5, torch.float32)
+    module, inputs = SparseLinear.of(weight), torch.randn(shape)
+    found = bitmap_linear(inputs, module.keep, module.offsets, module.values)
+    torch.testing.assert_close(found, inputs @ weight.T)
+
+
 def test_no_rows_of_inputs_and_strided_ones() -> None:
     weight = pruned(9, 20, 0.5, torch.float32)
     module = SparseLinear.of(weight)
@@ -102,7 +110,7 @@ def test_compiled_in_one_graph() -> None:
     ("wrong", "message"),
     [
         ({"inputs": torch.zeros(2, 30)}, "keep bits are uint8"),
-        ({"inputs": torch.zeros(20)}, r"inputs are \[n, D_in\]"),
+        ({"inputs": torch.zeros(())}, r"inputs are \[\.\.\., D_in\]"),
         ({"keep": torch.zeros(9, 3)}, "keep bits are uint8"),
         ({"offsets": torch.zeros(9, dtype=torch.int64)}, "row offsets are int64"),
         ({"offsets": torch.zeros(10, dtype=torch.int32)}, "row offsets are int64"),

@@ -74,9 +74,9 @@ class SparseLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [..., D_in] -> outputs [..., D_out]."""
-        rows = inputs.reshape(-1, self.in_features)
-        found = bitmap_linear(rows, self.keep, self.offsets, self.values, self.bias)
-        return found.reshape(*inputs.shape[:-1], self.out_features)
+        # Not by attributes: a module finds each of those by a search, which tells where one token is multiplied.
+        held = self._buffers
+        return bitmap_linear(inputs, held["keep"], held["offsets"], held["values"], self._parameters["bias"])  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         """As nn.Linear's, and how much is kept."""

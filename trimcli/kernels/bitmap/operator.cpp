@@ -60,8 +60,8 @@ at::Tensor typed(
 at::Tensor bitmap_linear(
     const at::Tensor& inputs, const at::Tensor& bits, const at::Tensor& offsets, const at::Tensor& values,
     const std::optional<at::Tensor>& bias) {
-    TORCH_CHECK(inputs.dim() == 2, "inputs are [n, D_in], not of ", inputs.dim(), " dimensions");
-    const int64_t columns = inputs.size(1), rows = bits.dim() == 2 ? bits.size(0) : -1;
+    TORCH_CHECK(inputs.dim() >= 1, "inputs are [..., D_in], not a single number");
+    const int64_t columns = inputs.size(-1), rows = bits.dim() == 2 ? bits.size(0) : -1;
     TORCH_CHECK(
         rows >= 0 && bits.scalar_type() == at::kByte && bits.is_contiguous() && bits.size(1) == (columns + 7) / 8,
         "keep bits are uint8 [D_out, ceil(D_in / 8)]");
@@ -70,9 +70,10 @@ at::Tensor bitmap_linear(
         "row offsets are int64 [D_out + 1]");
     TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "kept values are contiguous, of one dimension");
     TORCH_CHECK(
-        offsets[rows].item<int64_t>() == values.size(0), "the row offsets do not end with the number of kept values");
+        offsets.const_data_ptr<int64_t>()[rows] == values.size(0), "the row offsets do not end with the number of kept values");
     TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == rows), "the bias is [D_out]");
-    const at::Tensor x = inputs.to(at::kFloat).contiguous();
+    const int64_t n = c10::multiply_integers(inputs.sizes().slice(0, inputs.dim() - 1));
+    const at::Tensor x = inputs.to(at::kFloat).contiguous().view({n, columns});
     const at::Tensor added = bias ? bias->to(at::kFloat).contiguous() : at::Tensor();
     at::Tensor y;
     switch (values.scalar_type()) {
@@ -81,7 +82,9 @@ at::Tensor bitmap_linear(
         case at::kHalf: y = typed<trim::float16>(x, bits, offsets, values, added, columns); break;
         default: TORCH_CHECK(false, "kept values are float32, bfloat16 or float16, not ", values.scalar_type());
     }
-    return y.to(inputs.scalar_type());
+    std::vector<int64_t> shape = inputs.sizes().vec();
+    shape.back() = rows;
+    return y.to(inputs.scalar_type()).view(shape);
 }
 
 }  // namespace

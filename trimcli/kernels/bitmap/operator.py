@@ -19,17 +19,17 @@ torch.library.define(
 
 @torch.library.register_fake(NAME)
 def _fake(inputs: Tensor, keep: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], keep.shape[0])
+    return inputs.new_empty(*inputs.shape[:-1], keep.shape[0])
 
 
 @torch.library.impl(NAME, "cuda")
 def _cuda(inputs: Tensor, keep: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = _gpu().multiply(inputs, keep, offsets, values, bias)
-    return found
+    found: Tensor = _gpu().multiply(inputs.reshape(-1, inputs.shape[-1]), keep, offsets, values, bias)
+    return found.reshape(*inputs.shape[:-1], len(keep))
 
 
 def bitmap_linear(inputs: Tensor, keep: Tensor, offsets: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Inputs [n, D_in] -> outputs [n, D_out] of the same dtype, summed in float32.
+    """Inputs [..., D_in] -> outputs [..., D_out] of the same dtype, summed in float32.
 
     On a CPU call `build.load` before; on a CUDA device ResourceError is raised where triton is lacking.
 

@@ -107,10 +107,8 @@ struct Tables {
     alignas(64) std::array<std::array<uint8_t, 32>, 256> upper{};
     // Bytes of 8 16-bit values to 8 16-bit lanes.
     alignas(64) std::array<std::array<uint8_t, 16>, 256> lanes16{};
-    // 8 32-bit values to 8 lanes; where nothing is kept, the last one, which `first` leaves zero.
+    // 8 32-bit values to 8 lanes; negative where nothing is kept.
     alignas(64) std::array<std::array<uint32_t, 8>, 256> lanes32{};
-    // The first so many of 8 lanes.
-    alignas(64) std::array<std::array<uint32_t, 8>, 9> first{};
 
     constexpr Tables() {
         for (unsigned byte = 0; byte < 256; ++byte) {
@@ -120,12 +118,10 @@ struct Tables {
                 upper[byte][4 * lane] = upper[byte][4 * lane + 1] = 0x80;
                 upper[byte][4 * lane + 2] = lanes16[byte][2 * lane] = uint8_t(kept ? 2 * next : 0x80);
                 upper[byte][4 * lane + 3] = lanes16[byte][2 * lane + 1] = uint8_t(kept ? 2 * next + 1 : 0x80);
-                lanes32[byte][lane] = kept ? next : 7;
+                lanes32[byte][lane] = kept ? next : 0x80000000u;
                 next += kept;
             }
         }
-        for (unsigned count = 0; count < 9; ++count)
-            for (unsigned lane = 0; lane < 8; ++lane) first[count][lane] = lane < count ? 0xffffffffu : 0;
     }
 };
 inline constexpr Tables tables{};
@@ -136,18 +132,27 @@ TRIM_AVX2 TRIM_INLINE __m256i load256(const void* from) {
     return _mm256_loadu_si256(static_cast<const __m256i*>(from));
 }
 
-TRIM_AVX2 TRIM_INLINE __m256 expand8(const bfloat16* values, unsigned keep) {
+// 8 lanes of a byte of keep bits, which is given as `place`, 32 times it: so far in its table lies what fills them.
+constexpr unsigned PLACE = 32, PLACES = 0xff * PLACE;
+
+template <class Table>
+TRIM_INLINE const char* entry(const Table& table, unsigned offset) {
+    return reinterpret_cast<const char*>(table.data()) + offset;
+}
+
+TRIM_AVX2 TRIM_INLINE __m256 expand8(const bfloat16* values, unsigned place) {
     const __m256i both = _mm256_broadcastsi128_si256(load128(values));
-    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, load256(tables.upper[keep].data())));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(both, load256(entry(tables.upper, place))));
 }
 
-TRIM_AVX2 TRIM_INLINE __m256 expand8(const float16* values, unsigned keep) {
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(load128(values), load128(tables.lanes16[keep].data())));
+TRIM_AVX2 TRIM_INLINE __m256 expand8(const float16* values, unsigned place) {
+    return _mm256_cvtph_ps(_mm_shuffle_epi8(load128(values), load128(entry(tables.lanes16, place / 2))));
 }
 
-TRIM_AVX2 TRIM_INLINE __m256 expand8(const float* values, unsigned keep) {
-    const __m256i there = load256(tables.first[unsigned(_mm_popcnt_u32(keep))].data());
-    return _mm256_permutevar8x32_ps(_mm256_maskload_ps(values, there), load256(tables.lanes32[keep].data()));
+TRIM_AVX2 TRIM_INLINE __m256 expand8(const float* values, unsigned place) {
+    const __m256i lanes = load256(entry(tables.lanes32, place));
+    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(values), lanes);
+    return _mm256_blendv_ps(spread, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
 }
 
 TRIM_AVX2 TRIM_INLINE float total(__m256 lanes) {
@@ -172,9 +177,9 @@ TRIM_AVX2 void row_avx2(const uint8_t* bits, const V* values, int64_t bytes, con
         ask_for(bits + byte, BITS_AHEAD);
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) {
-            const unsigned keep = word >> 8 * i & 0xff;
-            const __m256 weights = expand8(values, keep);
-            values += _mm_popcnt_u32(keep);
+            const unsigned place = unsigned(i ? word >> (8 * i - 5) : word << 5) & PLACES;
+            const __m256 weights = expand8(values, place);
+            values += _mm_popcnt_u32(place);
 #pragma GCC unroll 8
             for (int c = 0; c < N; ++c) {
                 const __m256 inputs = _mm256_loadu_ps(x + c * stride + 8 * (byte + i));
@@ -191,7 +196,7 @@ TRIM_AVX2 void row_avx2(const uint8_t* bits, const V* values, int64_t bytes, con
 template <class V>
 TRIM_AVX2 void decode_avx2(const uint8_t* bits, const V* values, int64_t bytes, float* dense) {
     for (int64_t byte = 0; byte < bytes; ++byte) {
-        _mm256_storeu_ps(dense + 8 * byte, expand8(values, bits[byte]));
+        _mm256_storeu_ps(dense + 8 * byte, expand8(values, bits[byte] * PLACE));
         values += _mm_popcnt_u32(bits[byte]);
     }
 }
