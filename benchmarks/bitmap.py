@@ -13,6 +13,7 @@ time is its own, without that of handing it the work, which whole models show.
 import argparse
 import copy
 import shutil
+import sys
 import tempfile
 import timeit
 from collections.abc import Callable, Iterator, Sequence
@@ -130,29 +131,30 @@ def models(folder: Path) -> Iterator[tuple[str, Path]]:
     yield "random 1.5B", path
 
 
-def model_rows(folder: Path, repeats: int) -> Iterator[list[str]]:
+def model_rows(folder: Path, repeats: int, tokens: int) -> Iterator[list[str]]:
     """Tokens per second and bytes of each model at 70%, dense and sparse, on the CPU."""
     for name, path in models(folder):
         recipe = Recipe(method="magnitude")
         prune(str(path), folder / "masks", PruneOptions(sparsity=0.7, recipe=recipe, device="cpu"), force=True)
         apply_masks(str(path), folder / "masks", folder / "packed", ApplyOptions(format="packed"), force=True)
         for dtype in ("float32", "bfloat16"):
-            yield from directory_rows(f"{name}, {dtype}", folder / "packed", dtype, "cpu", repeats)
+            yield from directory_rows(f"{name}, {dtype}", folder / "packed", dtype, "cpu", repeats, tokens)
+            print(f"measured: {name}, {dtype}", file=sys.stderr)
         shutil.rmtree(path)
 
 
-def directory_rows(name: str, path: Path, dtype: str, device: str, repeats: int) -> Iterator[list[str]]:
+def directory_rows(name: str, path: Path, dtype: str, device: str, repeats: int, tokens: int) -> Iterator[list[str]]:
     """The same of a pruned directory."""
-    options: Any = {"dtype": dtype, "device": device, "tokens": 32, "repeat": repeats}
+    options: Any = {"dtype": dtype, "device": device, "tokens": tokens, "repeat": repeats}
     for one in bench([str(path)], BenchOptions(**options)).measured:
         yield [name, one.form, f"{one.memory / 2**20:,.0f}", *(f"{rate.fastest:,.1f}" for rate in one.rates)]
 
 
-def random_rows(repeats: int, device: torch.device) -> Iterator[list[str]]:
+def random_rows(repeats: int, tokens: int, device: torch.device) -> Iterator[list[str]]:
     """The same of a random model of Qwen2.5-1.5B's shape that is made on the device, which takes seconds."""
     with device:
         model = AutoModelForCausalLM.from_config(QWEN, dtype=torch.bfloat16).eval().requires_grad_(False)
-    options = BenchOptions(tokens=32, repeat=repeats)
+    options = BenchOptions(tokens=tokens, repeat=repeats)
 
     def measured(form: str) -> list[str]:
         rates = [f"{rate.fastest:,.1f}" for rate in measure(model, options, device, form)]
@@ -179,6 +181,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="the Markdown file; stdout if not given")
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--repeat", type=int, default=30, help="rounds of each product")
+    parser.add_argument("--tokens", type=int, default=8, help="of a model's prompt, and as many decoded")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--no-models", action="store_true", help="products alone")
@@ -199,12 +202,17 @@ def main() -> None:
     columns = ["matrix", "dtype", "rows", "zeros", "dense", "sparse", "floor", "speed", "of the floor"]
     lines += table(columns, product_rows(given.shapes, given.repeat, copied, device))
     if not given.no_models:
-        lines += ["", "Tokens per second at 70% zeros, prompts of 32 tokens and as many decoded; MiB of tensors.", ""]
+        lines += [
+            "",
+            f"Tokens per second at 70% zeros, prompts of {given.tokens} tokens and as many decoded; MiB of tensors.",
+            "",
+        ]
         phases = [f"{phase} b{batch}" for batch in (1, 4, 16) for phase in ("prefill", "decode")]
         with tempfile.TemporaryDirectory() as folder:
-            rows = list(model_rows(Path(folder), 3) if device.type == "cpu" else random_rows(3, device))
+            cpu, tokens = device.type == "cpu", given.tokens
+            rows = list(model_rows(Path(folder), 2, tokens) if cpu else random_rows(3, tokens, device))
             for path in given.models:
-                rows += directory_rows(path.name, path, "auto", given.device, 3)
+                rows += directory_rows(path.name, path, "auto", given.device, 3, tokens)
             lines += table(["model", "form", "MiB", *phases], rows)
     publish(lines, given.output)
 
