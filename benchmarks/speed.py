@@ -1,6 +1,6 @@
 """Seconds of the stages beside floors that are measured in the same run: ratios, which machines have in common.
 
-    python -m benchmarks.speed --model tiny-qwen2=DIR --model SmolLM2-135M=DIR
+    python -m benchmarks.speed --model tiny-qwen2=DIR --model SmolLM2-135M=DIR --peer PYTHON
 
 Every stage and its floor take turns, and of each the quickest turn counts: a plain transformers forward pass over the
 same tokens (through the layers; for perplexity with head and loss), a prune by wanda for what TRIM adds, reading the
@@ -10,7 +10,6 @@ named, the embedded one, and random weights in the shapes of Qwen2.5, cut to few
 """
 
 import argparse
-import importlib.util
 import json
 import os
 import re
@@ -200,6 +199,17 @@ def started(bench: Bench, repeats: int) -> dict[str, Any]:
     return {"beside": "importing torch and the model's class", "seconds": whole, "floor": floor, "peak": None}
 
 
+def peers(bench: Bench, peer: Path, repeats: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """llm-compressor on the same tokens, from the directory to the pruned model in memory, beside the forward pass."""
+    script, file = HERE / "support" / "peer.py", bench.folder / "tokens.safetensors"
+    for method in ("wanda", "sparsegpt"):
+        words = [str(script), bench.directory, str(file), method, str(repeats), "0.5"]
+        done = subprocess.run([str(peer), "-W", "ignore", *words], capture_output=True, text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        floor = min(_timed(bench._forward)[0] for _ in range(repeats))
+        yield method, {"beside": "forward pass", "seconds": found["seconds"], "floor": floor, "peak": None}
+
+
 def models(named: Mapping[str, Path], work: Path) -> dict[str, tuple[Path, int | None, str]]:
     """Name -> directory, samples (None for as asked), and what of the model is measured."""
     found: dict[str, tuple[Path, int | None, str]] = {name: (path, None, "whole") for name, path in named.items()}
@@ -232,7 +242,8 @@ def tables(document: Mapping[str, Any]) -> Iterator[str]:
         ]
         columns = ("stage", "s", "s a layer", "peak MiB", "floor, s", "ratio", "CPU ratio", "goal")
         yield from (*table(columns, rows), "")
-    yield from (f"llm-compressor: {document['llm-compressor']}.", "")
+    if peer := document.get("llm-compressor"):
+        yield from (f"llm-compressor {peer}: a model read, pruned and left in memory, after its imports.", "")
 
 
 def main() -> None:
@@ -243,6 +254,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=64, help="calibration samples of whole models (default 64)")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a sample (default 256)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each stage (default 3)")
+    parser.add_argument("--peer", type=Path, help="the interpreter of an environment with llm-compressor")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
     parser.add_argument("--work", type=Path, help="where the random models are kept (default: a temporary folder)")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="the folder of the JSON files")
@@ -254,8 +266,10 @@ def main() -> None:
     named = {name: Path(path) for name, _, path in (one.partition("=") for one in given.model)}
     file = given.results / f"{re.sub(r'[^a-z0-9]+', '-', machine().lower()).strip('-')}.json"
     document = json.loads(file.read_text()) if file.is_file() else {"models": {}}
-    peer = "installed, not measured" if importlib.util.find_spec("llmcompressor") else "not installed"
-    document |= {"machine": machine(), "versions": versions(), "llm-compressor": peer}
+    document |= {"machine": machine(), "versions": versions()}
+    if given.peer:
+        asked = [str(given.peer), "-c", "from importlib.metadata import version; print(version('llmcompressor'))"]
+        document["llm-compressor"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     for name, (directory, samples, what) in models(named, work).items():
         if given.only not in name:
             continue
@@ -278,6 +292,10 @@ def main() -> None:
                 entry["stages"][stage] = fact
                 file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
                 print(f"{name}, {stage}: {fact['seconds'] / fact['floor']:.2f} x {fact['beside']}", file=sys.stderr)
+            if given.peer and what == "whole" and "llm-compressor, wanda" not in entry["stages"]:
+                for method, fact in peers(bench, given.peer, 1):
+                    entry["stages"][f"llm-compressor, {method}"] = fact
+                    file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     lines = ["# Speed", "", "    " + "python -m benchmarks.speed", ""]
     for one in sorted(given.results.glob("*.json")):
         lines += tables(json.loads(one.read_text()))
