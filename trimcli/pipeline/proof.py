@@ -3,7 +3,8 @@
 Five short samples, the last one the fourth with another last token, pass through the model as transformers runs it, its
 layers filled when they are called and emptied after. Then they walk, one at a time and in pairs, and whatever a layer
 gives has to be what the model's next layer was given. What holds is the model's form; it is kept in the
-stage cache, for all models of the same structure. Image classifiers are given five pictures of noise.
+stage cache, for all models of the same structure. Image classifiers are given five pictures of noise; what they do
+between layers, from stage to stage, is a part of their own forward pass.
 """
 
 import contextlib
@@ -43,10 +44,12 @@ CAUSAL = 1e-3
 class _Own:
     """What the model's own forward pass gave. arrived: hidden states by layer, and after the last; order: of calls.
 
+    gave: by layer, what left it.
     usable: bool [vocabulary], the predictions that are finite everywhere; others are for what measures to refuse.
     """
 
     arrived: list[Tensor] = field(default_factory=list)
+    gave: list[Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     logits: Tensor | None = None
     usable: Tensor | None = None
@@ -177,6 +180,7 @@ def _own(skeleton: Skeleton, samples: Tensor) -> _Own:
             finally:
                 skeleton.drop_layer(layer)
             skeleton.returns = skeleton.returns or form_of(result)
+            own.gave.append(first_output(result).clone())
             if layer is skeleton.layers[-1]:
                 own.arrived.append(first_output(result).clone())
             return result
@@ -223,14 +227,14 @@ def _difference(skeleton: Skeleton, samples: Tensor, own: _Own, form: Form) -> s
     assert own.logits is not None, "checked by _refuse_unusual"
     with contextlib.ExitStack() as stack:
         for walk in walks:
-            for rows in slices(SAMPLES, walk.batch_size):
-                found = walk.states(rows)
-                if gap := _apart(found, _samples(own.arrived[0], rows, found)):
-                    return f"gives other embeddings than its own forward pass, by {gap:.1%}"
+            if gap := _arrived_apart(walk, own.arrived[0]):
+                return f"gives other embeddings than its own forward pass, by {gap:.1%}"
         for layer in walks[0].layers():
             for walk in walks:
+                if skeleton.images and (gap := _arrived_apart(walk, own.arrived[layer.index])):
+                    return f"gives {layer.name} other hidden states than its own forward pass, by {gap:.1%}"
                 stack.enter_context(walk.stream.advancing())
-                expected = own.arrived[layer.index + 1]
+                expected = own.gave[layer.index] if skeleton.images else own.arrived[layer.index + 1]
                 for rows in slices(SAMPLES, walk.batch_size):
                     if rows.start == 0:
                         _gather_nothing(walk, layer, rows)
@@ -247,6 +251,15 @@ def _difference(skeleton: Skeleton, samples: Tensor, own: _Own, form: Form) -> s
                     if gap := _apart(found, own.logits[rows]):
                         return f"differs from its own forward pass after the last layer by {gap:.1%}"
     return ""
+
+
+def _arrived_apart(walk: Walk, expected: Tensor) -> float:
+    """How far the walk's hidden states are from those expected of all samples; 0 where it is rounding."""
+    for rows in slices(SAMPLES, walk.batch_size):
+        found = walk.states(rows)
+        if gap := _apart(found, _samples(expected, rows, found)):
+            return gap
+    return 0.0
 
 
 def _gather_nothing(walk: Walk, layer: DecoderLayer, rows: slice) -> None:
