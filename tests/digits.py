@@ -1,4 +1,4 @@
-"""Image classifiers trained on scikit-learn's digits within seconds, one of each form that transformers holds them in."""
+"""Image classifiers trained on scikit-learn's digits within seconds, one of each form that transformers has."""
 
 import json
 import os
@@ -105,7 +105,8 @@ def _saved(model: Any, directory: Path) -> Path:
     return directory
 
 
-def _trained(name: str, directory: Path, *, epochs: int = 8, batch: int = 64, rate: float = 3e-3) -> None:
+def train(name: str, directory: Path, *, epochs: int = 8, batch: int = 64, rate: float = 3e-3) -> Path:
+    """The classifier trained on the first digits, likewise."""
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_config(CLASSIFIERS[name]()).train()
     data, generator = digits()[0], torch.Generator().manual_seed(0)
@@ -122,7 +123,7 @@ def _trained(name: str, directory: Path, *, epochs: int = 8, batch: int = 64, ra
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-    _saved(model.eval(), directory)
+    return _saved(model.eval(), directory)
 
 
 def classifier(name: str, factory: pytest.TempPathFactory) -> Path:
@@ -132,7 +133,7 @@ def classifier(name: str, factory: pytest.TempPathFactory) -> Path:
     directory = folder / f"digits-{name}"
     with FileLock(f"{directory}.lock"):
         if not (directory / "preprocessor_config.json").is_file():
-            _trained(name, directory)
+            train(name, directory)
     return directory
 
 

@@ -155,12 +155,7 @@ def _gather(
 
 
 def _write(
-    skeleton: Skeleton,
-    drawn: Found,
-    parts: Sequence[Part],
-    output: Path,
-    options: CalibrateOptions,
-    force: bool,
+    skeleton: Skeleton, drawn: Found, parts: Sequence[Part], output: Path, options: CalibrateOptions, force: bool
 ) -> int:
     """Write what the layers' parts hold; returns how many linears have statistics."""
     shares: dict[str, str] = {}

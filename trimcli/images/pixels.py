@@ -32,8 +32,7 @@ class Processor:
     channels: int
 
     def pixels(self, pictures: Iterable["Image"]) -> Tensor:
-        """float32 [n, C, H, W] of some pictures. Raises InputError where the processor does not make one size of them.
-        """
+        """float32 [n, C, H, W] of some pictures. Raises InputError where they do not become all of one size."""
         mode = MODES[self.channels]
         try:
             found: Tensor = self.made([one.convert(mode) for one in pictures], return_tensors="pt")["pixel_values"]
@@ -44,7 +43,6 @@ class Processor:
             what = f"{self.directory / PROCESSOR} makes pixels of shape {list(found.shape[1:])}"
             raise InputError(f"{what}, and the model takes {self.channels} channels; take the model's own.")
         return found.float()
-
 
     def batches(self, pictures: Iterable["Image"]) -> Iterator[Tensor]:
         """`pixels` of some pictures at a time, in order."""

@@ -40,8 +40,7 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
 
 def _kind_of(config: Any) -> Any:
-    """The class of transformers' that makes the model: an image classifier, one that reads images beside text, or text.
-    """
+    """The class of transformers' that makes the model: it classifies images, reads them beside text, or text alone."""
     from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as auto
 
@@ -84,8 +83,10 @@ def find_layers(model: Any) -> list[tuple[str, nn.Module]]:
 
 
 def _find_blocks(model: Any, depths: Sequence[int]) -> list[tuple[str, nn.Module]]:
-    """The blocks of all stages: of the largest outermost list with a stage for each depth, each stage's largest list
-    with as many entries as its depth.
+    """The blocks of all stages, each with its full name.
+
+    The stages are the largest outermost list of as many as there are depths, a stage's blocks the largest in it of as
+    many as its depth says.
     """
     found: list[tuple[str, nn.Module]] = []
     name, stages = _largest_list(model, len(depths))
@@ -104,8 +105,7 @@ def _find_blocks(model: Any, depths: Sequence[int]) -> list[tuple[str, nn.Module
 
 
 def _largest_list(module: nn.Module, length: int) -> tuple[str, Any]:
-    """The outermost list of so many modules with the most weights, and its name below `module`; None if there is none.
-    """
+    """The outermost list of so many modules with the most weights: its name below `module`, and itself or None."""
     lists = {name: one for name, one in module.named_modules() if isinstance(one, nn.ModuleList | nn.Sequential)}
     lists = {name: one for name, one in lists.items() if name and len(one) == length}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]

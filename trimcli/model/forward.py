@@ -140,7 +140,6 @@ class Forward:
         finally:
             del lookup.forward
 
-
     def _classes(self, hidden: Tensor) -> Tensor:
         """The logits [b, classes] of final hidden states. What comes before the layers is computed for nothing."""
         value = self.reply(hidden)

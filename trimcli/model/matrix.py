@@ -45,8 +45,9 @@ class Matrix:
     name: full module name. module: what is called with its inputs, and holds it in its parameter `parameter_name`.
     key: the checkpoint tensor that it lies in, None where only a config was read. place: which matrix of a stack
     [E, ., .] it is, None where the tensor holds no other. transposed: whether it is stored as [D_in, D_out], as
-    transformers' `Conv1D` and some stacked experts are. A convolution of single places is stored as [D_out, D_in, 1, 1].
-    joined: where it is once loaded, for what is joined with others then. routed: whether a router chooses the tokens that reach it.
+    transformers' `Conv1D` and some stacked experts are. A convolution of single places is [D_out, D_in, 1, 1] there.
+    joined: where it is once loaded, for what is joined with others then. routed: whether a router chooses the tokens
+    that reach it.
     """
 
     name: str
@@ -104,8 +105,7 @@ class Matrix:
         return self.inside(self.parameter)
 
     def tokens(self, inputs: Tensor) -> Tensor:
-        """What its module is given, tokens by their features [..., D_in]: of maps [n, D_in, H, W] the places it reads.
-        """
+        """What its module is given as tokens [..., D_in]: of maps [n, D_in, H, W] the places that it reads."""
         if not isinstance(self.module, nn.Conv2d):
             return inputs
         down, across = self.module.stride

@@ -281,8 +281,8 @@ def refuse_other_kind(checkpoint: Checkpoint, *, images: bool) -> None:
         what = f"{checkpoint.id} is no image classifier ({named or 'no architecture in its config.json'})"
         raise InputError(f"{what}, which --images is for; leave it out, or give another model.")
     if not images and classifies_images(checkpoint.config_document):
-        what = f"{checkpoint.id} is an image classifier ({named}), which reads no text"
-        raise InputError(f"{what}; give calibrate, prune and eval --images PATH, or another model.")
+        what = f"{checkpoint.id} is an image classifier ({named}), and what was asked for is for models of text"
+        raise InputError(f"{what}; give calibrate, prune or eval --images PATH, or give another model.")
 
 
 def open_model(

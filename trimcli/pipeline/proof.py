@@ -55,9 +55,7 @@ class _Own:
     usable: Tensor | None = None
 
 
-def open_proven(
-    model: str, options: RunOptions, progress: Progress = NO_PROGRESS, *, images: bool = False
-) -> Skeleton:
+def open_proven(model: str, options: RunOptions, progress: Progress = NO_PROGRESS, *, images: bool = False) -> Skeleton:
     """`open_model` for what will be walked. Raises what it and `prove` raise."""
     skeleton = open_model(model, options, images=images)
     prove(skeleton, options.cache_dir, progress)

@@ -213,7 +213,11 @@ def default_seqlen(config: Any) -> int:
 
 def usual_length(skeleton: Skeleton) -> int:
     """Tokens a sample where nothing says otherwise; of pictures the places of one of the config's size."""
-    return sample_length(skeleton, (1, *picture_shape(skeleton.config))) if skeleton.images else default_seqlen(skeleton.config)
+    return (
+        sample_length(skeleton, (1, *picture_shape(skeleton.config)))
+        if skeleton.images
+        else default_seqlen(skeleton.config)
+    )
 
 
 def _out_of_memory(problem: RuntimeError) -> bool:

@@ -79,8 +79,7 @@ def _distances(logs: Tensor, alphas: Tensor, starts: Tensor) -> Tensor:
 
 
 def norm(eigenvalues: Tensor) -> float:
-    """The squared Frobenius norm, the sum of a spectrum: the metric that AlphaPruning's image code has beside the rest.
-    """
+    """The squared Frobenius norm, the sum of a spectrum: what AlphaPruning's image code has beside the others."""
     return float(eigenvalues.sum())
 
 
