@@ -9,6 +9,7 @@ import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.support.provenance import head, publish, table
 from tests.digits import CLASSIFIERS, TRAINED, digits, train
@@ -30,14 +31,14 @@ RECIPES = {
 
 def top1(model: Path, scratch: Path) -> str:
     """The share of the held-back digits whose class is the likeliest."""
-    run = {"cache_dir": scratch / "cache", "device": "cpu"}
+    run: dict[str, Any] = {"cache_dir": scratch / "cache", "device": "cpu"}
     found = evaluate(str(model), EvaluateOptions(images=scratch / "test.npz", **run))["images"][0]["top1"]
     return f"{found:.1%}"
 
 
 def rows(name: str, model: Path, scratch: Path, nsamples: int) -> Iterator[list[str]]:
     """A line of the table for each recipe."""
-    run = {"cache_dir": scratch / "cache", "device": "cpu"}
+    run: dict[str, Any] = {"cache_dir": scratch / "cache", "device": "cpu"}
     calibration = scratch / f"{name}.calibration"
     calibrate(str(model), calibration, CalibrateOptions(images=scratch / "train.npz", nsamples=nsamples, **run))
     dense = top1(model, scratch)
@@ -62,7 +63,8 @@ def main() -> None:
         scratch = Path(folder)
         for data, name in zip(digits(), ("train.npz", "test.npz"), strict=True):
             data.save(scratch / name)
-        found, weights = [], []
+        found: list[list[str]] = []
+        weights = []
         for name in (one for one in CLASSIFIERS if one != "resnet"):
             model = train(name, scratch / name, epochs=given.epochs)
             count = sum(linear.numel for linear in Skeleton(Checkpoint.open(model)).linears.values())

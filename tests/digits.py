@@ -72,6 +72,18 @@ class Digits(NamedTuple):
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
 
+    def first(self, count: int) -> "Digits":
+        return Digits(self.images[:count], self.labels[:count])
+
+    def save_pictures(self, folder: Path) -> Path:
+        """A folder for each class, called by its number."""
+        from PIL.Image import fromarray
+
+        for number, (image, label) in enumerate(zip(self.images, self.labels, strict=True)):
+            (folder / str(label)).mkdir(parents=True, exist_ok=True)
+            fromarray(image).save(folder / str(label) / f"test-{number}.png")  # no split, whatever the name says
+        return folder
+
     def save(self, path: Path) -> Path:
         np.savez(path, images=self.images, labels=self.labels)
         return path
@@ -105,7 +117,7 @@ def _saved(model: Any, directory: Path) -> Path:
     return directory
 
 
-def train(name: str, directory: Path, *, epochs: int = 8, batch: int = 64, rate: float = 3e-3) -> Path:
+def train(name: str, directory: Path, *, epochs: int = 6, batch: int = 64, rate: float = 3e-3) -> Path:
     """The classifier trained on the first digits, likewise."""
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_config(CLASSIFIERS[name]()).train()

@@ -163,6 +163,13 @@ class Recipe:
         return self.scoring.needs | self.allocating.needs | self.updating.needs | refining | aiming
 
     @property
+    def group(self) -> Literal["row", "matrix"] | None:
+        """The comparison group that --compare names, None where that is the score's or the rows' affair."""
+        if self.compare is None:
+            return None
+        return "row" if self.compare == "row" else "matrix"
+
+    @property
     def changes_weights(self) -> bool:
         """Whether kept weights end with other values than the dense ones: then masks alone do not carry the result."""
         if self.reconstructs:
@@ -309,8 +316,7 @@ class Recipe:
         choice = Choice(self.scoring, stats, target, self.numerics, self.options_of(self.scoring))
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
         free = weight != 0 if keep_zeros and (self.updating.changes or self.reconstructs) else None
-        compare = {"row": "row", "layer": "matrix"}[self.compare] if self.compare else rows.compare
-        choice = replace(choice, keep=rows.keep, free=free, compare=compare)
+        choice = replace(choice, keep=rows.keep, free=free, compare=self.group or rows.compare)
         refined: tuple[Judged, ...] = ()
         if self.refine == "swaps":
             choice, judged = swapped(weight, choice)
@@ -345,7 +351,7 @@ def expected_zeros(shape: tuple[int, int], target: Target, recipe: Recipe) -> in
     if target.pattern:
         kept, group = target.pattern
         return d_out * (d_in // group) * (group - kept)
-    by_row = recipe.compare == "row" if recipe.compare else recipe.scoring.compare == "row"
+    by_row = (recipe.group or recipe.scoring.compare) == "row"
     if recipe.numerics == "reference" and by_row and recipe.updating.name == "none":
         return int(masks.even_row_counts(d_out, d_in, target.sparsity, "reference").sum())
     return masks.matrix_budget(d_out, d_in, target.sparsity)
