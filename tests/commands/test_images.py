@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from tests.digits import CLASSIFIERS, classifier, digits, logits, random_classifier
+from tests.digits import CLASSIFIERS, PROCESSOR, classifier, digits, logits, random_classifier
 from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.masks import MaskFile
@@ -346,6 +346,9 @@ def refusals(base: Path, model: Path, text: Path, data: Path) -> dict[str, tuple
     (bare / "preprocessor_config.json").unlink()
     broken = Path(shutil.copytree(model, base / "broken"))
     (broken / "preprocessor_config.json").write_text("{")
+    other = Path(shutil.copytree(model, base / "other"))
+    size = {"size": {"height": 16, "width": 16}}
+    (other / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **size}))
     np.savez(base / "floats.npz", images=np.zeros((4, 8, 8), np.float32))
     np.savez(base / "four.npz", images=np.zeros((4, 8, 8, 4), np.uint8))
     np.savez(base / "labels.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.array([0, 1, 12, 2]))
@@ -371,6 +374,7 @@ def refusals(base: Path, model: Path, text: Path, data: Path) -> dict[str, tuple
         "perplexity beside": (["eval", model, *images, "--ppl", "a.txt"], "--ppl with --images"),
         "augment alone": (["calibrate", model, *out, "--augment"], "--augment does nothing without --images"),
         "no processor": (["calibrate", bare, *out, *images, *few], "there is no image processor in"),
+        "another's processor": (["calibrate", other, *out, *images, *few], "does not take pictures of [1, 16, 16]"),
         "a broken processor": (["calibrate", broken, *out, *images, *few], "is not usable"),
         "nowhere": (["calibrate", model, *out, "--images", base / "no"], "there is no "),
         "an empty folder": (["calibrate", model, *out, "--images", base / "empty"], "holds no pictures"),

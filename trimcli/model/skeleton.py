@@ -276,7 +276,7 @@ def _other_form(parameter: Tensor) -> str:
 
 def refuse_other_kind(checkpoint: Checkpoint, *, images: bool) -> None:
     """Raise InputError unless it is an image classifier, or, where `images` is False, a model of text."""
-    named = "".join(checkpoint.config_document.get("architectures") or [])[:80]
+    named = ", ".join(map(str, checkpoint.config_document.get("architectures") or []))[:80]
     if images and not classifies_images(checkpoint.config_document):
         what = f"{checkpoint.id} is no image classifier ({named or 'no architecture in its config.json'})"
         raise InputError(f"{what}, which --images is for; leave it out, or give another model.")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import InputError, OptionError, ResourceError
+from trimcli.errors import InputError, OptionError, ResourceError, first_line
 from trimcli.model.forward import first_output
 from trimcli.model.pixels import hidden_form, picture_shape
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton
@@ -46,14 +46,16 @@ class Walk:
             refuse_foreign_tokens(skeleton, samples)
         chosen = batch_tokens(skeleton.device) // self.seqlen
         size = max(1, min(batch_size or chosen, self.nsamples))
-        self.stream: Stream
-        if (form or skeleton.form) == "suspended":
-            if skeleton.spill is not None and form is None:
-                what = f"the hidden states of {skeleton.checkpoint.id} belong to passes of its own"
-                progress.warn(f"{what} and stay in memory, whatever --spill says.")
-            self.stream = Suspended(skeleton, samples, size, progress)
-        else:
-            self.stream = Recorded(skeleton, samples, size, progress)
+        if (form or skeleton.form) == "suspended" and skeleton.spill is not None and form is None:
+            what = f"the hidden states of {skeleton.checkpoint.id} belong to passes of its own"
+            progress.warn(f"{what} and stay in memory, whatever --spill says.")
+        kind = Suspended if (form or skeleton.form) == "suspended" else Recorded
+        try:
+            self.stream: Stream = kind(skeleton, samples, size, progress)
+        except (ValueError, RuntimeError) as problem:
+            if not skeleton.images or _out_of_memory(problem):
+                raise
+            raise not_taken(skeleton, samples.shape[1:], problem) from None
         self._groups: dict[int, list[InputGroup]] = {}
 
     @property
@@ -163,6 +165,12 @@ class Walk:
 def sample_length(skeleton: Skeleton, shape: Sequence[int]) -> int:
     """Tokens a sample, of samples of this shape; of pictures about how many places each becomes."""
     return hidden_form(skeleton.model, *shape[2:])[0] if skeleton.images else shape[1]
+
+
+def not_taken(skeleton: Skeleton, shape: Sequence[int], problem: Exception) -> InputError:
+    """The error for pictures (C, H, W) that a model cannot take."""
+    what = f"{skeleton.checkpoint.id} does not take pictures of {list(shape)} ({first_line(problem)})"
+    return InputError(f"{what}; its image processor is another model's: put its own preprocessor_config.json there.")
 
 
 def not_finite(layer: DecoderLayer) -> InputError:
