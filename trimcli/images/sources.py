@@ -41,12 +41,12 @@ class Pictures:
 
     def __getitem__(self, index: int) -> "Image":
         """A picture. Raises InputError for one that cannot be decoded."""
-        from PIL.Image import fromarray
+        from PIL.Image import DecompressionBombError, fromarray
 
         found = self.stored[index]
         try:
             return fromarray(found) if isinstance(found, np.ndarray) else _decoded(found)
-        except (OSError, ValueError, SyntaxError) as problem:
+        except (OSError, ValueError, SyntaxError, DecompressionBombError) as problem:
             named = (found.get("path") if isinstance(found, dict) else None) or f"picture {index} of {self.path}"
             raise InputError(f"{named} is no whole picture ({first_line(problem)}); remove or replace it.") from None
 
@@ -85,7 +85,7 @@ def _arrays(path: Path) -> Pictures:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {name: file[name] for name in ("images", "labels") if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as problem:
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as problem:
         raise InputError(f"{path} is no whole npz file ({first_line(problem)}); make it anew.") from None
     images, labels = found.get("images"), found.get("labels")
     wanted = "`images`, uint8 [N, H, W] or [N, H, W, C] with C 1 or 3"

@@ -183,7 +183,7 @@ class Skeleton:
     def linears_outside(self) -> Iterator[str]:
         """Full module names of the linears that lie in no decoder layer: a vision tower's, the head."""
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith(f"{self._container}."):
+            if isinstance(module, nn.Linear) and not name.startswith(self._inside):
                 yield name
 
     @cached_property

@@ -133,7 +133,10 @@ def chosen_linears(
     some = next(iter(skeleton.linears), "none")
     if not found:
         if outside := next((name for name in skeleton.linears_outside() if selected(name, only, skip)), None):
-            what = f"{outside} lies outside of the {len(skeleton.layers)} decoder layers, whose inputs alone text tells"
+            inside = "decoder layers, whose inputs alone text tells"
+            if skeleton.images:
+                inside = "blocks, which alone are pruned"
+            what = f"{outside} lies outside of the {len(skeleton.layers)} {inside}"
             raise OptionError(f"{what}; --only takes linears inside of them, such as {some}.")
         left = f"of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip {list(skip)}"
         raise OptionError(f"nothing matches: {left} leave none; globs are matched against full module names.")
