@@ -79,7 +79,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(NANO, base / "MODEL")
     random_classifier("vit", base / "CLASSIFIER")
     for part, data in zip(("train", "val"), digits(), strict=True):
-        data.first(20).save_pictures(base / "DIR" / part)
+        data.first(40).save_pictures(base / "DIR" / part)
     texts = write_texts(base)
     texts.calibration.rename(base / "train.txt")
     texts.measurement.rename(base / "test.txt")

@@ -163,9 +163,9 @@ def test_what_is_written_is_the_masked_model(
     with torch.no_grad():
         wanted = expected(pixel_values=digits()[1].pixels).logits
     assert torch.equal(logits(out, digits()[1].pixels), wanted)
-    assert accuracy(out, data[1]) == accuracy(model, data[1], "--masks", masks) == own_accuracy(expected)
+    assert accuracy(model, data[1], "--masks", masks) == own_accuracy(expected)
     trim_json("apply-masks", model, masks, "-o", tmp_path / "packed", "--format", "packed")
-    assert accuracy(tmp_path / "packed", data[1]) == accuracy(out, data[1])
+    assert accuracy(tmp_path / "packed", data[1]) == own_accuracy(expected)
     trim_json("unpack", tmp_path / "packed", "-o", tmp_path / "unpacked")
     assert torch.equal(logits(tmp_path / "unpacked", digits()[1].pixels), wanted)
 

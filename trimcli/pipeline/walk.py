@@ -228,5 +228,5 @@ def usual_length(skeleton: Skeleton) -> int:
     )
 
 
-def _out_of_memory(problem: RuntimeError) -> bool:
+def _out_of_memory(problem: Exception) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)
