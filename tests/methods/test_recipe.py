@@ -204,6 +204,8 @@ def test_what_each_method_reads() -> None:
         "wanda + obs": {"gram", "sqnorm"},
         "variant + obs": {"gram", "sqnorm"},
         "magnitude + trim + obs": {"gram", "inputs"},
+        "magnitude by row": set(),
+        "wanda by layer": {"sqnorm"},
     }
 
 

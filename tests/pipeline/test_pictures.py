@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from tests.digits import CLASSIFIERS, digits, logits, random_classifier
 from trimcli.errors import InputError
+from trimcli.model.empty import find_layers
 from trimcli.options import RunOptions
 from trimcli.pipeline.proof import open_proven
 from trimcli.pipeline.walk import Walk
@@ -33,6 +35,18 @@ def test_the_walk_gives_the_model_s_logits(name: str, tmp_path: Path) -> None:
             for start in range(0, 7, walk.batch_size):
                 found.append(head(slice(start, min(7, start + walk.batch_size)), slice(None)))
         torch.testing.assert_close(torch.cat(found), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_that_are_not_those_of_the_config_are_refused() -> None:
+    model = AutoModelForImageClassification.from_config(CLASSIFIERS["convnext"]())
+    assert [name.removeprefix("convnext.encoder.") for name, _ in find_layers(model)] == [
+        "stages.0.layers.0",
+        "stages.1.layers.0",
+    ]
+    for depths in ([1, 7], [1, 1, 1]):
+        model.config.depths = depths
+        with pytest.raises(InputError, match="does not hold its blocks in stages of"):
+            find_layers(model)
 
 
 def test_the_proof_is_kept(tmp_path: Path) -> None:

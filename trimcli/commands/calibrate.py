@@ -136,8 +136,7 @@ def _gather(
             with progress.task("calibrating layers", len(skeleton.layers)) as step:
                 for layer in walk.layers():
                     if layer.index >= done:
-                        seqlen = None if skeleton.images else walk.seqlen
-                        collector = Collector(walk.groups(layer), needs, len(samples), seqlen, skeleton.device)
+                        collector = Collector(walk.groups(layer), needs, len(samples), walk.tokens, skeleton.device)
                         last = layer.index + 1 == len(skeleton.layers)
                         # What experts gather is a sum, which a batch that ran out of memory would leave its part in.
                         apart = any(group.routed for group in collector.groups)

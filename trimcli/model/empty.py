@@ -90,27 +90,22 @@ def _find_blocks(model: Any, depths: Sequence[int]) -> list[tuple[str, nn.Module
     """
     found: list[tuple[str, nn.Module]] = []
     name, stages = _largest_list(model, len(depths))
-    for index, depth in enumerate(depths):
-        if stages is None:
-            break
-        inner, blocks = _largest_list(stages[index], depth)
-        if blocks is None:
-            stages = None
-            break
-        found += [(f"{name}.{index}.{inner}.{place}", blocks[place]) for place in range(depth)]
-    if stages is None:
+    for index, (stage, depth) in enumerate(zip(stages, depths, strict=False)):
+        inner, blocks = _largest_list(stage, depth)
+        found += [(f"{name}.{index}.{inner}.{place}", block) for place, block in enumerate(blocks)]
+    if not found or len(found) != sum(depths):
         what = f"{type(model).__name__} does not hold its blocks in stages of {list(depths)}"
         raise InputError(f"{what}, as its config says; its form is not supported.")
     return found
 
 
-def _largest_list(module: nn.Module, length: int) -> tuple[str, Any]:
-    """The outermost list of so many modules with the most weights: its name below `module`, and itself or None."""
+def _largest_list(module: nn.Module, length: int) -> tuple[str, list[nn.Module]]:
+    """The outermost list of so many modules with the most weights: its name below `module`, and its entries, if any."""
     lists = {name: one for name, one in module.named_modules() if isinstance(one, nn.ModuleList | nn.Sequential)}
     lists = {name: one for name, one in lists.items() if name and len(one) == length}
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     name = max(outer, key=lambda name: sum(one.numel() for one in lists[name].parameters()), default="")
-    return name, lists.get(name)
+    return name, list(lists.get(name, ()))
 
 
 def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

@@ -204,8 +204,7 @@ class Passes:
         beside = None
         if dense is not None and self.recipe.target == "dense":
             beside = partial(_on_dense_states, walk, dense, layer)
-        seqlen = None if self.skeleton.images else walk.seqlen
-        collector = Collector(groups, needs, self.nsamples, seqlen, device, self.recipe.options_of, beside)
+        collector = Collector(groups, needs, self.nsamples, walk.tokens, device, self.recipe.options_of, beside)
         walk.collect(layer, collector)
         return collector.by_linear()
 

@@ -59,6 +59,11 @@ class Walk:
         self._groups: dict[int, list[InputGroup]] = {}
 
     @property
+    def tokens(self) -> int | None:
+        """Tokens of a sample that every layer is given; None where they become more or fewer from layer to layer."""
+        return None if self.skeleton.images else self.seqlen
+
+    @property
     def batch_size(self) -> int:
         """Samples in a batch."""
         return self.stream.batch_size
