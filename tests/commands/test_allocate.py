@@ -386,7 +386,7 @@ def test_refusals(options: Callable[[], AllocateOptions], message: str, tmp_path
 
 
 def test_twelve_metrics_are_offered() -> None:
-    assert len(METRICS) == 12
+    assert len(METRICS) == 13
 
 
 # --- trials ------------------------------------------------------------------------------------------------
