@@ -385,7 +385,7 @@ def test_refusals(options: Callable[[], AllocateOptions], message: str, tmp_path
         allocate(str(tmp_path / "never read"), None, options())
 
 
-def test_twelve_metrics_are_offered() -> None:
+def test_thirteen_metrics_are_offered() -> None:
     assert len(METRICS) == 13
 
 

@@ -212,6 +212,9 @@ def test_resnet_loses_its_convolutions_of_single_places(data: tuple[Path, Path],
     given = ("--images", data[0], "--nsamples", 16, "--sparsity", 0.5, "--save-model", out)
     trim_json("prune", model, *given, "--no-propagate", *COMPUTE)
     own, written = (AutoModelForImageClassification.from_pretrained(one).state_dict() for one in (model, out))
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "train.npz" in card
+    assert "c4" not in card
     pruned = {name for name, tensor in written.items() if not torch.equal(tensor, own[name])}
     single = {name for name, one in own.items() if one.ndim == 4 and one.shape[2:] == (1, 1)}
     assert pruned == single
