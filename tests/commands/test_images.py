@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from tests.digits import CLASSIFIERS, PROCESSOR, classifier, digits, logits, random_classifier
+from tests.digits import PROCESSOR, classifier, digits, logits, random_classifier
 from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.masks import MaskFile
 
-NAMES = [name for name in CLASSIFIERS if name != "resnet"]
+# DeiT's blocks are ViT's.
+TRAINED = ["vit", pytest.param("deit", marks=pytest.mark.slow), "convnext", "swin"]
 NSAMPLES = 64
 
 
@@ -29,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return train.save(base / "train.npz"), test.save(base / "test.npz")
 
 
-@pytest.fixture(scope="session", params=NAMES)
+@pytest.fixture(scope="session", params=TRAINED)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return classifier(request.param, tmp_path_factory)
 
