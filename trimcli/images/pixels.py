@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,12 @@ class Processor:
         """float32 [n, C, H, W] of some pictures. Raises InputError where they do not become all of one size."""
         mode = MODES[self.channels]
         try:
-            found: Tensor = self.made([one.convert(mode) for one in pictures], return_tensors="pt")["pixel_values"]
+            converted: list[Any] = [one.convert(mode) for one in pictures]
+            how = {"return_tensors": "pt"}
+            if self.channels == 1:  # transformers 4 takes no picture without channels
+                converted = [np.asarray(one)[..., None] for one in converted]
+                how["input_data_format"] = "channels_last"
+            found: Tensor = self.made(converted, **how)["pixel_values"]
         except (ValueError, TypeError, RuntimeError) as problem:
             what = f"the image processor in {self.directory / PROCESSOR} fails ({first_line(problem)})"
             raise InputError(f"{what}; take the model's own, which makes one size of all pictures.") from None
