@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.digits import digits, random_classifier
 from tests.small_models import NANO
 from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli.demo import write_texts
@@ -42,7 +43,9 @@ def value(words: list[str], option: str) -> str | None:
 def shortened(words: list[str]) -> list[str]:
     """The line with little to do: few samples of local texts, few steps, two documents of a local task."""
     more: list[str] = []
-    if words[0] in ("calibrate", "prune", "sweep", "finetune") and "--calibration" not in words:
+    if "--images" in words and words[0] != "eval":
+        more += ["--nsamples", "4"]
+    elif words[0] in ("calibrate", "prune", "sweep", "finetune") and "--calibration" not in words:
         more += TEXT
     if words[0] == "sweep":
         more += ["--holdout", "2"]
@@ -68,9 +71,15 @@ def asked(words: list[str]) -> float | None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MODEL, dense, and PRUNED; texts to calibrate and to measure on; what the published tools save for MODEL."""
+    """MODEL, dense, and PRUNED; texts to calibrate and to measure on; what the published tools save for MODEL.
+
+    And CLASSIFIER, with pictures of its classes.
+    """
     base = tmp_path_factory.mktemp("published")
     shutil.copytree(NANO, base / "MODEL")
+    random_classifier("vit", base / "CLASSIFIER")
+    for part, data in zip(("train", "val"), digits(), strict=True):
+        data.first(40).save_pictures(base / "DIR" / part)
     texts = write_texts(base)
     texts.calibration.rename(base / "train.txt")
     texts.measurement.rename(base / "test.txt")
@@ -101,7 +110,7 @@ def test_every_row_stands_for_something() -> None:
     assert len(rows) == len(tables) > 20
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     short = published_rows(readme.split("### Coming from a published repository")[1].split("\n### ")[0])
-    assert len(short) == 5
+    assert len(short) == 6
     assert {lines(here)[0][0] for _, here in short} == {"prune", "finetune"}
     every = [words for section in TRIED.values() for words in lines(section)]
     assert all(words in every for _, here in short for words in lines(here))

@@ -385,8 +385,8 @@ def test_refusals(options: Callable[[], AllocateOptions], message: str, tmp_path
         allocate(str(tmp_path / "never read"), None, options())
 
 
-def test_twelve_metrics_are_offered() -> None:
-    assert len(METRICS) == 12
+def test_thirteen_metrics_are_offered() -> None:
+    assert len(METRICS) == 13
 
 
 # --- trials ------------------------------------------------------------------------------------------------

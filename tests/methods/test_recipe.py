@@ -36,6 +36,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "wanda + obs": {"update": "obs", "options": (ObsOptions(block_size=5),)},
     "variant + obs": {"rows": "variant", "update": "obs"},
     "magnitude + trim + obs": {"method": "magnitude", "rows": "trim", "update": "obs", "options": (THREE,)},
+    "magnitude by row": {"method": "magnitude", "compare": "row"},
+    "wanda by layer": {"compare": "layer"},
 }
 UPDATED = {
     "sparsegpt",
@@ -123,6 +125,18 @@ def test_the_formulas() -> None:
     assert torch.equal(keep, weight.abs() >= weight.abs().flatten().sort().values[20])
 
 
+@pytest.mark.parametrize("method", ["wanda", "magnitude"])
+def test_which_weights_compete(method: str) -> None:
+    weight, stats = matrix(6, 10)
+    scores = weight.abs() * (stats.sqnorm.sqrt() if method == "wanda" else 1)
+    by_row = Recipe(method=method, compare="row").choose(weight, stats, Target(0.4)).keep
+    by_layer = Recipe(method=method, compare="layer").choose(weight, stats, Target(0.4)).keep
+    assert torch.equal(by_row, scores > scores.sort(dim=1).values[:, 3:4])
+    assert torch.equal(by_layer, scores > scores.flatten().sort().values[23])
+    plain = Recipe(method=method).choose(weight, stats, Target(0.4)).keep
+    assert torch.equal(plain, by_row if method == "wanda" else by_layer)
+
+
 def test_half_precision_weights_are_scored_in_float32() -> None:
     weight, stats = matrix(5, 8)
     half = weight.half()
@@ -190,6 +204,8 @@ def test_what_each_method_reads() -> None:
         "wanda + obs": {"gram", "sqnorm"},
         "variant + obs": {"gram", "sqnorm"},
         "magnitude + trim + obs": {"gram", "inputs"},
+        "magnitude by row": set(),
+        "wanda by layer": {"sqnorm"},
     }
 
 
@@ -255,6 +271,9 @@ REFUSED: list[tuple[dict[str, Any], bool, str]] = [
     ({"rows": "variant"}, True, "--use-variant with an N:M pattern"),
     ({"rows": "variant", "method": "magnitude"}, False, "--use-variant with --method magnitude: it is made for wanda"),
     ({"rows": "variant", "method": "sparsegpt"}, False, "--use-variant with --method sparsegpt: it is made for wanda"),
+    ({"compare": "layer", "rows": "trim"}, False, "--compare layer with --use-trim: it says how rows share, too"),
+    ({"compare": "row"}, True, "--compare row with an N:M pattern"),
+    ({"compare": "row", "method": "admm"}, False, "--compare row with --update admm"),
     ({"input_recalc": True}, False, "--input-recalc without --use-trim"),
     ({"input_recalc": True, "rows": "variant"}, False, "--input-recalc without --use-trim"),
     ({"propagate": False, "method": "sparsegpt"}, False, "--no-propagate with --method sparsegpt: its gram comes from"),
@@ -323,8 +342,11 @@ def test_groups_that_do_not_fit_are_named() -> None:
 
 def test_reference_numerics_are_foreseen() -> None:
     weight, stats = matrix(7, 13)
-    for name in ("wanda", "magnitude", "obs", "sparsegpt"):
-        recipe = Recipe(method=name, numerics="reference")
+    names = ("wanda", "magnitude", "obs", "sparsegpt")
+    ways: list[dict[str, Any]] = [{"method": name} for name in names]
+    ways += [{"method": name, "compare": group} for name in names[:2] for group in ("row", "layer")]
+    for way in ways:
+        recipe = Recipe(**way, numerics="reference")
         for sparsity in (0.3, 0.55, 0.8):
             zeros = int((~recipe.choose(weight, stats, Target(sparsity)).keep).sum())
             assert abs(zeros - expected_zeros((7, 13), Target(sparsity), recipe)) <= 1

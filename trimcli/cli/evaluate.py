@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 def evaluate(model: Model, options: "EvaluateOptions", say: Say, output: OutputFile = None) -> None:
-    """Measure perplexity and zero-shot tasks of a dense, pruned or packed model, or of a model under masks.
+    """Measure perplexity, zero-shot tasks or accuracy of a dense, pruned or packed model, or of a model under masks.
 
-    Perplexity runs layer by layer, so a model larger than memory can be measured. Only what is asked for is
+    Perplexity and accuracy run layer by layer, so a model larger than memory can be measured. Only what is asked for is
     measured; the directory is left untouched. --seed is that of few-shot draws; lm-eval's own if not given.
 
     Example: trim eval Qwen2.5-3B-70 -o results.json --ppl wikitext2 --tasks boolq,rte
+
+    Image classifiers: trim eval vit-50 -o results.json --images val
     """
     from trimcli.commands.evaluate import evaluate as run
 
@@ -34,6 +36,9 @@ def _print(document: Mapping[str, Any], output: Path | None) -> None:
         windows = f"{entry['windows']} windows of {entry['seqlen']} tokens, {entry['dtype']}"
         windows += {"each": ", BOS in each", "none": ", no BOS"}.get(entry["bos"], "")
         rows[f"perplexity, {Path(entry['dataset']).name}"] = f"{entry['value']:.6g} ({windows})"
+    for entry in document.get("images", []):
+        shares = f"top-1 {entry['top1']:.2%}, top-5 {entry['top5']:.2%}"
+        rows[f"accuracy, {Path(entry['dataset']).name}"] = f"{shares} ({entry['images']:,} pictures, {entry['dtype']})"
     for name, entry in document.get("tasks", {}).items():
         metrics = []
         for metric in (key for key in entry if f"{key}_stderr" in entry):

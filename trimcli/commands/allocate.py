@@ -48,7 +48,10 @@ def _allocated(
     model: str, output: Path | None, options: AllocateOptions, world: World, progress: Progress, force: bool
 ) -> LayerSparsity:
     chosen = options.allocating
-    skeleton = open_model(model, options, weights=not chosen.config_only and options.import_file is None)
+    skeleton = open_model(model, options, weights=not chosen.config_only and options.import_file is None, images=None)
+    if skeleton.images and chosen.tries:
+        what = f"--method {options.method} tries candidates on text, and {model} is an image classifier"
+        raise OptionError(f"{what}; take another, such as owl or alpha.")
     if not skeleton.linears:
         raise InputError(f"{model} has no linears in its decoder layers to prune; give another model.")
     survey = _ModelSurvey(skeleton, options, progress)
@@ -107,7 +110,7 @@ class _ModelSurvey:
             self._calibration = CalibrationFile(options.calibration)
             self._calibration.check(skeleton.fingerprint)
             self._calibration.require(options.allocating.needs)
-        self.samples = 0 if self._calibration is None else len(self._calibration.tokens)
+        self.samples = 0 if self._calibration is None else self._calibration.nsamples
         self.metrics = MetricsCache(options.metrics_cache, skeleton.fingerprint)
 
     def weight(self, name: str) -> Tensor:

@@ -1,11 +1,10 @@
-"""The calibrate stage: text to tokens, tokens through the dense model, statistics to a file."""
+"""The calibrate stage: text to tokens or pictures to pixels, these through the dense model, statistics to a file."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from trimcli.commands.options import CalibrateOptions
@@ -14,9 +13,12 @@ from trimcli.files.cache import Cache
 from trimcli.files.manifest import CALIBRATION, manifest, sealed
 from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.parts import Part, Parts
-from trimcli.files.tensors import TensorSpec, dtype_name, write_artifact
+from trimcli.files.tensors import TensorSpec, dtype_name, tensor_hash, write_artifact
+from trimcli.images.pixels import draw, load_processor
+from trimcli.images.sources import pictures
 from trimcli.memory import PeakMemory
 from trimcli.methods.stats import stored_statistics
+from trimcli.model.pixels import channels
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.plan import chosen_linears, refuse_experts
@@ -30,11 +32,12 @@ from trimcli.world import Found, World, joined
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What calibrate did. peak_memory: in bytes."""
+    """What calibrate did. seqlen: tokens a sample, None of pictures; picture: (C, H, W). peak_memory: in bytes."""
 
     path: Path
     nsamples: int
-    seqlen: int
+    seqlen: int | None
+    picture: tuple[int, ...] | None
     linears: int
     stats: tuple[str, ...]
     seconds: float
@@ -47,8 +50,17 @@ def encoder_of(skeleton: Skeleton, options: CalibrateOptions) -> Encoder:
     return Encoder.of(tokenizer, options.bos, chat=options.chat)
 
 
-def _draw_tokens(skeleton: Skeleton, options: CalibrateOptions) -> Found:
-    """The samples `tokens`, int32 [nsamples, seqlen], and where BOS stands in them, None where they were given."""
+def _draw(skeleton: Skeleton, options: CalibrateOptions) -> Found:
+    """The samples `tokens`, int32 [nsamples, seqlen], and where BOS stands in them, None where they were given.
+
+    Of an image classifier `pixels`, float32 [nsamples, C, H, W].
+    """
+    if options.images is not None:
+        how = {"trust_remote_code": options.trust_remote_code}
+        processor = load_processor(skeleton.checkpoint.directory, channels(skeleton.config), **how)
+        with pictures(options.images) as found:
+            pixels = draw(found, processor, options.nsamples, options.seed, augment=options.augment)
+        return Found({"pixels": pixels}, None)
     if options.tokens is not None:
         return Found({"tokens": read_tokens(options.tokens)}, None)
     encoder, seqlen = encoder_of(skeleton, options), options.seqlen or default_seqlen(skeleton.config)
@@ -80,19 +92,24 @@ def calibrate(
     started = time.monotonic()
     with joined() as world:
         with PeakMemory() as memory:
-            skeleton = open_model(model, options)
-            drawn = world.first(lambda: _draw_tokens(skeleton, options))
-            tokens, bos = drawn.tensors["tokens"], drawn.facts
-            linears = _gather(skeleton, tokens, bos, output, options, force, progress, world)
+            skeleton = open_model(model, options, images=options.images is not None)
+            drawn = world.first(lambda: _draw(skeleton, options))
+            linears = _gather(skeleton, drawn, output, options, force, progress, world)
         peak = world.most(memory.document())
-    seconds, (nsamples, seqlen) = time.monotonic() - started, tokens.shape
-    return CalibrationSummary(output, nsamples, seqlen, linears, options.stats, seconds, peak)
+    seconds, (nsamples, *shape) = time.monotonic() - started, samples_of(drawn).shape
+    seqlen, picture = (None, tuple(shape)) if skeleton.images else (shape[0], None)
+    return CalibrationSummary(output, nsamples, seqlen, picture, linears, options.stats, seconds, peak)
+
+
+def samples_of(drawn: Found) -> Tensor:
+    """What was drawn, the one tensor that there is."""
+    (samples,) = drawn.tensors.values()
+    return samples
 
 
 def _gather(
     skeleton: Skeleton,
-    tokens: Tensor,
-    bos: str | None,
+    drawn: Found,
     output: Path,
     options: CalibrateOptions,
     force: bool,
@@ -104,20 +121,22 @@ def _gather(
     linears = chosen_linears(skeleton, options.only, options.skip, progress)
     refuse_experts(linears, needs)
     wanted = [linear.name for linear in linears]
+    samples = samples_of(drawn)
     compute = {"dtype": str(skeleton.dtype), "device": skeleton.device.type}
-    what = {"model": skeleton.fingerprint.document(), "tokens": tokens.tolist(), "linears": wanted}
+    content = {"pixels": tensor_hash(samples)} if skeleton.images else {"tokens": samples.tolist()}
+    what = {"model": skeleton.fingerprint.document(), **content, "linears": wanted}
     key = {"stage": "calibrate", **what, **compute, "stats": options.stats}
     with Cache(options.cache_dir).parts(key) as parts:
         if needs:
             prove(skeleton, options.cache_dir, progress)
             skeleton.spill = options.spill
             done = parts.finished()
-            mine = own_samples(tokens)
+            mine = own_samples(samples)
             walk = Walk(skeleton, mine, batch_size=options.batch_size, wanted=set(wanted), progress=progress)
             with progress.task("calibrating layers", len(skeleton.layers)) as step:
                 for layer in walk.layers():
                     if layer.index >= done:
-                        collector = Collector(walk.groups(layer), needs, len(tokens), walk.seqlen, skeleton.device)
+                        collector = Collector(walk.groups(layer), needs, len(samples), walk.tokens, skeleton.device)
                         last = layer.index + 1 == len(skeleton.layers)
                         # What experts gather is a sum, which a batch that ran out of memory would leave its part in.
                         apart = any(group.routed for group in collector.groups)
@@ -129,25 +148,21 @@ def _gather(
                         walk.advance(layer)
                     step()
         found = [parts.read(layer.index) for layer in skeleton.layers] if needs and world.is_first else []
-        count = world.agreed(lambda: _write(skeleton, tokens, bos, found, output, options, force))
+        count = world.agreed(lambda: _write(skeleton, drawn, found, output, options, force))
         parts.discard()
     return count
 
 
 def _write(
-    skeleton: Skeleton,
-    tokens: Tensor,
-    bos: str | None,
-    parts: Sequence[Part],
-    output: Path,
-    options: CalibrateOptions,
-    force: bool,
+    skeleton: Skeleton, drawn: Found, parts: Sequence[Part], output: Path, options: CalibrateOptions, force: bool
 ) -> int:
     """Write what the layers' parts hold; returns how many linears have statistics."""
     shares: dict[str, str] = {}
     routed: dict[str, int] = {}
     homes: dict[str, Part] = {}
-    specs = {"tokens": TensorSpec(torch.int32, tuple(tokens.shape))}
+    kept = {"pixels": samples_of(drawn)} if skeleton.images else {"tokens": samples_of(drawn).int()}
+    specs = {name: TensorSpec.of(tensor) for name, tensor in kept.items()}
+    nsamples, *shape = samples_of(drawn).shape
     for part in parts:
         shares.update(part.facts["shares"])
         routed.update(part.facts.get("routed", {}))
@@ -158,21 +173,26 @@ def _write(
         "calibrate",
         options.document(),
         skeleton.fingerprint,
-        {"tokens": options.tokens and file_of(options.tokens)},
+        {"tokens": options.tokens and file_of(options.tokens), "images": _one_file(options.images)},
         stats=list(options.stats),
         shares=shares,
         **({"routed": routed} if routed else {}),
-        nsamples=tokens.shape[0],
-        seqlen=tokens.shape[1],
-        bos=bos,
+        nsamples=nsamples,
+        **({"picture": shape} if skeleton.images else {"seqlen": shape[0]}),
+        bos=drawn.facts,
         compute_dtype=dtype_name(skeleton.dtype),
     )
 
     def tensor(name: str) -> Tensor:
-        return tokens.int() if name == "tokens" else homes[name].load(name)
+        return kept[name] if name in kept else homes[name].load(name)
 
     write_artifact(output, sealed(document), specs, tensor, force=force)
     return len(shares)
+
+
+def _one_file(path: Path | None) -> Path | None:
+    """The path where it is a file's."""
+    return path if path is not None and path.is_file() else None
 
 
 def _write_part(parts: Parts, index: int, collector: Collector) -> None:

@@ -1,8 +1,9 @@
-"""The eval stage: perplexity layer by layer, zero-shot tasks through lm-eval, and the sparsity that was there."""
+"""The eval stage: perplexity or accuracy layer by layer, tasks through lm-eval, and the sparsity that was there."""
 
 import contextlib
 import math
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ import numpy as np
 from trimcli.commands.options import EvaluateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, MismatchError, OptionError
+from trimcli.evaluation.images import accuracy
 from trimcli.evaluation.perplexity import apply_masks_to_layer, perplexity
 from trimcli.files.documents import read_mark, write_json
 from trimcli.files.manifest import RESULTS, check_masks, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.tensors import dtype_name, nonzero
+from trimcli.images.pixels import classes_of, load_processor
+from trimcli.images.sources import pictures
 from trimcli.kernels.bitmap.model import sparsify
 from trimcli.memory import PeakMemory
+from trimcli.model.pixels import channels
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.proof import open_proven
 from trimcli.pipeline.walk import default_seqlen, max_positions
@@ -49,14 +54,20 @@ def _evaluated(
 ) -> dict[str, Any]:
     started = time.monotonic()
     with PeakMemory() as memory:
-        skeleton = open_proven(model, options, progress)
+        skeleton = open_proven(model, options, progress, images=options.images is not None)
         skeleton.spill = options.spill
         mask = open_masks(options.masks, skeleton) if options.masks else None
-        tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
+        measured: dict[str, Any] = {"perplexity": []}
+        if options.images is not None:
+            measured["images"] = [_accuracy(skeleton, options.images, mask, options, progress)]
+        else:
+            tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
         sparse = sparsify(skeleton, mask, options.cache_dir, progress) if options.sparse else None
-        measured = _perplexities(skeleton, tokenizer, mask, options, progress)
+        if options.ppl:
+            measured["perplexity"] = _perplexities(skeleton, tokenizer, mask, options, progress)
         sparsity = world.agreed(lambda: _sparsity(skeleton, mask))
-        tasks = _tasks(skeleton, tokenizer, mask, options, progress, force) if options.tasks else {}
+        if options.tasks:
+            measured |= _tasks(skeleton, tokenizer, mask, options, progress, force)
     peak = world.most(memory.document())
 
     def finished() -> dict[str, Any]:
@@ -68,8 +79,7 @@ def _evaluated(
             skeleton.fingerprint,
             {"masks": options.masks},
             label=f"{name} + {mask.path.stem}" if mask else name,
-            perplexity=measured,
-            **tasks,
+            **measured,
             sparsity=sparsity,
             pruning=_pruning(skeleton, mask),
             multiplied_sparse=None if sparse is None else len(sparse.names),
@@ -93,6 +103,17 @@ def open_masks(path: Path, skeleton: Skeleton) -> MaskFile:
         why = "belongs to a prune that changed the kept weights too, so masks alone do not carry its result"
         raise MismatchError(f"{path} {why}; measure the directory that prune --save-model wrote.")
     return mask
+
+
+def _accuracy(
+    skeleton: Skeleton, path: Path, mask: MaskFile | None, options: EvaluateOptions, progress: Progress
+) -> dict[str, Any]:
+    directory, config = skeleton.checkpoint.directory, skeleton.config
+    processor = load_processor(directory, channels(config), trust_remote_code=options.trust_remote_code)
+    with pictures(path) as found:
+        how: dict[str, Any] = {"mask": mask, "batch_size": options.batch_size, "progress": progress}
+        right = accuracy(skeleton, found, classes_of(found, config), processor, **how)
+    return {"dataset": str(path), **asdict(right), "dtype": dtype_name(skeleton.dtype)}
 
 
 def _perplexities(

@@ -27,7 +27,7 @@ from trimcli.kernels.forms import SemiStructured, is_two_of_four, parts_of, prun
 from trimcli.kernels.options import ExportOptions, Form
 from trimcli.model.device import compute_dtype
 from trimcli.model.matrix import Matrix
-from trimcli.model.skeleton import Skeleton
+from trimcli.model.skeleton import Skeleton, refuse_other_kind
 
 NOT_PRUNED, NOT_PATTERN = "not pruned", "not 2:4"
 
@@ -84,6 +84,7 @@ def export(
     check_outputs(inputs_of(options, model), directories=[output], force=force)
     device = device_for(options.to, options.device)
     checkpoint = Checkpoint.open(model, revision=options.revision)
+    refuse_other_kind(checkpoint, images=False)
     dtype = compute_dtype(options.dtype, checkpoint, device)
     packer = SemiStructured(device, dtype) if options.to == "semi-structured" else None
     skeleton = Skeleton(checkpoint, trust_remote_code=options.trust_remote_code)

@@ -16,7 +16,7 @@ from trimcli.evaluation.perplexity import apply_masks_to_layer
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.tensors import dtype_name
 from trimcli.kernels.bitmap.model import MadeSparse, model_bytes, sparsify
-from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.model.skeleton import Skeleton, open_model, refuse_other_kind
 from trimcli.pipeline.walk import max_positions
 from trimcli.text.encoding import Encoder
 from trimcli.text.tokens import load_tokenizer
@@ -67,6 +67,7 @@ def load_sparse(
     Raises InputError and MismatchError.
     """
     checkpoint = Checkpoint.open(directory)
+    refuse_other_kind(checkpoint, images=False)
     place = torch.device(device)
     if dtype is None:
         stored = [spec for spec in checkpoint.specs().values() if spec.dtype.is_floating_point]

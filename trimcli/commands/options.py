@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trimcli.errors import OptionError
+from trimcli.images.options import AUGMENT, IMAGES, LABELLED
 from trimcli.methods.choice import parse_pattern, uniform_target
 from trimcli.methods.layers.base import ALLOCATIONS, LayerAllocation, Trials
 from trimcli.methods.recipe import Recipe
@@ -51,6 +52,8 @@ class CalibrateOptions(WalkOptions):
     bos: Bos = option("auto", f"{BOS} Under prune --numerics reference, auto is once.", panel=SAMPLES)
     pack: bool = option(False, PACK, panel=SAMPLES)
     chat: bool = option(False, CHAT, panel=SAMPLES)
+    images: Path | None = option(None, IMAGES, panel=SAMPLES)
+    augment: bool = option(False, AUGMENT, panel=SAMPLES)
     stats: tuple[str, ...] = option(("norms", "inputs"), STATS, choices=stored_statistics)
     batch_size: int | None = option(None, BATCH, check=positive)
     only: tuple[str, ...] = option((), ONLY, repeated=True)
@@ -62,6 +65,12 @@ class CalibrateOptions(WalkOptions):
         for flag, given in (("--bos", self.bos != "auto"), ("--pack", self.pack), ("--chat", self.chat)):
             if given and self.tokens is not None:
                 raise OptionError(f"{flag} with --tokens: they are samples already, and no text is read; drop one.")
+        if self.augment and self.images is None:
+            raise OptionError("--augment does nothing without --images; give pictures or leave it out.")
+        fresh = CalibrateOptions()
+        for name in ("dataset", "seqlen", "tokens", "bos", "pack", "chat"):
+            if self.images is not None and getattr(self, name) != getattr(fresh, name):
+                raise OptionError(f"--{name} with --images: pictures are no text; drop one of the two.")
         check_stdin((self.dataset, self.tokens))
 
     def under(self, numerics: Numerics) -> CalibrateOptions:
@@ -219,7 +228,10 @@ def prune_words(options: PruneOptions) -> list[str]:
     if allocate is not None:
         found += ["--alloc", allocate.method, *(word for given in allocate.options for word in words(given))]
         found += ["--metrics-cache", str(allocate.metrics_cache)] if allocate.metrics_cache else []
-    if calibrate is not None and calibrate.tokens is not None:
+    if calibrate is not None and calibrate.images is not None:
+        found += ["--images", str(calibrate.images), "--nsamples", str(calibrate.nsamples)]
+        found += ["--augment"] if calibrate.augment else []
+    elif calibrate is not None and calibrate.tokens is not None:
         found += ["--tokens", str(calibrate.tokens)]
     elif calibrate is not None:
         found += ["--dataset", calibrate.dataset, "--nsamples", str(calibrate.nsamples)]
@@ -252,9 +264,12 @@ class EvaluateOptions(WalkOptions):
     )
     seqlen: int | None = option(None, f"Tokens a window; {SEQLEN}", check=at_least(2))
     max_windows: int | None = option(None, "Only the first so many windows.", check=positive)
+    images: Path | None = option(None, LABELLED)
     bos: Bos = option("auto", BOS)
     chat: bool = option(False, CHAT)
-    batch_size: int | None = option(None, "Windows or task sequences a batch; chosen if not given.", check=positive)
+    batch_size: int | None = option(
+        None, "Windows, pictures or task sequences a batch; chosen if not given.", check=positive
+    )
     sparse: bool = option(False, SPARSE)
     tasks: tuple[str, ...] = option((), "lm-eval tasks or groups: boolq,rte,hellaswag,winogrande,...", panel=TASKS)
     include_path: Path | None = option(None, "A folder of local task files.", panel=TASKS)
@@ -266,8 +281,15 @@ class EvaluateOptions(WalkOptions):
     def check(self) -> None:
         """Raise OptionError for values that cannot be used."""
         super().check()
-        if not self.ppl and not self.tasks:
-            raise OptionError("nothing to measure was asked for; give --ppl wikitext2 (or FILE) or --tasks boolq,rte.")
+        if not self.ppl and not self.tasks and self.images is None:
+            raise OptionError(
+                "nothing to measure was asked for; give --ppl wikitext2 (or FILE), --tasks boolq,rte, or --images PATH "
+                "for an image classifier."
+            )
+        texts = {"--ppl": self.ppl, "--tasks": self.tasks, "--seqlen": self.seqlen, "--max-windows": self.max_windows}
+        for flag, given in {**texts, "--sparse": self.sparse}.items():
+            if self.images is not None and given:
+                raise OptionError(f"{flag} with --images: an image classifier reads no text; drop one of the two.")
         if not self.ppl and (self.chat or self.bos != "auto"):
             flag = "--chat" if self.chat else f"--bos {self.bos}"
             raise OptionError(f"{flag} does nothing without --ppl; give --ppl or leave it out.")

@@ -1,21 +1,22 @@
 """`plan` without a run: targets from the options and whatever files they name, nothing computed and nothing written."""
 
 from trimcli.commands.options import CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import spill_folder, targets_of
+from trimcli.commands.resolve import refuse_samples_of_other_kind, spill_folder, targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.choice import Target
 from trimcli.model.skeleton import open_model
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan
-from trimcli.pipeline.walk import default_seqlen
+from trimcli.pipeline.walk import sample_length, usual_length
 from trimcli.text.tokens import read_tokens
 
 
 def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRESS) -> Plan:
     """The plan of `prune(model, ...)`. An allocation yet to be made is planned as uniform. Raises UsageError."""
     options.check()
-    skeleton = open_model(model, options, weights=None)
+    skeleton = open_model(model, options, weights=None, images=None)
+    refuse_samples_of_other_kind(skeleton, options)
     linears = chosen_linears(skeleton, options.only, options.skip, progress)
     if options.allocate and options.allocate.sparsity is not None:
         targets = dict.fromkeys((one.name for one in linears), Target(options.allocate.sparsity))
@@ -23,14 +24,14 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
         ratios = LayerSparsity.load(options.ratios) if options.ratios else None
         targets = targets_of(skeleton, linears, options, ratios)
     drawn = options.calibrate or CalibrateOptions()
-    nsamples, seqlen = drawn.nsamples, drawn.seqlen or default_seqlen(skeleton.config)
+    nsamples, seqlen = drawn.nsamples, drawn.seqlen or usual_length(skeleton)
     if drawn.tokens:
         nsamples, seqlen = read_tokens(drawn.tokens).shape
     if options.calibration:
         calibration = CalibrationFile(options.calibration)
         if skeleton.checkpoint.has_weights:
             calibration.check(skeleton.fingerprint)
-        nsamples, seqlen = calibration.tokens.shape
+        nsamples, seqlen = calibration.nsamples, sample_length(skeleton, calibration.shape)
     return make_plan(
         skeleton,
         linears,

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from trimcli.commands.apply import masked_weights, pruned_linear
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import cached_calibration, cached_ratios, spill_folder, targets_of
+from trimcli.commands.resolve import (
+    cached_calibration,
+    cached_ratios,
+    refuse_samples_of_other_kind,
+    spill_folder,
+    targets_of,
+)
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.atomic import MARK, all_or_none, file_digest
@@ -36,7 +42,7 @@ from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.passes import Passes
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
 from trimcli.pipeline.proof import prove
-from trimcli.pipeline.walk import default_seqlen
+from trimcli.pipeline.walk import sample_length, usual_length
 from trimcli.world import joined, ranks
 
 Announce = Callable[[Plan], None]
@@ -81,7 +87,7 @@ def prune(
     started = time.monotonic()
     with joined() as world:
         with PeakMemory() as memory, contextlib.ExitStack() as stack:
-            run = _Run(open_model(model, options), options, progress)
+            run = _Run(open_model(model, options, images=None), options, progress)
             plan = run.plan()
             if announce:
                 announce(plan)
@@ -152,6 +158,7 @@ class _Run:
     def __init__(self, skeleton: Skeleton, options: PruneOptions, progress: Progress) -> None:
         self.skeleton, self.options, self.progress = skeleton, options, progress
         self.recipe = options.recipe
+        refuse_samples_of_other_kind(skeleton, options)
         self.linears = chosen_linears(skeleton, options.only, options.skip, progress)
         self.ratios, self.calibration = options.ratios, None
         if options.calibration:
@@ -202,14 +209,15 @@ class _Run:
 
     def plan(self) -> Plan:
         """The plan, which also refuses patterns that do not fit."""
-        nsamples, seqlen = self.calibration.tokens.shape if self.calibration else (0, 0)
+        shape = self.calibration.shape if self.calibration else None
+        nsamples, seqlen = (shape[0], sample_length(self.skeleton, shape)) if shape else (0, 0)
         return make_plan(
             self.skeleton,
             self.linears,
             self.targets,
             self.recipe,
             nsamples=nsamples,
-            seqlen=seqlen or default_seqlen(self.skeleton.config),
+            seqlen=seqlen or usual_length(self.skeleton),
             saves_model=self.options.save_model is not None,
             calibrates=self.options.calibrates,
             trials=self.options.allocate.trials if self.options.allocate else None,

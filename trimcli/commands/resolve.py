@@ -10,12 +10,13 @@ from trimcli.commands.allocate import allocate
 from trimcli.commands.calibrate import calibrate, encoder_of
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.console import Progress
+from trimcli.errors import OptionError
 from trimcli.files.atomic import file_digest
 from trimcli.files.cache import Cache
 from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.choice import Target, uniform_target
 from trimcli.model.matrix import Matrix
-from trimcli.model.skeleton import Skeleton
+from trimcli.model.skeleton import Skeleton, refuse_other_kind
 from trimcli.options import FOLDERS
 from trimcli.text.stdin import file_of
 
@@ -24,12 +25,14 @@ def cached_calibration(skeleton: Skeleton, options: CalibrateOptions, progress: 
     """The calibration file of these options for this model, made if the cache lacks it."""
     options.check()
     key = _key(skeleton, options.document())
-    key |= _digests(options, "dataset", "tokens")
+    key |= _digests(options, "dataset", "tokens", "images")
+    if options.images is not None and options.images.is_dir():
+        key["pictures"] = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files(options.images)]
     # The device and its dtype leave their mark on the statistics; the batch size does not.
     key["compute"] = [skeleton.device.type, str(skeleton.dtype)]
     for other in ("batch_size", "bos", "chat"):
         key["options"].pop(other)
-    if options.tokens is None:
+    if options.tokens is None and options.images is None:
         key["encoding"] = encoder_of(skeleton, options).document()
     make = partial(calibrate, skeleton.checkpoint.id, options=options, progress=progress)
     return Cache(options.cache_dir).made("calibration", key, ".safetensors", make)
@@ -44,6 +47,28 @@ def cached_ratios(skeleton: Skeleton, options: AllocateOptions, cache_dir: Path 
     key["options"].pop("metrics_cache", None)
     make = partial(allocate, skeleton.checkpoint.id, options=options, progress=progress)
     return Cache(cache_dir).made("ratios", key, ".json", make)
+
+
+def refuse_samples_of_other_kind(skeleton: Skeleton, options: PruneOptions) -> None:
+    """Raise InputError where samples are asked for that the model does not take, OptionError for what is not its."""
+    recipe, drawn = options.recipe, options.calibrate
+    if drawn is not None and drawn.images is not None:
+        refuse_other_kind(skeleton.checkpoint, images=True)
+    if not skeleton.images:
+        return
+    allocation = options.allocate.method if options.allocate and options.allocate.trials else None
+    wrong = {
+        "--prune-barber": recipe.barber,
+        f"--reconstruct {recipe.reconstruct}": recipe.reconstructs,
+        "--refine learned": recipe.refine == "learned",
+        f"--alloc {allocation}": allocation,
+    }
+    if flag := next((flag for flag, given in wrong.items() if given), None):
+        raise OptionError(f"{flag} works on text, and {skeleton.checkpoint.id} is an image classifier; leave it out.")
+    reads = (recipe.needs or (options.allocate and options.allocate.allocating.needs)) and options.calibration is None
+    if reads and (drawn is None or drawn.images is None):
+        what = f"{skeleton.checkpoint.id} is an image classifier, and --method {recipe.method} reads activations"
+        raise OptionError(f"{what}; give pictures with --images, or --calibration.")
 
 
 def targets_of(
@@ -61,6 +86,10 @@ def targets_of(
 def spill_folder(cache_dir: Path | None) -> Path:
     """Where hidden states go that memory has no room for, and nobody said where."""
     return Cache(cache_dir).directory / "spilled"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _digests(options: Any, *fields: str) -> dict[str, str]:

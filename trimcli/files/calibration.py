@@ -1,4 +1,4 @@
-"""The calibration artifact: tokens, input square norms and last-token inputs of a dense model."""
+"""The calibration artifact: tokens or pixels, input square norms and last-token inputs of a dense model."""
 
 import math
 from pathlib import Path
@@ -14,6 +14,8 @@ from trimcli.files.tensors import TensorSpec, open_tensors, read_manifest, spec_
 from trimcli.methods.stats import LinearStats, stored_statistics
 
 META = torch.device("meta")
+# What samples are called in the file, their dtype and how many dimensions they have.
+SAMPLES = {"tokens": (torch.int32, 2), "pixels": (torch.float32, 4)}
 FORM = {
     "stats": Must([Must(TEXT)]),
     "shares": Must(Each(Must(TEXT))),
@@ -39,18 +41,30 @@ class CalibrationFile:
         check_form(self.manifest, FORM, path, "calibration")
         self._handle = open_tensors(path)
         self._names = set(self._handle.keys())
-        if "tokens" not in self._names or not _are_tokens(spec_of(self._handle, "tokens", path)):
-            raise InputError(f"{path} holds no samples of tokens; calibrate again.")
+        kept = next((name for name in SAMPLES if name in self._names), None)
+        if kept is None or not _are_samples(spec_of(self._handle, kept, path), *SAMPLES[kept]):
+            raise InputError(f"{path} holds no samples of tokens or pixels; calibrate again.")
+        self._kept = kept
+
+    @property
+    def samples(self) -> Tensor:
+        """The calibration samples: tokens, int32 [nsamples, seqlen], or pixels, float32 [nsamples, C, H, W]."""
+        return self._handle.get_tensor(self._kept)
 
     @property
     def tokens(self) -> Tensor:
-        """The calibration samples, int32 [nsamples, seqlen]."""
+        """The samples where they are tokens, int32 [nsamples, seqlen]."""
         return self._handle.get_tensor("tokens")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The samples' shape, without reading them."""
+        return spec_of(self._handle, self._kept, self.path).shape
 
     @property
     def nsamples(self) -> int:
         """How many samples there are."""
-        return spec_of(self._handle, "tokens", self.path).shape[0]
+        return self.shape[0]
 
     def check(self, model: ModelFingerprint) -> None:
         """Raise MismatchError unless the file was made from this model's weights."""
@@ -80,5 +94,5 @@ class CalibrationFile:
         return LinearStats(tokens, **found)
 
 
-def _are_tokens(spec: TensorSpec) -> bool:
-    return spec.dtype == torch.int32 and len(spec.shape) == 2 and math.prod(spec.shape) > 0
+def _are_samples(spec: TensorSpec, dtype: torch.dtype, dimensions: int) -> bool:
+    return spec.dtype == dtype and len(spec.shape) == dimensions and math.prod(spec.shape) > 0

@@ -75,6 +75,10 @@ def _settings(pruning: Mapping[str, Any]) -> list[str]:
     if (options.get("calibrate") or {}).get("tokens"):  # then nothing was drawn, and these are defaults unused
         drawn = ("dataset", "nsamples", "seqlen", "seed")
         options["calibrate"] = {key: value for key, value in options["calibrate"].items() if key not in drawn}
+    elif (options.get("calibrate") or {}).get("images"):
+        options["calibrate"] = {
+            key: value for key, value in options["calibrate"].items() if key not in ("dataset", "bos")
+        }
     elif options.get("calibrate") and pruning.get("bos"):
         options["calibrate"] = {**options["calibrate"], "bos": pruning["bos"]}  # what `auto` came to
     shown = {key: value for key, value in options.items() if _shapes(key, value)}

@@ -26,7 +26,7 @@ from trimcli.kernels.timing import copy_bandwidth
 from trimcli.model.device import compute_device, compute_dtype
 from trimcli.model.empty import empty
 from trimcli.model.matrix import Matrix
-from trimcli.model.skeleton import Skeleton
+from trimcli.model.skeleton import Skeleton, refuse_other_kind
 from trimcli.pipeline.walk import max_positions
 
 BENCH = "trim.bench/1"
@@ -163,6 +163,7 @@ def products_verdict(products: Products, where: str) -> str:
 def _products(model: str, device: torch.device, options: BenchOptions, progress: Progress) -> Products:
     """Race a matrix of every shape, the largest first."""
     checkpoint = Checkpoint.open(model, revision=options.revision)
+    refuse_other_kind(checkpoint, images=False)
     dtype = compute_dtype(options.dtype, checkpoint, device)
     skeleton = Skeleton(checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code)
     recorded = forms.pruned_names(checkpoint)
@@ -188,6 +189,7 @@ def _forms(
 ) -> Iterator[Measured]:
     """Measure dense, decoded from an export, and then the export as it is, or what the zeros allow in memory."""
     checkpoint = exported or Checkpoint.open(model, revision=options.revision)
+    refuse_other_kind(checkpoint, images=False)
     dtype = exported.compute_dtype(options.dtype) if exported else compute_dtype(options.dtype, checkpoint, device)
     trust = options.trust_remote_code
     skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=trust)

@@ -60,6 +60,11 @@ class Recipe:
         "exact: counts hold to the weight. reference: the published code's arithmetic, to reproduce its results.",
     )
     rows: str = option("even", "How a matrix's rows share what goes (--use-trim: trim).", choices=lambda: ROWS)
+    compare: Literal["row", "layer"] | None = option(
+        None,
+        "Which weights compete: row, those of one output, so that every row loses alike; layer, all of the matrix "
+        "(default: wanda row, others layer).",
+    )
     update: str | None = option(
         None, "What the kept weights do about those that go; the method's own if not given.", choices=lambda: UPDATES
     )
@@ -158,6 +163,13 @@ class Recipe:
         return self.scoring.needs | self.allocating.needs | self.updating.needs | refining | aiming
 
     @property
+    def group(self) -> Literal["row", "matrix"] | None:
+        """The comparison group that --compare names, None where that is the score's or the rows' affair."""
+        if self.compare is None:
+            return None
+        return "row" if self.compare == "row" else "matrix"
+
+    @property
     def changes_weights(self) -> bool:
         """Whether kept weights end with other values than the dense ones: then masks alone do not carry the result."""
         if self.reconstructs:
@@ -190,6 +202,7 @@ class Recipe:
             "numerics": self.numerics,
             "score": self.scoring.name,
             "rows": self.rows,
+            "compare": self.compare,
             "update": self.updating.name,
             "propagate": self.propagate,
             "input_recalc": self.input_recalc,
@@ -226,6 +239,11 @@ class Recipe:
         named = f"--method {self.method}"
         needy = [name for name in sorted(self.needs) if STATISTICS[name].stored is None]
         refuse(uneven and pattern, f"{rows} with an N:M pattern: the pattern fixes every row's count")
+        compare = f"--compare {self.compare}"
+        refuse(self.compare and uneven, f"{compare} with {rows}: it says how rows share, too")
+        refuse(self.compare and pattern, f"{compare} with an N:M pattern: the pattern fixes every row's count")
+        chosen = self.compare and self.updating.chooses
+        refuse(chosen, f"{compare} with --update {self.updating.name}: it chooses which weights stay by itself")
         refuse(only not in (None, self.scoring.name), f"{rows} with {named}: it is made for {only}")
         idle = again and "inputs" not in self.allocating.needs
         refuse(idle, "--input-recalc without --use-trim: only TRIM reads the inputs again")
@@ -298,7 +316,7 @@ class Recipe:
         choice = Choice(self.scoring, stats, target, self.numerics, self.options_of(self.scoring))
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
         free = weight != 0 if keep_zeros and (self.updating.changes or self.reconstructs) else None
-        choice = replace(choice, keep=rows.keep, free=free, compare=rows.compare)
+        choice = replace(choice, keep=rows.keep, free=free, compare=self.group or rows.compare)
         refined: tuple[Judged, ...] = ()
         if self.refine == "swaps":
             choice, judged = swapped(weight, choice)
@@ -333,6 +351,7 @@ def expected_zeros(shape: tuple[int, int], target: Target, recipe: Recipe) -> in
     if target.pattern:
         kept, group = target.pattern
         return d_out * (d_in // group) * (group - kept)
-    if recipe.numerics == "reference" and recipe.scoring.compare == "row" and recipe.updating.name == "none":
+    by_row = (recipe.group or recipe.scoring.compare) == "row"
+    if recipe.numerics == "reference" and by_row and recipe.updating.name == "none":
         return int(masks.even_row_counts(d_out, d_in, target.sparsity, "reference").sum())
     return masks.matrix_budget(d_out, d_in, target.sparsity)

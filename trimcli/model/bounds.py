@@ -14,8 +14,9 @@ from trimcli.files.checkpoint import CONFIG, Checkpoint
 
 # Of what libraries make one by one, how many no model comes near, by how a config calls it.
 COUNTED = {
-    re.compile(r"(?:^|_)(?:layers?|blocks|depth|stages)$"): 2_000,
-    re.compile(r"(?:^|_)(?:labels|experts|heads|groups)$"): 20_000,
+    re.compile(r"(?:^|_)(?:layers?|blocks|depths?|stages)$"): 2_000,
+    re.compile(r"(?:^|_)(?:experts|heads|groups)$"): 20_000,
+    re.compile(r"(?:^|_)labels$"): 200_000,
 }
 MODULES = 150_000
 MODULES_A_TENSOR = 64
@@ -35,7 +36,7 @@ def refuse_absurd_counts(checkpoint: Checkpoint) -> None:
 
 def _members(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
-        yield name, value
+        yield from ((name, one) for one in (value if isinstance(value, list) else [value]))
         if isinstance(value, dict):
             yield from _members(value)
 

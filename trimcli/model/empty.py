@@ -1,6 +1,6 @@
 """Transformers models without weights: built on the meta device, filled and emptied in parts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,8 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
     except InputError:
         raise
     except Exception as problem:  # any library behind a config may raise anything
-        what = f"no causal language model can be built from {checkpoint.directory / CONFIG}"
+        kind = "image classifier" if classifies_images(checkpoint.config_document) else "causal language model"
+        what = f"no {kind} can be built from {checkpoint.directory / CONFIG}"
         hint = "check the config, or --trust-remote-code if the model brings its own code."
         reason = "its tensors fit into no memory" if "allocate memory" in str(problem) else first_line(problem)
         raise InputError(f"{what} ({reason}); {hint}") from None
@@ -39,14 +40,21 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
 
 
 def _kind_of(config: Any) -> Any:
-    """The class of transformers' that makes the model: of those that read images beside text where that is one."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """The class of transformers' that makes the model: it classifies images, reads them beside text, or text alone."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForImageTextToText
     from transformers.models.auto import modeling_auto as auto
 
+    if classifies_images(config.to_dict()):
+        return AutoModelForImageClassification
     seeing = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     decoder = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     named = seeing in (getattr(config, "architectures", None) or ())
     return AutoModelForImageTextToText if seeing and (named or decoder is None) else AutoModelForCausalLM
+
+
+def classifies_images(config: Mapping[str, Any]) -> bool:
+    """Whether a config document's architectures are an image classifier's."""
+    return any("ForImageClassification" in str(name) for name in config.get("architectures") or ())
 
 
 def _refuse_absurd(make: Callable[[], Any], checkpoint: Checkpoint) -> None:
@@ -59,6 +67,45 @@ def _refuse_absurd(make: Callable[[], Any], checkpoint: Checkpoint) -> None:
     except Exception:  # some read their buffers as they are made; what is wrong shows when they are real
         return
     refuse_absurd_sizes(model, checkpoint)
+
+
+def find_layers(model: Any) -> list[tuple[str, nn.Module]]:
+    """The layers that are pruned one by one, in order, each with its full name.
+
+    Of an image classifier whose config gives `depths` they are spread over as many stages: a layer is a block of a
+    stage. Raises InputError where no layers are found.
+    """
+    depths = getattr(model.config, "depths", None) if classifies_images(model.config.to_dict()) else None
+    if isinstance(depths, list | tuple) and depths:
+        return _find_blocks(model, depths)
+    name, modules = find_decoder_layers(model)
+    return [(f"{name}.{index}", module) for index, module in enumerate(modules)]
+
+
+def _find_blocks(model: Any, depths: Sequence[int]) -> list[tuple[str, nn.Module]]:
+    """The blocks of all stages, each with its full name.
+
+    The stages are the largest outermost list of as many as there are depths, a stage's blocks the largest in it of as
+    many as its depth says.
+    """
+    found: list[tuple[str, nn.Module]] = []
+    name, stages = _largest_list(model, len(depths))
+    for index, (stage, depth) in enumerate(zip(stages, depths, strict=False)):
+        inner, blocks = _largest_list(stage, depth)
+        found += [(f"{name}.{index}.{inner}.{place}", block) for place, block in enumerate(blocks)]
+    if not found or len(found) != sum(depths):
+        what = f"{type(model).__name__} does not hold its blocks in stages of {list(depths)}"
+        raise InputError(f"{what}, as its config says; its form is not supported.")
+    return found
+
+
+def _largest_list(module: nn.Module, length: int) -> tuple[str, list[nn.Module]]:
+    """The outermost list of so many modules with the most weights: its name below `module`, and its entries, if any."""
+    lists = {name: one for name, one in module.named_modules() if isinstance(one, nn.ModuleList | nn.Sequential)}
+    lists = {name: one for name, one in lists.items() if name and len(one) == length}
+    outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    name = max(outer, key=lambda name: sum(one.numel() for one in lists[name].parameters()), default="")
+    return name, list(lists.get(name, ()))
 
 
 def find_decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:

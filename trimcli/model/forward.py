@@ -14,29 +14,37 @@ Recording = list[tuple[tuple[Any, ...], dict[str, Any]]]
 """What the layers are called with for batches of one shape: per layer (args, kwargs) after the hidden states."""
 
 Embedder = Callable[[Tensor], tuple[Tensor, Recording]]
-"""Tokens [b, L] -> (hidden states [b, L, H], what every layer is called with for this batch)."""
+"""Samples -> (hidden states [b, L, H], what every layer is called with for this batch)."""
 
 Head = Callable[[Tensor], Tensor]
-"""Final hidden states [b, L, H] -> logits [b, L, vocabulary]."""
+"""Final hidden states [b, L, H] -> logits [b, L, vocabulary]; of an image classifier [b, classes]."""
 
 
 class _AllRecorded(Exception):
     """Leaves the forward pass at the last decoder layer, before the head."""
 
 
+def call_model(skeleton: Skeleton, samples: Tensor) -> Any:
+    """The model's own forward pass over samples: tokens, integer [b, L], or pixels, float [b, C, H, W]."""
+    if skeleton.images:
+        return skeleton.model(pixel_values=samples.to(skeleton.device, skeleton.dtype))
+    return skeleton.model(input_ids=samples.to(skeleton.device, torch.long), use_cache=False)
+
+
 class Forward:
-    """A skeleton's own forward pass, with something else in the place of its layers."""
+    """A skeleton's own forward pass, with something else in the place of its layers. samples: one, or more, of many."""
 
-    def __init__(self, skeleton: Skeleton) -> None:
+    def __init__(self, skeleton: Skeleton, samples: Tensor) -> None:
         self.skeleton = skeleton
+        self._one = samples[:1]
 
-    def around(self, tokens: Tensor, replace: Callable[[DecoderLayer], Any], *, graph: bool = False) -> Any:
+    def around(self, samples: Tensor, replace: Callable[[DecoderLayer], Any], *, graph: bool = False) -> Any:
         """The model's own forward pass with every layer's forward replaced by `replace(layer)`; `graph` is kept."""
         for layer in self.skeleton.layers:
             layer.module.forward = replace(layer)
         try:
             with torch.set_grad_enabled(graph):
-                return self.skeleton.model(input_ids=tokens.to(self.skeleton.device, torch.long), use_cache=False)
+                return call_model(self.skeleton, samples)
         finally:
             for layer in self.skeleton.layers:
                 del layer.module.forward
@@ -60,7 +68,7 @@ class Forward:
                 return forward
 
             with self.skeleton.filled_on_use(), contextlib.suppress(_AllRecorded):
-                self.around(torch.zeros(1, 2, dtype=torch.long), running)
+                self.around(self._one if self.skeleton.images else torch.zeros(1, 2, dtype=torch.long), running)
             self.skeleton.returns = form_of(found[0])
         return self.skeleton.returns
 
@@ -79,7 +87,7 @@ class Forward:
         with self.skeleton.filled_on_use():
             yield self._embed
 
-    def _embed(self, tokens: Tensor) -> tuple[Tensor, Recording]:
+    def _embed(self, samples: Tensor) -> tuple[Tensor, Recording]:
         skeleton = self.skeleton
         recording: Recording = []
         first: list[Tensor] = []
@@ -97,7 +105,7 @@ class Forward:
             return forward
 
         try:
-            self.around(tokens, recorder)
+            self.around(samples, recorder)
         except _AllRecorded:
             return first[0].to(skeleton.dtype), recording
         called = f"called {len(recording)} of its {len(skeleton.layers)} decoder layers once"
@@ -107,8 +115,12 @@ class Forward:
     def head(self) -> Iterator[Head]:
         """The part after the last layer (final norm, head), loaded on use and dropped after."""
         skeleton = self.skeleton
-        lookup = skeleton.model.get_input_embeddings()
         self.returns()
+        if skeleton.images:
+            with skeleton.filled_on_use():
+                yield self._classes
+            return
+        lookup = skeleton.model.get_input_embeddings()
 
         def nothing(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
             return torch.zeros(*tokens.shape, lookup.embedding_dim, dtype=skeleton.dtype, device=skeleton.device)
@@ -127,6 +139,13 @@ class Forward:
                 yield logits
         finally:
             del lookup.forward
+
+    def _classes(self, hidden: Tensor) -> Tensor:
+        """The logits [b, classes] of final hidden states. What comes before the layers is computed for nothing."""
+        value = self.reply(hidden)
+        pixels = self._one.expand(len(hidden), *self._one.shape[1:])
+        made: Tensor = self.around(pixels, lambda layer: lambda *args, **kwargs: value).logits
+        return made
 
 
 def split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

@@ -45,8 +45,9 @@ class Matrix:
     name: full module name. module: what is called with its inputs, and holds it in its parameter `parameter_name`.
     key: the checkpoint tensor that it lies in, None where only a config was read. place: which matrix of a stack
     [E, ., .] it is, None where the tensor holds no other. transposed: whether it is stored as [D_in, D_out], as
-    transformers' `Conv1D` and some stacked experts are. A convolution is [D_out, D_in * height * width]. joined: where
-    it is once loaded, for what is joined with others then. routed: whether a router chooses the tokens that reach it.
+    transformers' `Conv1D` and some stacked experts are. A convolution of single places is [D_out, D_in, 1, 1] there.
+    joined: where it is once loaded, for what is joined with others then. routed: whether a router chooses the tokens
+    that reach it.
     """
 
     name: str
@@ -103,6 +104,13 @@ class Matrix:
         """The loaded weight [D_out, D_in], a view: what is written to it is written to the module."""
         return self.inside(self.parameter)
 
+    def tokens(self, inputs: Tensor) -> Tensor:
+        """What its module is given as tokens [..., D_in]: of maps [n, D_in, H, W] the places that it reads."""
+        if not isinstance(self.module, nn.Conv2d):
+            return inputs
+        down, across = self.module.stride
+        return inputs[..., ::down, ::across].flatten(-2).mT
+
     def write(self, weight: Tensor | None, keep: Tensor) -> None:
         """Make the loaded matrix sparse: other values [D_out, D_in] where given, zero outside `keep`, bool likewise."""
         if weight is not None:
@@ -147,7 +155,7 @@ def matrices_in(
     lists = _expert_lists(layer, experts)
     for name, module in layer.named_modules():
         full = f"{prefix}.{name}"
-        if not isinstance(module, nn.Linear | Conv1D):
+        if not isinstance(module, nn.Linear | Conv1D) and not _of_single_places(module):
             for matrix in _stacked(prefix, full, module, key_of, experts, pieces or {}):
                 if f"{full}.{matrix.parameter_name}" not in dense:
                     yield matrix
@@ -155,9 +163,15 @@ def matrices_in(
         key = key_of(f"{full}.weight")
         if (key is not None or not stored) and f"{full}.weight" not in dense:
             transposed = isinstance(module, Conv1D)
-            d_out, d_in = reversed(module.weight.shape) if transposed else module.weight.shape
+            d_out, d_in = module.weight.shape[1::-1] if transposed else module.weight.shape[:2]
             routed = any(name.startswith(f"{one}.") for one in lists)
             yield Matrix(full, module, d_out, d_in, key, transposed, routed=routed)
+
+
+def _of_single_places(module: nn.Module) -> bool:
+    """Whether it is a convolution that makes of every place alone what a matrix makes of a token."""
+    single = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    return single and module.padding == (0, 0)
 
 
 def _expert_lists(layer: nn.Module, counts: Collection[int]) -> list[str]:

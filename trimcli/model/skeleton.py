@@ -17,7 +17,7 @@ from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import collect_as_usual
 from trimcli.model.device import compute_device, compute_dtype
-from trimcli.model.empty import build_empty, empty, expert_counts, find_decoder_layers, set_parameter
+from trimcli.model.empty import build_empty, classifies_images, empty, expert_counts, find_layers, set_parameter
 from trimcli.model.fingerprint import fingerprint_of
 from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
 from trimcli.model.names import NameMap, map_names, saved_shapes
@@ -81,9 +81,10 @@ class Skeleton:
         made = {conversion.name for conversion in self._names.conversions}
         if checkpoint.has_weights:
             self._refuse_other_shapes(made)
-        self._container, modules = find_decoder_layers(self.model)
-        self._kept = dict.fromkeys(self._used_twice(f"{self._container}."), "more than one layer uses it")
-        self.layers = list(self._found_in(self._container, modules))
+        found = find_layers(self.model)
+        self._inside = tuple(f"{name}." for name, _ in found)
+        self._kept = dict.fromkeys(self._used_twice(self._inside), "more than one layer uses it")
+        self.layers = list(self._found_in(found))
         self.linears = {linear.name: linear for layer in self.layers for linear in layer.linears}
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -91,12 +92,17 @@ class Skeleton:
                     module._buffers[name] = buffer.to(self.device)
 
     @property
+    def images(self) -> bool:
+        """Whether it classifies images; else it reads text."""
+        return classifies_images(self.checkpoint.config_document)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full module name -> (D_out, D_in) of every linear."""
         return {name: linear.shape for name, linear in self.linears.items()}
 
-    def _found_in(self, container: str, modules: nn.ModuleList) -> Iterator[DecoderLayer]:
-        """The decoder layers with their matrices; notes what stays dense, and why."""
+    def _found_in(self, modules: list[tuple[str, nn.Module]]) -> Iterator[DecoderLayer]:
+        """The layers with their matrices; notes what stays dense, and why."""
         checkpoint, experts, names = self.checkpoint, expert_counts(self.config), self._names
         shapes = {key: spec.shape for key, spec in checkpoint.specs().items()} if checkpoint.has_weights else {}
         if experts and not checkpoint.has_weights:  # whose matrices are called what the checkpoint would call them
@@ -107,8 +113,7 @@ class Skeleton:
         whole = {name for name, found in pieces.items() if not found}
         self._kept |= dict.fromkeys(whole, "the checkpoint holds it in pieces")
         keys = {name: key for name, key in names.plain.items() if name not in pieces}
-        for index, module in enumerate(modules):
-            name = f"{container}.{index}"
+        for index, (name, module) in enumerate(modules):
             self._kept.update(dict.fromkeys(routers_in(module, name, experts), "it routes or gates"))
             known: dict[str, Any] = {"dense": self._kept, "experts": experts, "pieces": pieces}
             linears = list(matrices_in(module, name, keys.get, stored=checkpoint.has_weights, **known))
@@ -157,8 +162,8 @@ class Skeleton:
                 what = f"{self.checkpoint.directory} holds {key} as {dtype_name(dtype)}"
                 raise InputError(f"{what}, which is not supported; convert the model.")
 
-    def _used_twice(self, inside: str) -> Iterator[str]:
-        """The parameters of the decoder layers, named `inside`..., that are one with another of theirs."""
+    def _used_twice(self, inside: tuple[str, ...]) -> Iterator[str]:
+        """The parameters of the layers, whose names begin with these, that are one with another of theirs."""
         for same in grouped(self._tied, self._tied.__getitem__).items():
             names = [name for name in (same[0], *same[1]) if name.startswith(inside)]
             yield from names if len(names) > 1 else ()
@@ -178,7 +183,7 @@ class Skeleton:
     def linears_outside(self) -> Iterator[str]:
         """Full module names of the linears that lie in no decoder layer: a vision tower's, the head."""
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith(f"{self._container}."):
+            if isinstance(module, nn.Linear) and not name.startswith(self._inside):
                 yield name
 
     @cached_property
@@ -233,7 +238,7 @@ class Skeleton:
                 what = f"the tensors of {self.checkpoint.directory} give {full} the shape {pair}"
                 raise InputError(f"{what}; fetch the model anew.")
             # Outside the layers: rows of tokens that no text has, say. What they do to outputs is seen there.
-            inside = full.startswith(f"{self._container}.")
+            inside = full.startswith(self._inside)
             value = finite(stored, key or full, self.checkpoint) if inside else stored
             dtype = self.dtype if value.is_floating_point() else value.dtype
             set_parameter(module, name, value.to(self.device, dtype, copy=copy))
@@ -252,7 +257,7 @@ class Skeleton:
                     continue
                 undo.callback(empty, module, recurse=False)
                 undo.enter_context(module.register_forward_pre_hook(partial(self._fill_called, name)))
-                if module is self.model.get_input_embeddings():
+                if not self.images and module is self.model.get_input_embeddings():
                     self._fill(name, module, recurse=False)  # models move their tokens to where these are
             yield
 
@@ -264,13 +269,33 @@ class Skeleton:
 
 
 def _other_form(parameter: Tensor) -> str:
+    if parameter.ndim == 4:
+        return "it is a convolution of neighbouring places"
     return "it is a stack of matrices" if parameter.ndim > 2 else "it is no linear's"
 
 
-def open_model(model: str, options: RunOptions, *, weights: bool | None = True) -> Skeleton:
-    """The skeleton of a directory or hub id; weights: None for what is there. InputError, HubError, OptionError."""
+def refuse_other_kind(checkpoint: Checkpoint, *, images: bool) -> None:
+    """Raise InputError unless it is an image classifier, or, where `images` is False, a model of text."""
+    named = ", ".join(map(str, checkpoint.config_document.get("architectures") or []))[:80]
+    if images and not classifies_images(checkpoint.config_document):
+        what = f"{checkpoint.id} is no image classifier ({named or 'no architecture in its config.json'})"
+        raise InputError(f"{what}, which --images is for; leave it out, or give another model.")
+    if not images and classifies_images(checkpoint.config_document):
+        what = f"{checkpoint.id} is an image classifier ({named}), and what was asked for is for models of text"
+        raise InputError(f"{what}; give calibrate, prune or eval --images PATH, or give another model.")
+
+
+def open_model(
+    model: str, options: RunOptions, *, weights: bool | None = True, images: bool | None = False
+) -> Skeleton:
+    """The skeleton of a directory or hub id. Raises InputError, HubError, OptionError.
+
+    weights: None for what is there. images: whether it has to be an image classifier, None for either.
+    """
     device = compute_device(options.device)
     checkpoint = Checkpoint.open(model, revision=options.revision, weights=weights)
+    if images is not None:
+        refuse_other_kind(checkpoint, images=images)
     dtype = compute_dtype(options.dtype, checkpoint, device)
     skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
     collect_as_usual()  # the last of what takes long to import is

@@ -54,9 +54,10 @@ def find_groups(layer: DecoderLayer, run: Callable[[], Any], wanted: Collection[
         for linear in sorted(members, key=lambda one: list(one.module._parameters).index(one.parameter_name)):
             read.setdefault(linear.name, [(linear.module, linear.parameter_name, linear.expert)])
 
-    def note(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen[id(args[0])] = args[0]
-        read.setdefault(name, []).append(id(args[0]))
+        # Convolutions of one map may read other places of it.
+        read.setdefault(name, []).append((id(args[0]), getattr(module, "stride", None)))
 
     with ExitStack() as hooks:
         for name, linear in mine.items():
@@ -102,6 +103,7 @@ class LeftEarly(Exception):
 class Collector:
     """Gathers the statistics `needs` of `groups` while batches of a layer run. nsamples, seqlen: N and L.
 
+    seqlen is None where samples become more or fewer tokens from layer to layer.
     Of N samples a rank runs its share, numbered from 0; what it gathers is joined with the other ranks' in the end.
     dense: runs the layer on the dense model's hidden states of some samples; for statistics of both models' inputs.
     """
@@ -109,11 +111,12 @@ class Collector:
     groups: list[InputGroup]
     needs: frozenset[str]
     nsamples: int
-    seqlen: int
+    seqlen: int | None
     device: torch.device
     options_of: Callable[[Statistic], Any] = lambda statistic: None
     dense: Callable[[slice], Any] | None = None
     world: World = field(default_factory=current)
+    _first: dict[str, Matrix] = field(default_factory=dict)
     _paired: dict[str, list[Tensor]] = field(default_factory=dict)
     _pairing: bool = False
     _gathered: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -125,6 +128,7 @@ class Collector:
     def reset(self) -> None:
         """Forget everything: before the first batch, and when a pass starts over."""
         self._gathered = {group.name: {} for group in self.groups}
+        self._first = {group.name: group.linears[0] for group in self.groups}
         self._tokens = {group.name: 0 for group in self.groups if group.routed}
         for one in (STATISTICS[name] for name in sorted(self.needs)):
             for group in self.groups:
@@ -168,8 +172,9 @@ class Collector:
     def _take_in(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         """The hook of the group `name`."""
         count = self._samples.stop - self._samples.start
-        inputs = args[0].detach()
-        if inputs.numel() != count * self.seqlen * inputs.shape[-1]:
+        inputs = self._first[name].tokens(args[0].detach())
+        tokens = inputs.numel() // inputs.shape[-1]
+        if tokens != count * self.seqlen if self.seqlen is not None else len(inputs) % count:
             what = f"{name} is not given every token (a routed expert, perhaps), so its inputs have no samples"
             raise TrimError(f"{what}; leave it dense with --skip '*.{inside_layer(name)}'.")
         if inputs.ndim != 3 or len(inputs) != count:  # some layers flatten samples and tokens, or add a dimension

@@ -69,9 +69,9 @@ class Passes:
 
     def _walk(self) -> Walk:
         assert self.calibration is not None, "a recipe that walks has been given tokens"
-        tokens, batch_size = self.calibration.tokens, self.batch_size
-        mine = own_samples(tokens)
-        return Walk(self.skeleton, mine, batch_size=batch_size, wanted=self.targets, progress=self.progress)
+        mine = own_samples(self.calibration.samples)
+        batch_size, wanted = self.batch_size, self.targets
+        return Walk(self.skeleton, mine, batch_size=batch_size, wanted=wanted, progress=self.progress)
 
     def _along_walk(
         self, title: str, parts: Parts, work: Callable[[Walk, DecoderLayer, Guide | None], "PartWriter"]
@@ -204,7 +204,7 @@ class Passes:
         beside = None
         if dense is not None and self.recipe.target == "dense":
             beside = partial(_on_dense_states, walk, dense, layer)
-        collector = Collector(groups, needs, self.nsamples, walk.seqlen, device, self.recipe.options_of, beside)
+        collector = Collector(groups, needs, self.nsamples, walk.tokens, device, self.recipe.options_of, beside)
         walk.collect(layer, collector)
         return collector.by_linear()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import OptionError
+from trimcli.errors import InputError, OptionError
 from trimcli.files.names import kind_of
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import available_bytes
@@ -17,6 +17,7 @@ from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
 from trimcli.methods.stats import GRAM, STATISTICS
 from trimcli.model.matrix import Matrix
+from trimcli.model.pixels import hidden_form, picture_shape
 from trimcli.model.skeleton import DecoderLayer, LeftDense, Skeleton
 from trimcli.options import selected
 from trimcli.pipeline.collector import InputGroup
@@ -124,12 +125,18 @@ class Plan:
 def chosen_linears(
     skeleton: Skeleton, only: tuple[str, ...], skip: tuple[str, ...], progress: Progress = NO_PROGRESS
 ) -> list[Matrix]:
-    """The linears that --only and --skip leave, or OptionError if none; warns of a glob without effect."""
+    """The linears that --only and --skip leave; warns of a glob without effect. InputError, OptionError if none."""
+    if not skeleton.linears:
+        what = f"{skeleton.checkpoint.id} has no matrix in its layers to prune"
+        raise InputError(f"{what}: neither linears nor convolutions of single places; give another model.")
     found = [linear for name, linear in skeleton.linears.items() if selected(name, only, skip)]
     some = next(iter(skeleton.linears), "none")
     if not found:
         if outside := next((name for name in skeleton.linears_outside() if selected(name, only, skip)), None):
-            what = f"{outside} lies outside of the {len(skeleton.layers)} decoder layers, whose inputs alone text tells"
+            inside = "decoder layers, whose inputs alone text tells"
+            if skeleton.images:
+                inside = "blocks, which alone are pruned"
+            what = f"{outside} lies outside of the {len(skeleton.layers)} {inside}"
             raise OptionError(f"{what}; --only takes linears inside of them, such as {some}.")
         left = f"of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip {list(skip)}"
         raise OptionError(f"nothing matches: {left} leave none; globs are matched against full module names.")
@@ -310,7 +317,12 @@ def estimate_memory(
     states = 0
     needed = worked = max(held(one.d_in, copies=True) + WORKED * one.numel for one in linears)
     if walks(recipe) or recipe.barber or calibrates:
-        embedding = skeleton.model.get_input_embeddings()
+        if skeleton.images:
+            width = hidden_form(skeleton.model, *picture_shape(skeleton.config)[1:])[1]
+            embedded = 0
+        else:
+            embedding = skeleton.model.get_input_embeddings()
+            width, embedded = embedding.embedding_dim, embedding.weight.numel() * size
         layer = max(sum(p.numel() for p in one.module.parameters()) for one in skeleton.layers) * size
         widest = max(max(one.shape) for one in linears)
         activations = 4 * max(seqlen, batch_tokens(skeleton.device)) * widest * size
@@ -323,15 +335,15 @@ def estimate_memory(
         rebuilt = REBUILT * sum(one.numel for one in skeleton.layers[0].linears) if recipe.barber else 0
         streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves")
         share = current().share(nsamples, 0)  # the largest
-        states = streams * (share.stop - share.start) * seqlen * embedding.embedding_dim * size
+        states = streams * (share.stop - share.start) * seqlen * width * size
         if recipe.follows_dense:
             layers = [sum(one.numel for one in layer.linears) for layer in skeleton.layers]
             rebuilt = FITTED * max(layers) + GRAPH * 4 * recipe.step_samples(seqlen) * seqlen * widest * size
             head = skeleton.model.get_output_embeddings()
             rebuilt += head.weight.numel() * size + PREDICTED * 4 * fitted_logits(skeleton.device)
-        needed = max(embedding.weight.numel() * size, layer + max(activations + gathered, worked, rebuilt))
+        needed = max(embedded, layer + max(activations + gathered, worked, rebuilt))
         if trials is not None:  # the layer twice: its dense matrices are put back for every candidate
             tokens = (1 + trials.together) * min(trials.samples, nsamples) * seqlen
-            tried = tokens * embedding.embedding_dim * size
+            tried = tokens * width * size
             needed = max(needed, 2 * layer + activations + tried - states)
     return Memory(0, LIBRARIES + needed, states) if cpu else Memory(needed, 4 * LIBRARIES, states)

@@ -3,7 +3,8 @@
 Five short samples, the last one the fourth with another last token, pass through the model as transformers runs it, its
 layers filled when they are called and emptied after. Then they walk, one at a time and in pairs, and whatever a layer
 gives has to be what the model's next layer was given. What holds is the model's form; it is kept in the
-stage cache, for all models of the same structure.
+stage cache, for all models of the same structure. Image classifiers are given five pictures of noise; what they do
+between layers, from stage to stage, is a part of their own forward pass.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from trimcli.files.documents import read_json, write_json
 from trimcli.files.manifest import LIBRARIES, is_intact, sealed
 from trimcli.methods.masks import slices
 from trimcli.model.forward import Forward, first_output, form_of, split_call
+from trimcli.model.pixels import picture_shape
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton, open_model
 from trimcli.options import RunOptions
 from trimcli.pipeline.collector import LeftEarly
@@ -42,18 +44,20 @@ CAUSAL = 1e-3
 class _Own:
     """What the model's own forward pass gave. arrived: hidden states by layer, and after the last; order: of calls.
 
+    gave: by layer, what left it.
     usable: bool [vocabulary], the predictions that are finite everywhere; others are for what measures to refuse.
     """
 
     arrived: list[Tensor] = field(default_factory=list)
+    gave: list[Tensor] = field(default_factory=list)
     order: list[int] = field(default_factory=list)
     logits: Tensor | None = None
     usable: Tensor | None = None
 
 
-def open_proven(model: str, options: RunOptions, progress: Progress = NO_PROGRESS) -> Skeleton:
+def open_proven(model: str, options: RunOptions, progress: Progress = NO_PROGRESS, *, images: bool = False) -> Skeleton:
     """`open_model` for what will be walked. Raises what it and `prove` raise."""
-    skeleton = open_model(model, options)
+    skeleton = open_model(model, options, images=images)
     prove(skeleton, options.cache_dir, progress)
     return skeleton
 
@@ -94,25 +98,26 @@ def _kept(path: Path) -> dict[str, Any]:
 
 
 def _form(skeleton: Skeleton, progress: Progress) -> Form:
-    tokens = probe_tokens(skeleton)
+    samples = probe_pixels(skeleton) if skeleton.images else probe_tokens(skeleton)
     id = skeleton.checkpoint.id
     with progress.task("comparing with the model's own forward pass", 3) as advance:
         try:
-            own = _own(skeleton, tokens)
+            own = _own(skeleton, samples)
             _refuse_unusual(skeleton, own)
         except TrimError:
             raise
         except Exception as problem:  # any model's code may raise anything
             if "meta" in str(problem):  # the device of weights that are not filled
                 raise _outside(skeleton) from None
-            what = f"the forward pass of {id} fails on {SAMPLES} samples of {tokens.shape[1]} tokens"
+            given = f"pictures of {list(samples.shape[1:])}" if skeleton.images else f"{samples.shape[1]} tokens"
+            what = f"the forward pass of {id} fails on {SAMPLES} samples, {given}"
             raise InputError(f"{what} ({type(problem).__name__}: {first_line(problem)}); it cannot be used.") from None
         advance()
         found = ""
         form: Form
         for form in ("recorded", "suspended"):
             try:
-                found = _difference(skeleton, tokens, own, form)
+                found = _difference(skeleton, samples, own, form)
             except Exception as problem:  # called in a way that is not its own, a layer may raise anything
                 found = f"fails ({type(problem).__name__}: {first_line(problem)})"
             if not found:
@@ -120,6 +125,11 @@ def _form(skeleton: Skeleton, progress: Progress) -> Form:
             advance()
     kind = type(skeleton.model).__name__
     raise InputError(f"layer by layer, {kind} in {id} {found}; its form is not supported, so nothing is measured.")
+
+
+def probe_pixels(skeleton: Skeleton) -> Tensor:
+    """The pictures, float32 [5, C, H, W]: noise of the size that the config names."""
+    return torch.randn(SAMPLES, *picture_shape(skeleton.config), generator=torch.Generator().manual_seed(0))
 
 
 def probe_tokens(skeleton: Skeleton) -> Tensor:
@@ -152,7 +162,7 @@ def _token_ids(config: dict[Any, Any]) -> Iterator[int]:
             yield from (one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int))
 
 
-def _own(skeleton: Skeleton, tokens: Tensor) -> _Own:
+def _own(skeleton: Skeleton, samples: Tensor) -> _Own:
     """The model's own forward pass, one layer resident."""
     own = _Own()
 
@@ -168,6 +178,7 @@ def _own(skeleton: Skeleton, tokens: Tensor) -> _Own:
             finally:
                 skeleton.drop_layer(layer)
             skeleton.returns = skeleton.returns or form_of(result)
+            own.gave.append(first_output(result).clone())
             if layer is skeleton.layers[-1]:
                 own.arrived.append(first_output(result).clone())
             return result
@@ -175,7 +186,7 @@ def _own(skeleton: Skeleton, tokens: Tensor) -> _Own:
         return called
 
     with skeleton.filled_on_use():
-        own.logits = Forward(skeleton).around(tokens, filled).logits
+        own.logits = Forward(skeleton, samples).around(samples, filled).logits
     return own
 
 
@@ -185,15 +196,17 @@ def _refuse_unusual(skeleton: Skeleton, own: _Own) -> None:
         what = f"{id} calls its {len(skeleton.layers)} decoder layers in the order {own.order[:99]}"
         raise InputError(f"{what}, not each once; its form is not supported.")
     logits = own.logits
-    if logits is None or logits.device.type == "meta" or logits.ndim != 3:
+    if logits is None or logits.device.type == "meta" or logits.ndim != (2 if skeleton.images else 3):
         raise _outside(skeleton)
     for layer, states in zip(skeleton.layers, own.arrived[1:], strict=True):
         if not bool(torch.isfinite(states).all()):
             raise not_finite(layer)
-    own.usable = torch.isfinite(logits).all(dim=1).all(dim=0)
+    own.usable = torch.isfinite(logits).flatten(0, -2).all(dim=0)
     if not bool(own.usable.any()):
         raise InputError(f"the predictions of {id} hold NaN or infinite values; try --dtype float32.")
     own.logits = logits = logits[..., own.usable]
+    if skeleton.images:
+        return
     gaps, exact = _gaps(logits[-1, :-1], logits[-2, :-1]), logits.dtype == torch.float32
     if float(gaps.max()) > TOLERANCE[torch.float32] if exact else float(gaps.median()) > CAUSAL:
         what = f"{id} is no causal language model: another last token changes what it predicts before it"
@@ -205,21 +218,21 @@ def _outside(skeleton: Skeleton) -> InputError:
     return InputError(f"{id} uses weights that lie outside of the modules it calls; its form is not supported.")
 
 
-def _difference(skeleton: Skeleton, tokens: Tensor, own: _Own, form: Form) -> str:
+def _difference(skeleton: Skeleton, samples: Tensor, own: _Own, form: Form) -> str:
     """Where and by how much a walk of this form differs from the model's own forward pass; empty where it does not."""
-    sizes = (1, 2) if form == "recorded" else (1,)
-    walks = [Walk(skeleton, tokens, batch_size=size, form=form) for size in sizes]
+    sizes = (1, 2) if form == "recorded" or skeleton.images else (1,)
+    walks = [Walk(skeleton, samples, batch_size=size, form=form) for size in sizes]
     assert own.logits is not None, "checked by _refuse_unusual"
     with contextlib.ExitStack() as stack:
         for walk in walks:
-            for rows in slices(SAMPLES, walk.batch_size):
-                found = walk.states(rows)
-                if gap := _apart(found, _samples(own.arrived[0], rows, found)):
-                    return f"gives other embeddings than its own forward pass, by {gap:.1%}"
+            if gap := _arrived_apart(walk, own.arrived[0]):
+                return f"gives other embeddings than its own forward pass, by {gap:.1%}"
         for layer in walks[0].layers():
             for walk in walks:
+                if skeleton.images and (gap := _arrived_apart(walk, own.arrived[layer.index])):
+                    return f"gives {layer.name} other hidden states than its own forward pass, by {gap:.1%}"
                 stack.enter_context(walk.stream.advancing())
-                expected = own.arrived[layer.index + 1]
+                expected = own.gave[layer.index] if skeleton.images else own.arrived[layer.index + 1]
                 for rows in slices(SAMPLES, walk.batch_size):
                     if rows.start == 0:
                         _gather_nothing(walk, layer, rows)
@@ -232,10 +245,19 @@ def _difference(skeleton: Skeleton, tokens: Tensor, own: _Own, form: Form) -> st
         for walk in walks:
             with walk.head() as head:
                 for rows in slices(SAMPLES, walk.batch_size):
-                    found = head(rows, slice(0, tokens.shape[1]))[..., own.usable]
+                    found = head(rows, slice(None))[..., own.usable]
                     if gap := _apart(found, own.logits[rows]):
                         return f"differs from its own forward pass after the last layer by {gap:.1%}"
     return ""
+
+
+def _arrived_apart(walk: Walk, expected: Tensor) -> float:
+    """How far the walk's hidden states are from those expected of all samples; 0 where it is rounding."""
+    for rows in slices(SAMPLES, walk.batch_size):
+        found = walk.states(rows)
+        if gap := _apart(found, _samples(expected, rows, found)):
+            return gap
+    return 0.0
 
 
 def _gather_nothing(walk: Walk, layer: DecoderLayer, rows: slice) -> None:
@@ -280,4 +302,5 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 def _gaps(found: Tensor, expected: Tensor) -> Tensor:
     one, other = found.float(), expected.float()
-    return (one - other).norm(dim=-1) / other.norm(dim=-1).clamp(min=1e-12)
+    features = 1 if other.ndim == 4 else -1  # of maps [b, C, H, W]
+    return (one - other).norm(dim=features) / other.norm(dim=features).clamp(min=1e-12)

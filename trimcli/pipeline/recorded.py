@@ -20,20 +20,20 @@ SHARE = 0.4
 
 
 class Recorded(Stream):
-    """Samples whose layers are called with what was recorded once for batches of each size. tokens: integer [N, L]."""
+    """Samples whose layers are called with what was recorded once for batches of each size."""
 
     leaves = True
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor, batch_size: int, progress: Progress) -> None:
+    def __init__(self, skeleton: Skeleton, samples: Tensor, batch_size: int, progress: Progress) -> None:
         self.skeleton, self.batch_size = skeleton, batch_size
         self._spilled: Spilled | None = None
-        self.forward = Forward(skeleton)
-        self._tokens, self._progress = tokens, progress
+        self.forward = Forward(skeleton, samples)
+        self._samples, self._progress = samples, progress
         self._recordings: dict[int, Recording] = {}
         self._own: dict[int, Recording] = {}
         self.hidden = self._embed()
         if self._own and self.batch_size > 1:
-            # Calls that depend on the tokens are good for the very samples they were recorded with.
+            # Calls that depend on the samples are good for the very samples they were recorded with.
             self.batch_size = 1
             self._recordings.clear()
             self._own.clear()
@@ -41,13 +41,13 @@ class Recorded(Stream):
 
     def _embed(self) -> Tensor:
         hidden: Tensor | None = None
-        count = len(self._tokens)
+        count = len(self._samples)
         with self.forward.embedding() as embed, self._progress.task("embedding", count) as advance:
             self._record_size(1, embed)
-            # With a single batch there is nothing else to see by whether the calls depend on the tokens.
-            self._keep_recording(slice(count - 1, count), embed(self._tokens[-1:])[1])
+            # With a single batch there is nothing else to see by whether the calls depend on the samples.
+            self._keep_recording(slice(count - 1, count), embed(self._samples[-1:])[1])
             for rows in slices(count, self.batch_size):
-                states, recording = embed(self._tokens[rows])
+                states, recording = embed(self._samples[rows])
                 self._keep_recording(rows, recording)
                 if hidden is None:
                     hidden = self._buffer(states)
@@ -58,11 +58,11 @@ class Recorded(Stream):
         return hidden
 
     def _buffer(self, states: Tensor) -> Tensor:
-        shape = (len(self._tokens), *states.shape[1:])
+        shape = (len(self._samples), *states.shape[1:])
         if self.skeleton.spill is not None:
             self._spilled = Spilled(self.skeleton.spill, shape, states.dtype)
             return self._spilled.tensor
-        size = states[0].numel() * len(self._tokens) * states.element_size()
+        size = states[0].numel() * len(self._samples) * states.element_size()
         if states.device.type != "cpu":
             free, _ = torch.get_device_module(states.device).mem_get_info(states.device)
             if size > SHARE * free:
@@ -70,14 +70,14 @@ class Recorded(Stream):
         return torch.empty(shape, dtype=states.dtype, device=states.device)
 
     def _keep_recording(self, rows: slice, recording: Recording) -> None:
-        """Batches of one size are called alike; where the calls depend on the tokens, each batch keeps its own."""
+        """Batches of one size are called alike; where the calls depend on the samples, each batch keeps its own."""
         shared = self._recordings.setdefault(rows.stop - rows.start, recording)
         if shared is not recording and not _alike(shared, recording, self.skeleton.device):
             self._own[rows.start] = recording
 
     def _record_size(self, size: int, embed: Embedder) -> None:
         if size not in self._recordings:
-            self._recordings[size] = embed(self._tokens[:size])[1]
+            self._recordings[size] = embed(self._samples[:size])[1]
 
     def states(self, rows: slice) -> Tensor:
         """The hidden states [b, L, H] of samples `rows`, on the compute device."""
@@ -114,7 +114,7 @@ class Recorded(Stream):
         self.takes(sizes)
 
     def takes(self, sizes: Collection[int]) -> bool:
-        """Record calls of other sizes; where the calls depend on the tokens, only single samples are taken."""
+        """Record calls of other sizes; where the calls depend on the samples, only single ones are taken."""
         if self._own:
             return set(sizes) <= {1}
         if missing := set(sizes) - self._recordings.keys():

@@ -15,7 +15,7 @@ class Logits(Protocol):
     """The model's predictions after the last layer."""
 
     def __call__(self, rows: slice, part: slice, /) -> Tensor:
-        """Logits [b, l, vocabulary] for the positions `part` of the samples `rows`."""
+        """Logits [b, l, vocabulary] for the positions `part` of the samples `rows`; [b, classes] of whole pictures."""
 
 
 class Stream(ABC):
@@ -24,6 +24,8 @@ class Stream(ABC):
     batch_size: int
     # Whether a layer may be left half way, to be run again later: whether nothing but its own arguments goes into it.
     leaves = False
+    # The fewest samples that a layer can be run on to see what it does.
+    least = slice(0, 1)
 
     @abstractmethod
     def states(self, rows: slice) -> Tensor:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from trimcli.console import Progress
 from trimcli.errors import TrimError
-from trimcli.model.forward import called_with, split_call
+from trimcli.methods.masks import slices
+from trimcli.model.forward import call_model, called_with, split_call
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.stream import Logits, Stream
 
@@ -24,25 +25,28 @@ Call = tuple[int, tuple[Any, ...], dict[str, Any]]
 
 
 class Suspended(Stream):
-    """Samples in as many suspended forward passes. tokens: integer [N, L]."""
+    """Samples in suspended forward passes, a batch in each; of text, whose samples may each take its own way, one.
 
-    batch_size = 1
+    What belongs to a batch is kept under the number of its first sample.
+    """
 
-    def __init__(self, skeleton: Skeleton, tokens: Tensor, progress: Progress) -> None:
+    def __init__(self, skeleton: Skeleton, samples: Tensor, batch_size: int, progress: Progress) -> None:
         self.skeleton = skeleton
-        self._passes = [greenlet(self._pass) for _ in range(len(tokens))]
-        self._calls: list[Call] = []
+        self.batch_size = batch_size if skeleton.images else 1
+        self.least = slice(0, self.batch_size)
+        self._passes: dict[int, greenlet] = {}
+        self._calls: dict[int, Call] = {}
         self._ends: dict[int, Any] = {}
         self._logits: dict[int, Tensor] = {}
-        with self.advancing(), progress.task("embedding", len(tokens)) as advance:
-            for sample, forward in enumerate(self._passes):
-                self._calls.append(self._arrived(forward, 0, tokens[sample : sample + 1]))
-                advance()
+        with self.advancing(), progress.task("embedding", len(samples)) as advance:
+            for rows in slices(len(samples), self.batch_size):
+                self._passes[rows.start] = forward = greenlet(self._pass)
+                self._calls[rows.start] = self._arrived(forward, 0, samples[rows])
+                advance(rows.stop - rows.start)
 
-    def _pass(self, tokens: Tensor) -> Tensor:
+    def _pass(self, samples: Tensor) -> Tensor:
         """What runs in a greenlet: it is given each layer's result where it asked for it, and ends with the logits."""
-        model = self.skeleton.model
-        logits: Tensor = model(input_ids=tokens.to(self.skeleton.device, torch.long), use_cache=False).logits
+        logits: Tensor = call_model(self.skeleton, samples).logits
         return logits
 
     def _resume(self, forward: greenlet, value: Any) -> Any:
@@ -69,19 +73,19 @@ class Suspended(Stream):
         return call
 
     def states(self, rows: slice) -> Tensor:
-        """The hidden states [1, L, H] of the sample `rows`."""
+        """The hidden states [b, L, H] of the samples `rows`."""
         _, args, kwargs = self._calls[rows.start]
         hidden: Tensor = split_call(args, kwargs)[0]
         return hidden
 
     def arguments(self, layer: DecoderLayer, rows: slice) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the layer is called with for the sample `rows`: positional arguments and named ones."""
+        """What the layer is called with for the samples `rows`: positional arguments and named ones."""
         _, args, kwargs = self._calls[rows.start]
         # A copy: a layer that adds to what it is given may be run again.
         return called_with(self.states(rows).clone(), args, kwargs)
 
     def run(self, layer: DecoderLayer, rows: slice, hidden: Tensor | None = None) -> Any:
-        """All that the loaded layer returns for the sample `rows`, or for other hidden states [1, L, H]."""
+        """All that the loaded layer returns for the samples `rows`, or for other hidden states [b, L, H]."""
         args, kwargs = self.arguments(layer, rows)
         if hidden is not None:
             args, kwargs = called_with(hidden, args, kwargs)
@@ -89,24 +93,29 @@ class Suspended(Stream):
             return layer.module(*args, **kwargs)
 
     def put(self, layer: DecoderLayer, rows: slice, result: Any) -> None:
-        """Let the sample `rows` go on to the next layer with `result`, all that this one returned for it."""
+        """Let the samples `rows` go on to the next layer with `result`, all that this one returned for them."""
         forward = self._passes[rows.start]
         if layer.index + 1 < len(self.skeleton.layers):
             self._calls[rows.start] = self._arrived(forward, layer.index + 1, result)
         else:
             self._ends[rows.start] = result
 
+    @property
+    def divides(self) -> bool:
+        """A batch that is on its way stays together."""
+        return False
+
     def shrink(self, batch_size: int, sizes: Collection[int]) -> None:
-        """Batches are single samples already."""
-        raise AssertionError("a sample cannot be divided")
+        """Batches stay as they are."""
+        raise AssertionError("a batch on its way cannot be divided")
 
     def takes(self, sizes: Collection[int]) -> bool:
-        """Only single samples."""
-        return set(sizes) <= {1}
+        """Only the batches that there are."""
+        return set(sizes) <= {self.batch_size}
 
     @contextmanager
     def advancing(self) -> Iterator[None]:
-        """Around the `put` of every sample after one layer: what the model calls between layers is filled on use."""
+        """Around the `put` of all samples after one layer: what the model calls between layers is filled on use."""
         with self.skeleton.filled_on_use():
             yield
 
@@ -117,9 +126,9 @@ class Suspended(Stream):
             yield self._finished
 
     def _finished(self, rows: slice, part: slice) -> Tensor:
-        samples = range(rows.start, rows.stop)
-        for sample in samples:
-            if sample in self._ends:
-                self._logits[sample] = self._resume(self._passes[sample], self._ends.pop(sample))
-        self._logits = {sample: self._logits[sample] for sample in samples}
+        firsts = range(rows.start, rows.stop, self.batch_size)
+        for first in firsts:
+            if first in self._ends:
+                self._logits[first] = self._resume(self._passes[first], self._ends.pop(first))
+        self._logits = {first: self._logits[first] for first in firsts}
         return torch.cat(list(self._logits.values()))[:, part]

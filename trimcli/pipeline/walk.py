@@ -1,6 +1,6 @@
 """Hidden states through the decoder layers, one layer resident, batch by batch."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import InputError, OptionError, ResourceError
+from trimcli.errors import InputError, OptionError, ResourceError, first_line
 from trimcli.model.forward import first_output
+from trimcli.model.pixels import hidden_form, picture_shape
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, find_groups
 from trimcli.pipeline.recorded import Recorded
@@ -21,15 +22,16 @@ from trimcli.world import current
 class Walk:
     """Samples on their way through a skeleton.
 
-    tokens: integer [N, L]. batch_size: None chooses. wanted: the linears whose inputs matter, None for all. form: None
-    for the one that the skeleton was proven to have. Raises InputError for tokens outside the vocabulary, ResourceError
-    when not even one sample fits in memory.
+    samples: tokens, integer [N, L], or pixels, float [N, C, H, W], by what the model reads. batch_size: None chooses.
+    wanted: the linears whose inputs matter, None for all. form: None for the one that the skeleton was proven to have.
+    seqlen: L; of pictures about how many places each becomes. Raises InputError for what the model does not take,
+    ResourceError when not even one sample fits in memory.
     """
 
     def __init__(
         self,
         skeleton: Skeleton,
-        tokens: Tensor,
+        samples: Tensor,
         *,
         batch_size: int | None = None,
         wanted: Collection[str] | None = None,
@@ -39,19 +41,27 @@ class Walk:
         self.skeleton = skeleton
         self.wanted = wanted
         self.progress = progress
-        self.nsamples, self.seqlen = tokens.shape
-        refuse_foreign_tokens(skeleton, tokens)
+        self.nsamples, self.seqlen = len(samples), sample_length(skeleton, samples.shape)
+        if not skeleton.images:
+            refuse_foreign_tokens(skeleton, samples)
         chosen = batch_tokens(skeleton.device) // self.seqlen
         size = max(1, min(batch_size or chosen, self.nsamples))
-        self.stream: Stream
-        if (form or skeleton.form) == "suspended":
-            if skeleton.spill is not None and form is None:
-                what = f"the hidden states of {skeleton.checkpoint.id} belong to passes of its own"
-                progress.warn(f"{what} and stay in memory, whatever --spill says.")
-            self.stream = Suspended(skeleton, tokens, progress)
-        else:
-            self.stream = Recorded(skeleton, tokens, size, progress)
+        if (form or skeleton.form) == "suspended" and skeleton.spill is not None and form is None:
+            what = f"the hidden states of {skeleton.checkpoint.id} belong to passes of its own"
+            progress.warn(f"{what} and stay in memory, whatever --spill says.")
+        kind = Suspended if (form or skeleton.form) == "suspended" else Recorded
+        try:
+            self.stream: Stream = kind(skeleton, samples, size, progress)
+        except (ValueError, RuntimeError) as problem:
+            if not skeleton.images or _out_of_memory(problem):
+                raise
+            raise not_taken(skeleton, samples.shape[1:], problem) from None
         self._groups: dict[int, list[InputGroup]] = {}
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of a sample that every layer is given; None where they become more or fewer from layer to layer."""
+        return None if self.skeleton.images else self.seqlen
 
     @property
     def batch_size(self) -> int:
@@ -70,7 +80,7 @@ class Walk:
     def groups(self, layer: DecoderLayer) -> list[InputGroup]:
         """The layer's input groups in order of execution, found with one sample the first time."""
         if layer.index not in self._groups:
-            self._groups[layer.index] = find_groups(layer, lambda: self.call(layer, slice(0, 1)), self.wanted)
+            self._groups[layer.index] = find_groups(layer, lambda: self.call(layer, self.stream.least), self.wanted)
         return self._groups[layer.index]
 
     def states(self, rows: slice) -> Tensor:
@@ -145,13 +155,27 @@ class Walk:
     def _halve(self, layer: DecoderLayer, left: int, whole: int) -> None:
         """Go on with half the batch size, for what is `left` of this pass's `whole` samples and the passes to come."""
         if not self.stream.divides:
-            what = f"one sample of {self.seqlen} tokens does not fit in the memory of {self.skeleton.device}"
-            raise ResourceError(f"{what} at {layer.name}; give a smaller --seqlen or a device with more memory.")
+            what, smaller = f"one sample of {self.seqlen} tokens does", "--seqlen"
+            if self.skeleton.images:
+                what, smaller = f"a batch of {self.batch_size} pictures does", "--batch-size"
+            what += f" not fit in the memory of {self.skeleton.device} at {layer.name}"
+            raise ResourceError(f"{what}; give a smaller {smaller} or a device with more memory.")
         size = max(1, self.batch_size // 2)
         if self.skeleton.device.type != "cpu":
             torch.get_device_module(self.skeleton.device).empty_cache()
         self.progress.warn(f"out of memory at {layer.name}: going on with a batch size of {size}.")
         self.stream.shrink(size, {size, left % size, whole % size, self.nsamples % size} - {0})
+
+
+def sample_length(skeleton: Skeleton, shape: Sequence[int]) -> int:
+    """Tokens a sample, of samples of this shape; of pictures about how many places each becomes."""
+    return hidden_form(skeleton.model, *shape[2:])[0] if skeleton.images else shape[1]
+
+
+def not_taken(skeleton: Skeleton, shape: Sequence[int], problem: Exception) -> InputError:
+    """The error for pictures (C, H, W) that a model cannot take."""
+    what = f"{skeleton.checkpoint.id} does not take pictures of {list(shape)} ({first_line(problem)})"
+    return InputError(f"{what}; its image processor is another model's: put its own preprocessor_config.json there.")
 
 
 def not_finite(layer: DecoderLayer) -> InputError:
@@ -174,13 +198,13 @@ def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
         raise InputError(f"samples of {tokens.shape[1]} tokens are longer than {known}; give --seqlen {positions}.")
 
 
-def own_samples(tokens: Tensor) -> Tensor:
-    """This rank's share of the samples, integer [N, L]. Raises OptionError for fewer samples than ranks."""
-    world, count = current(), len(tokens)
+def own_samples(samples: Tensor) -> Tensor:
+    """This rank's share of the samples [N, ...]. Raises OptionError for fewer samples than ranks."""
+    world, count = current(), len(samples)
     if count < world.size:
         what = f"{count} samples of calibration do not go round {world.size} ranks"
         raise OptionError(f"{what}; start at most {count}, or give more samples.")
-    return tokens[world.share(count)]
+    return samples[world.share(count)]
 
 
 def batch_tokens(device: torch.device) -> int:
@@ -200,5 +224,14 @@ def default_seqlen(config: Any) -> int:
     return min(2048, max_positions(config) or 2048)
 
 
-def _out_of_memory(problem: RuntimeError) -> bool:
+def usual_length(skeleton: Skeleton) -> int:
+    """Tokens a sample where nothing says otherwise; of pictures the places of one of the config's size."""
+    return (
+        sample_length(skeleton, (1, *picture_shape(skeleton.config)))
+        if skeleton.images
+        else default_seqlen(skeleton.config)
+    )
+
+
+def _out_of_memory(problem: Exception) -> bool:
     return isinstance(problem, torch.OutOfMemoryError) or "can't allocate memory" in str(problem)

@@ -23,7 +23,7 @@ MISSING = "\u2013"
 class Column:
     """What was measured, of which group (data set or task), and in words how. main: shown where room is short."""
 
-    kind: Literal["perplexity", "task", "mean"]
+    kind: Literal["perplexity", "accuracy", "task", "mean"]
     group: str
     metric: str
     setting: str
@@ -61,7 +61,7 @@ class Table:
     @cached_property
     def titles(self) -> dict[Column, str]:
         """A heading a column: data set or task, the metric if it is not the usual one, a number if needed."""
-        usual = {"perplexity": "perplexity", "task": "acc", "mean": "acc"}
+        usual = {"perplexity": "perplexity", "accuracy": "", "task": "acc", "mean": "acc"}
         titles = [f"{one.group} {one.metric}".removesuffix(f" {usual[one.kind]}") for one in self.columns]
         names = dict(zip(self.columns, titles, strict=True))
         often, seen = Counter(names.values()), Counter[str]()
@@ -113,8 +113,8 @@ def table_of(results: Sequence[tuple[Path, Mapping[str, Any]]]) -> Table:
     labels = distinct([row.label for row in rows], [row.file for row in rows])
     rows = [replace(row, label=label) for row, label in zip(rows, labels, strict=True)]
     rows.sort(key=lambda row: (row.sparsity is None, round(row.sparsity or 0, 4), row.label))
-    # Perplexities, the tasks' main metrics, their mean, and then what else was measured.
-    kinds = ("perplexity", "task", "mean")
+    # Perplexities, accuracies, the tasks' main metrics, their mean, and then what else was measured.
+    kinds = ("perplexity", "accuracy", "task", "mean")
     found = dict.fromkeys(column for row in rows for column in row.measures)
     columns = sorted(found, key=lambda column: kinds.index(column.kind) if column.main else len(kinds))
     return Table(tuple(columns), tuple(rows), tuple(_notes(columns, [document for _, document in results])))
@@ -163,6 +163,8 @@ def _recipe_of(pruning: Mapping[str, Any] | None) -> str:
     known = methods().get(str(recipe["method"]))
     if isinstance(update, str) and update not in ("none", known.update if known else None):
         parts.append(f"{update} update")
+    if recipe.get("compare"):
+        parts[0] += f" by {recipe['compare']}"
     if recipe.get("refine"):
         parts.append({"learned": "learned masks"}.get(recipe["refine"]["by"], recipe["refine"]["by"]))
     if recipe.get("reconstruct"):
@@ -191,6 +193,10 @@ def _measures(document: Mapping[str, Any]) -> dict[Column, Measure]:
         setting = f"{windows} of {entry['tokens']:,} tokens, {entry['dtype']}{bos}"
         column = Column("perplexity", Path(entry["dataset"]).name, "perplexity", setting)
         found[column] = Measure(entry["value"])
+    for entry in document.get("images") or []:
+        setting = f"{entry['images']:,} pictures, {entry['dtype']}"
+        for name, metric in (("top1", "top-1"), ("top5", "top-5")):
+            found[Column("accuracy", Path(entry["dataset"]).name, metric, setting)] = Measure(entry[name])
     for name, entry in (document.get("tasks") or {}).items():
         metrics = sorted((key for key in entry if f"{key}_stderr" in entry), key=lambda key: key != "acc")
         shots = "shots differ" if entry["n_shot"] is None else f"{entry['n_shot']}-shot"

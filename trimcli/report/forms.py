@@ -73,12 +73,14 @@ PERPLEXITY = {
     "tokens": Must(COUNT),
     "dtype": Must(TEXT),
 }
+ACCURACY = {"dataset": Must(TEXT), "top1": Must(SHARE), "top5": Must(SHARE), "images": Must(COUNT), "dtype": Must(TEXT)}
 LINEARS = Each(Must({"shape": Must((Must(SIZE), Must(SIZE))), "zeros": Must(COUNT)}))
 FORMS: dict[str, dict[str, Any]] = {
     ADAPTER: {"training": Must(TRAINING)},
     CALIBRATION: {},
     RESULTS: {
         "perplexity": [Must(PERPLEXITY)],
+        "images": [Must(ACCURACY)],
         "tasks": Each(Must(_task)),
         "mean_acc_seven": NUMBER,
         "sparsity": {"total": SHARE, "linears": Each(Must(SHARE))},

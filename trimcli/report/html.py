@@ -62,9 +62,10 @@ def _headline(table: Table) -> list[tuple[str, str, str]]:
 
 
 def _tables(table: Table) -> list[dict[str, Any]]:
-    """Perplexities with their ratio to the dense model, and task metrics."""
+    """Perplexities with their ratio to the dense model, accuracies and task metrics."""
     found = []
-    for title, kinds in (("Perplexity", {"perplexity"}), ("Tasks", {"task", "mean"})):
+    headed = (("Perplexity", {"perplexity"}), ("Accuracy", {"accuracy"}), ("Tasks", {"task", "mean"}))
+    for title, kinds in headed:
         columns = [column for column in table.columns if column.kind in kinds]
         rows = [row for row in table.rows if not row.measures.keys().isdisjoint(columns)]
         sheet = results(table, columns, rows)

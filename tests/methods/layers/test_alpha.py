@@ -163,7 +163,7 @@ def test_an_epsilon_that_leaves_nothing_to_scale_is_refused() -> None:
 
 def test_every_metric_there_is_can_be_named() -> None:
     assert set(METRICS) == {*SPECTRAL, *COLUMNS}
-    assert len(METRICS) == 12
+    assert len(METRICS) == 13
     assert AlphaOptions().ww_metric == "alpha_peak"
 
 
@@ -218,5 +218,5 @@ def test_imported_metrics_need_no_weights() -> None:
 
 
 def test_a_spectrum_without_a_shape_measures_nothing() -> None:
-    assert measure("alpha_peak", "a", torch.zeros(4, 6), 0) == {}
+    assert measure("alpha_peak", "a", torch.zeros(4, 6), 0) == {"norm": 0}
     assert set(measure("alpha_mid", "a", torch.randn(9, 9), 0)) == set(SPECTRAL)

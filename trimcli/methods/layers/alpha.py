@@ -13,7 +13,7 @@ from trimcli.options import check_fields, not_negative, option
 if TYPE_CHECKING:
     from torch import Tensor
 
-METRICS = ("alpha_peak", "alpha_mid", *COLUMNS)
+METRICS = ("alpha_peak", "alpha_mid", "norm", *COLUMNS)
 # Metrics this close, relative to the largest, are equal: the means of equal metrics differ in the last bits.
 EQUAL = 1e-12
 PANEL = "AlphaPruning"
@@ -25,7 +25,7 @@ class AlphaOptions:
 
     ww_metric: str = option(
         "alpha_peak",
-        "The shape of a spectrum: alpha_peak, alpha_mid, or one of weightwatcher's ten.",
+        "The shape of a spectrum: alpha_peak, alpha_mid, norm, or one of weightwatcher's ten.",
         panel=PANEL,
         choices=lambda: METRICS,
     )

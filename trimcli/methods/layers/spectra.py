@@ -78,7 +78,12 @@ def _distances(logs: Tensor, alphas: Tensor, starts: Tensor) -> Tensor:
     return gaps.masked_fill_(steps < 0, 0).amax(1)
 
 
-SPECTRAL = {"alpha_peak": alpha_peak, "alpha_mid": alpha_mid}
+def norm(eigenvalues: Tensor) -> float:
+    """The squared Frobenius norm, the sum of a spectrum: what AlphaPruning's image code has beside the others."""
+    return float(eigenvalues.sum())
+
+
+SPECTRAL = {"alpha_peak": alpha_peak, "alpha_mid": alpha_mid, "norm": norm}
 
 
 def measure(metric: str, name: str, weight: Tensor, seed: int) -> dict[str, float]:
