@@ -38,11 +38,12 @@ SHARD_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class Stage:
-    """What a command took: peak RssAnon in bytes, and seconds."""
+    """What a command took: peak RssAnon in bytes, and seconds; and what it said on stdout."""
 
     name: str
     peak: int
     seconds: float
+    said: str = ""
 
 
 def config(given: argparse.Namespace) -> dict[str, Any]:
@@ -115,12 +116,12 @@ def allowance(model: Path, samples: int, seqlen: int) -> tuple[int, str]:
 
 def watch(name: str, words: Iterable[str], threads: int) -> Stage:
     """Run `trim` with `words` in a process of its own. Raises RuntimeError when it fails."""
-    program = Path(sys.executable).with_name("trim")
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     started, peak = time.monotonic(), 0
-    # The log goes to a file: a full pipe would stop the process.
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([program, *words], stdout=log, stderr=log, env=environment)
+    # Files: a full pipe would stop the process.
+    with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, "-m", "trimcli", *words]
+        process = subprocess.Popen(command, stdout=said, stderr=log, env=environment)
         try:
             while process.poll() is None:
                 peak = max(peak, anonymous_memory(process.pid))
@@ -130,7 +131,8 @@ def watch(name: str, words: Iterable[str], threads: int) -> Stage:
         if process.wait():
             log.seek(0)
             raise RuntimeError(f"{name} ended with status {process.returncode}:\n{log.read()[-4000:]}")
-    return Stage(name, peak, time.monotonic() - started)
+        said.seek(0)
+        return Stage(name, peak, time.monotonic() - started, said.read())
 
 
 def anonymous_memory(pid: int) -> int:

@@ -59,7 +59,8 @@ class SimulatedDevice:
     """What is known of the one simulated device.
 
     counts: since the process began. live, peak: bytes of its tensors' storages, now and at most since `reset`.
-    limit: bytes at which memory runs out, None for never. total: bytes that it says it has.
+    limit: bytes at which memory runs out, None for never; allowed: those that the process says it may take at most.
+    total: bytes that it says it has.
     """
 
     def __init__(self) -> None:
@@ -67,6 +68,7 @@ class SimulatedDevice:
         self.counts = Counts()
         self.live = self.peak = 0
         self.limit: int | None = None
+        self.allowed: int | None = None
         self.total = 1 << 40
         self.emptied = 0
         self._watched: dict[int, weakref.ref[Tensor]] = {}
@@ -74,7 +76,7 @@ class SimulatedDevice:
 
     def reset(self) -> None:
         """No limit, and the peak from now on."""
-        self.limit, self.total, self.emptied, self.peak = None, 1 << 40, 0, self.live
+        self.limit, self.allowed, self.total, self.emptied, self.peak = None, None, 1 << 40, 0, self.live
 
     @contextmanager
     def counting(self) -> Iterator[Counts]:
@@ -89,10 +91,11 @@ class SimulatedDevice:
         if not size:
             return
         if key not in self._holders:
-            if self.limit is not None and self.live + size > self.limit:
+            limit = min((one for one in (self.limit, self.allowed) if one is not None), default=None)
+            if limit is not None and self.live + size > limit:
                 raise torch.OutOfMemoryError(
                     f"{self.device} out of memory: {self.live} bytes are in use, {size} more were asked for, "
-                    f"{self.limit} is the limit."
+                    f"{limit} is the limit."
                 )
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -196,6 +199,17 @@ class _Module:
     def mem_get_info(self, _: Any = None) -> tuple[int, int]:
         device = simulated_device()
         return device.total - device.live, device.total
+
+    def memory_allocated(self, _: Any = None) -> int:
+        return simulated_device().live
+
+    def get_per_process_memory_fraction(self, _: Any = None) -> float:
+        device = simulated_device()
+        return 1.0 if device.allowed is None else device.allowed / device.total
+
+    def set_per_process_memory_fraction(self, fraction: float, _: Any = None) -> None:
+        device = simulated_device()
+        device.allowed = None if fraction == 1 else int(fraction * device.total)
 
     def empty_cache(self) -> None:
         simulated_device().emptied += 1

@@ -16,6 +16,7 @@ from trimcli.options import (
     not_negative,
     one_of,
     option,
+    parse_size,
     positive,
     selected,
     words,
@@ -144,3 +145,25 @@ def test_what_a_manifest_records_and_what_every_stage_takes() -> None:
     assert RunOptions(**options.run()) == options
     with pytest.raises(OptionError, match="--dtype 'float33' is none of auto, float32, bfloat16, float16"):
         replace(options, dtype="float33").check()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("size", "nbytes"),
+    [
+        ("5GB", 5 * 10**9),
+        ("500 mb", 500 * 10**6),
+        ("1.5GiB", 3 * 2**29),
+        ("2K", 2000),
+        ("7", 7),
+        ("8000000000", 8 * 10**9),
+        ("1TB", 10**12),
+    ],
+)
+def test_sizes(size: str, nbytes: int) -> None:
+    assert parse_size("--max-memory", size) == nbytes
+
+
+@pytest.mark.parametrize("size", ["", "GB", "5XB", "-1GB", "0", "five", "5 G B", "1iB", "9" * 400])
+def test_sizes_that_are_none(size: str) -> None:
+    with pytest.raises(OptionError, match="is not a size; write it like 8GiB"):
+        parse_size("--max-memory", size)

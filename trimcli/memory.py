@@ -7,12 +7,20 @@ import contextlib
 import gc
 import threading
 from pathlib import Path
+from typing import NamedTuple
 
 STATUS, MACHINE, GROUP = Path("/proc/self/status"), Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 INTERVAL = 0.02
 # Objects between two looks for garbage, and looks between two at the older generations, while modules are imported.
 RARELY = (100_000, 50, 100)
 _USUAL = gc.get_threshold()
+
+
+class Limits(NamedTuple):
+    """Bytes that a run may take of the host's memory and of the compute device's; None where nothing was said."""
+
+    host: int | None = None
+    device: int | None = None
 
 
 class PeakMemory:

@@ -8,20 +8,22 @@ import dataclasses
 import difflib
 import fnmatch
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from trimcli.errors import OptionError
+from trimcli.memory import Limits
 
-Check = Callable[[str, Any], None]
+Check = Callable[[str, Any], object]
 """Takes an option's flag and its value; raises OptionError for a value that cannot be used."""
 
 Numerics = Literal["exact", "reference"]
 RUN = "Run"
-# Options that say where things lie on the way, and shape no result.
-FOLDERS = ("cache_dir", "spill")
+# Options that say where things lie on the way and what memory they may take, and shape no result.
+UNRECORDED = ("cache_dir", "spill", "max_memory", "max_device_memory")
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,11 @@ class RunOptions(ModelOptions):
     seed: int = option(0, "Seed of every random draw.", panel=RUN)
     cache_dir: Path | None = option(None, "The stage cache (default: in the user's cache folder).", panel=RUN)
 
+    @property
+    def limits(self) -> Limits:
+        """What the run may take of memory."""
+        return Limits()
+
     def check(self) -> None:
         """Raise OptionError for a value or a combination that cannot be used."""
         check_fields(self)
@@ -156,26 +163,64 @@ class RunOptions(ModelOptions):
         return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(RunOptions)}
 
 
+def parse_size(option: str, text: str) -> int:
+    """Bytes of a size such as "5GB" (decimal), "5GiB" (binary) or "5000000000". Raises OptionError."""
+    found = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", text.strip().upper())
+    if found:
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
+        if size:
+            return size
+    raise OptionError(f"{option} {text!r} is not a size; write it like 8GiB, 500MB or 8000000000.")
+
+
 @dataclass(frozen=True, kw_only=True)
-class WalkOptions(RunOptions):
+class LimitedOptions(RunOptions):
+    """Where and how to compute, and with how much memory."""
+
+    max_memory: str | None = option(
+        None,
+        "Memory that this process may take, such as 8GiB: the plan is made to fit (hidden states in files, smaller "
+        "batches), or says before any work that it cannot and what the least would be.",
+        panel=RUN,
+        check=parse_size,
+    )
+    max_device_memory: str | None = option(
+        None,
+        "The same of the accelerator's memory, such as 16GiB: hidden states then lie in the host's, or in files.",
+        panel=RUN,
+        check=parse_size,
+    )
+
+    @property
+    def limits(self) -> Limits:
+        """What the run may take of memory. Raises OptionError."""
+        host, device = self.max_memory, self.max_device_memory
+        return Limits(
+            None if host is None else parse_size("--max-memory", host),
+            None if device is None else parse_size("--max-device-memory", device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions(LimitedOptions):
     """Where and how to compute what walks through the layers with all samples."""
 
     spill: Path | None = option(
         None,
         "Hold the samples' hidden states in files in this folder, not in memory; nothing is left of them. "
-        "prune does so by itself where memory would not do.",
+        "Chosen by itself, in the stage cache, where memory would not do.",
         panel=RUN,
     )
 
     def run(self) -> dict[str, Any]:
         """What every stage takes from the run, by name."""
-        return {**super().run(), "spill": self.spill}
+        return {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(WalkOptions)}
 
 
 def _recorded(value: Any) -> Any:
-    """An option's value, or the options of a stage within, with paths as text and without FOLDERS."""
+    """An option's value, or the options of a stage within, with paths as text and without what is UNRECORDED."""
     if isinstance(value, dict):
-        return {key: _recorded(entry) for key, entry in value.items() if key not in FOLDERS}
+        return {key: _recorded(entry) for key, entry in value.items() if key not in UNRECORDED}
     return str(value) if isinstance(value, Path) else value
 
 

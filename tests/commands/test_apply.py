@@ -181,7 +181,7 @@ def test_not_finite_weights_are_refused(tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"format": "pakced"}, OptionError, "did you mean 'packed'"),
-        ({"max_shard_size": "5 apples"}, OptionError, "'5 apples' is not a shard size"),
+        ({"max_shard_size": "5 apples"}, OptionError, "--max-shard-size '5 apples' is not a size"),
     ],
 )
 def test_unusable_options(

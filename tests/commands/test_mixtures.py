@@ -274,7 +274,7 @@ def test_experts_that_take_further_passes_are_planned_so(home: Path, monkeypatch
     common = ("plan", home / "qwen3_moe", "--sparsity", 0.5, "--tokens", home / "tokens", "--method", "sparsegpt")
     paths = ("--save-model", home / "unwritten", "--cache-dir", home / "cache", *COMPUTE)
     whole = trim_json(*common, *paths)
-    monkeypatch.setattr("trimcli.pipeline.plan.GATHERED", 8 * 32**2)
+    monkeypatch.setattr("trimcli.pipeline.estimate.GATHERED", 8 * 32**2)
     parts = trim_json(*common, *paths)
     grams = EXPERTS * 4 * (32**2 + 20**2)
     assert parts["forward_passes"] - whole["forward_passes"] == -(-grams // (8 * 32**2)) - 1
@@ -286,7 +286,7 @@ def test_experts_are_gathered_in_parts_where_they_are_too_many(
 ) -> None:
     """Memory for two Grams at a time: every layer is passed several times, and the masks are the same."""
     pruned(home, "qwen3_moe", tmp_path / "one", "--method", "sparsegpt")
-    monkeypatch.setattr("trimcli.pipeline.plan.GATHERED", 8 * 32**2)
+    monkeypatch.setattr("trimcli.pipeline.estimate.GATHERED", 8 * 32**2)
     pruned(home, "qwen3_moe", tmp_path / "two", "--method", "sparsegpt", "--no-resume")
     one, two = MaskFile.open(tmp_path / "one.masks"), MaskFile.open(tmp_path / "two.masks")
     assert all(torch.equal(one.keep(name), two.keep(name)) for name in one.names)

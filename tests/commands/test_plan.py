@@ -62,7 +62,7 @@ def test_a_model_of_72_billion_weights_from_its_config_alone(tmp_path: Path, mon
     sizes = {"hidden_size": 8192, "intermediate_size": 29568, "vocab_size": 152064, "tie_word_embeddings": False}
     (tmp_path / "config.json").write_text(json.dumps({**config, **heads, **sizes}))
     options = PruneOptions(sparsity=0.75, device="cpu", dtype="bfloat16")
-    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr("trimcli.pipeline.fit.available_bytes", lambda: 1 << 40)
     plan = foresee(str(tmp_path), options)  # on 256 samples of 2,048 tokens
 
     wide, narrow, mlp = 8192 * 8192, 1024 * 8192, 29568 * 8192  # q and o, k and v, and the MLP's three
@@ -78,15 +78,15 @@ def test_a_model_of_72_billion_weights_from_its_config_alone(tmp_path: Path, mon
     worked = 24 * mlp + 4 * 256 * 29568  # one matrix, and the square norms of what down_proj reads
     assert plan.host_bytes == (320 << 20) + layer + worked + states == pytest.approx(16.5e9, rel=0.01)
 
-    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: 8 << 30)
+    monkeypatch.setattr("trimcli.pipeline.fit.available_bytes", lambda: 8 << 30)
     small = foresee(str(tmp_path), options)
     assert (small.host_bytes, small.spill_bytes) == (plan.host_bytes - states, states)
     assert small.host_bytes < 8 << 30
-    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: None)
+    monkeypatch.setattr("trimcli.pipeline.fit.available_bytes", lambda: None)
 
     four = World()
     four.size = 4
-    monkeypatch.setattr("trimcli.pipeline.plan.current", lambda: four)
+    monkeypatch.setattr("trimcli.pipeline.estimate.current", lambda: four)
     assert foresee(str(tmp_path), options).host_bytes == plan.host_bytes - states * 3 // 4
 
 

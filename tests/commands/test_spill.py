@@ -108,11 +108,11 @@ def test_memory_that_would_not_do_is_spared(
 ) -> None:
     """As `plan` says it, into the stage cache; where there is room, or a folder was named, nothing is chosen."""
     target = ("--sparsity", 0.5, "--tokens", base / "tokens", "--cache-dir", tmp_path / "cache", *COMPUTE)
-    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr("trimcli.pipeline.fit.available_bytes", lambda: 1 << 40)
     roomy = trim_json("plan", base / "model", *target)
     assert (roomy["spill"], roomy["spill_bytes"]) == (None, 0)
     states = 9 * 16 * 32 * 4
-    monkeypatch.setattr("trimcli.pipeline.plan.available_bytes", lambda: roomy["peak_host_bytes"] - 1)
+    monkeypatch.setattr("trimcli.pipeline.fit.available_bytes", lambda: roomy["peak_host_bytes"] - 1)
     for more, folder in {(): tmp_path / "cache" / "spilled", ("--spill", tmp_path / "own"): tmp_path / "own"}.items():
         tight = trim_json("plan", base / "model", *target, *more)
         assert (tight["spill"], tight["spill_bytes"]) == (str(folder), states)

@@ -18,10 +18,10 @@ from tests.small_models import gpt2_config, llama_config, masks_for, random_mode
 from trimcli.commands.apply import apply_masks
 from trimcli.commands.options import ApplyOptions
 from trimcli.commands.unpack import unpack
-from trimcli.errors import InputError, OptionError, OutputExists
+from trimcli.errors import InputError, OutputExists
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, parse_size, plan_shards, write_model
+from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, plan_shards, write_model
 from trimcli.files.manifest import COMMAND_LINE, PRUNED, manifest
 from trimcli.files.masks import MaskFile, keep_digest
 from trimcli.methods.masks import pack
@@ -74,20 +74,6 @@ def masked(directory: Path, masks: Path) -> Any:
         weight, keep = model.get_parameter(f"{name}.weight"), found.keep(name)
         weight.data *= keep.T if "c_" in name else keep  # GPT-2's are transposed
     return model.eval()
-
-
-@pytest.mark.parametrize(
-    ("size", "nbytes"),
-    [("5GB", 5 * 10**9), ("500 mb", 500 * 10**6), ("1.5GiB", 3 * 2**29), ("2K", 2000), ("7", 7), ("1TB", 10**12)],
-)
-def test_sizes(size: str, nbytes: int) -> None:
-    assert parse_size(size) == nbytes
-
-
-@pytest.mark.parametrize("size", ["", "GB", "5XB", "-1GB", "0", "five", "5 G B", "1iB"])
-def test_sizes_that_are_none(size: str) -> None:
-    with pytest.raises(OptionError, match="is not a shard size"):
-        parse_size(size)
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from trimcli.cli.options import Model, output
 from trimcli.cli.output import Say, bar, rows_table, show, spread
+from trimcli.cli.plan import announcing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ def alloc_layers(
     """
     from trimcli.commands.allocate import allocate
 
-    found = allocate(model, output, options, progress=say.progress, force=say.force)
+    found = allocate(model, output, options, progress=say.progress, force=say.force, announce=announcing(say))
     document = {
         "ratios": output,
         "method": found.method,

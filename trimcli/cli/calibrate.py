@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from trimcli.cli.options import Model, output
 from trimcli.cli.output import Say, facts, memory, size
+from trimcli.cli.plan import announcing
 
 if TYPE_CHECKING:
     from trimcli.commands.options import CalibrateOptions
@@ -25,7 +26,7 @@ def calibrate(
     """
     from trimcli.commands.calibrate import calibrate as run
 
-    found = run(model, output, options, force=say.force, progress=say.progress)
+    found = run(model, output, options, force=say.force, progress=say.progress, announce=announcing(say))
     sample = f"{found.seqlen} tokens" if found.picture is None else f"{' x '.join(map(str, found.picture))} pixels"
     rows = {
         "calibration": f"{found.path} ({size(found.path.stat().st_size)})",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trimcli.cli.options import Model, OutputFile
 from trimcli.cli.output import Say, facts, memory
+from trimcli.cli.plan import announcing
 
 if TYPE_CHECKING:
     from trimcli.commands.options import EvaluateOptions
@@ -26,7 +27,7 @@ def evaluate(model: Model, options: "EvaluateOptions", say: Say, output: OutputF
 
     if "seed" in say.given:
         options = replace(options, fewshot_seed=options.seed)
-    document = run(model, options, output, force=say.force, progress=say.progress)
+    document = run(model, options, output, force=say.force, progress=say.progress, announce=announcing(say))
     say.result(lambda: document, lambda: _print(document, output))
 
 

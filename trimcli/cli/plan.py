@@ -9,7 +9,10 @@ from trimcli.cli.options import Model
 from trimcli.cli.output import Say, rows_table, show, size, spread
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from trimcli.commands.options import PruneOptions
+    from trimcli.pipeline.fit import Fit
     from trimcli.pipeline.plan import Plan
 
 
@@ -54,8 +57,21 @@ def _print(found: "Plan") -> None:
         show(f"left dense: {name} {' x '.join(map(str, sizes))}{times}: {why}")
 
 
+def announcing(say: Say) -> "Callable[[Fit], None]":
+    """What says how a stage keeps to memory: where limits are set or a choice is not the usual one."""
+
+    def announce(fit: "Fit") -> None:
+        memory = size(fit.host_bytes)
+        if fit.device_bytes:
+            memory = f"{size(fit.device_bytes)} on the device, {memory} on the host"
+        if fit.limited or fit.why:
+            say.note("\n".join([f"about {memory} of memory", *fit.why]))
+
+    return announce
+
+
 def head(plan: "Plan") -> str:
-    """The plan in two lines."""
+    """The plan in two lines, and one for every choice that is not the usual one."""
     memory = size(plan.host_bytes)
     if plan.device_bytes:
         memory = f"{size(plan.device_bytes)} on {plan.device}, {memory} on the host"
@@ -64,8 +80,9 @@ def head(plan: "Plan") -> str:
     disk = size(plan.mask_bytes) + " of masks"
     if plan.model_bytes:
         disk += f", {size(plan.model_bytes)} of model"
-    return (
+    said = (
         f"{len(plan.linears)} matrices, {plan.weights:,} weights, {plan.zeros:,} to zero "
         f"({plan.zeros / plan.weights:.2%}), {len(plan.dense)} matrices left dense\n"
         f"{passes} in {plan.compute_dtype} on {plan.device}, about {memory} of memory{spilled}, {disk}"
     )
+    return "\n".join([said, *plan.why])

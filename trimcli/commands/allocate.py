@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from trimcli.commands.options import AllocateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, OptionError
+from trimcli.files.cache import spill_folder
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.documents import write_json
 from trimcli.files.imports import read_keep_ratios, read_metrics
@@ -22,9 +23,12 @@ from trimcli.methods.layers.projection import settle, weighted_mean
 from trimcli.methods.stats import LinearStats
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import refuse_unusable
-from trimcli.pipeline.plan import chosen_linears
+from trimcli.pipeline.estimate import one_matrix
+from trimcli.pipeline.fit import Fit, Work, fit
+from trimcli.pipeline.plan import chosen_linears, fit_trials
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.trial import divergences
+from trimcli.pipeline.walk import sample_length
 from trimcli.world import Found, World, current, joined
 
 # A target further than this from the mean of imported keep ratios was meant for another file.
@@ -34,18 +38,33 @@ T = TypeVar("T")
 
 
 def allocate(
-    model: str, output: Path | None, options: AllocateOptions, *, progress: Progress = NO_PROGRESS, force: bool = False
+    model: str,
+    output: Path | None,
+    options: AllocateOptions,
+    *,
+    progress: Progress = NO_PROGRESS,
+    force: bool = False,
+    announce: Callable[[Fit], None] | None = None,
 ) -> LayerSparsity:
-    """Distribute a target over a model's linears, and write the ratios file, if asked for. UsageError, HubError."""
+    """Distribute a target over a model's linears, and write the ratios file, if asked for. UsageError, HubError.
+
+    announce: is given how it will keep to memory. Raises ResourceError where it could not within the limits.
+    """
     options.check()
     inputs = inputs_of(options, model)
     check_outputs(inputs, texts=[output], kept=[options.metrics_cache], force=force)
     with joined() as world:
-        return _allocated(model, output, options, world, progress, force)
+        return _allocated(model, output, options, world, progress, force, announce)
 
 
 def _allocated(
-    model: str, output: Path | None, options: AllocateOptions, world: World, progress: Progress, force: bool
+    model: str,
+    output: Path | None,
+    options: AllocateOptions,
+    world: World,
+    progress: Progress,
+    force: bool,
+    announce: Callable[[Fit], None] | None,
 ) -> LayerSparsity:
     chosen = options.allocating
     skeleton = open_model(model, options, weights=not chosen.config_only and options.import_file is None, images=None)
@@ -55,9 +74,13 @@ def _allocated(
     if not skeleton.linears:
         raise InputError(f"{model} has no linears in its decoder layers to prune; give another model.")
     survey = _ModelSurvey(skeleton, options, progress)
+    kept = _kept_in_memory(skeleton, survey, options)
+    if kept is not None and announce:
+        announce(kept)
     if chosen.tries:
         prove(skeleton, options.cache_dir, progress)
-    skeleton.spill = options.spill
+    if kept is not None:
+        kept.hold(skeleton)
     try:
         target = _target(survey, options)
         proposed = chosen(survey, target, options=options.own())
@@ -88,6 +111,18 @@ def _allocated(
     return result
 
 
+def _kept_in_memory(skeleton: Skeleton, survey: "_ModelSurvey", options: AllocateOptions) -> Fit | None:
+    """How the allocation keeps to memory; None where it looks at nothing larger than a config."""
+    if options.trials is not None:
+        nsamples, seqlen = survey.samples, survey.seqlen
+        where: dict[str, Any] = {"spill": options.spill, "otherwise": spill_folder(options.cache_dir)}
+        return fit_trials(skeleton, options.trials, nsamples=nsamples, seqlen=seqlen, **where)
+    if options.allocating.config_only or options.import_file is not None:
+        return None
+    words = f"the allocation {options.method} of {skeleton.checkpoint.id}"
+    return fit(skeleton, Work(words, lambda *_: one_matrix(skeleton, options.allocating.weight_bytes), 1, 1))
+
+
 class _ModelSurvey:
     """What an allocation may look at (`trimcli.methods.layers.base.Survey`), from a model and the files given."""
 
@@ -110,7 +145,10 @@ class _ModelSurvey:
             self._calibration = CalibrationFile(options.calibration)
             self._calibration.check(skeleton.fingerprint)
             self._calibration.require(options.allocating.needs)
-        self.samples = 0 if self._calibration is None else self._calibration.nsamples
+        self.samples, self.seqlen = 0, 0
+        if self._calibration is not None:
+            self.samples = self._calibration.nsamples
+            self.seqlen = sample_length(skeleton, self._calibration.shape)
         self.metrics = MetricsCache(options.metrics_cache, skeleton.fingerprint)
 
     def weight(self, name: str) -> Tensor:

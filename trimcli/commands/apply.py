@@ -12,7 +12,7 @@ from trimcli.commands.options import ApplyOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import MismatchError
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, masked, parse_size, write_model
+from trimcli.files.directory import PrunedLinear, PrunedTensors, commands_so_far, masked, write_model
 from trimcli.files.manifest import PACKED, PRUNED, check_masks, manifest
 from trimcli.files.masks import MaskFile
 from trimcli.files.names import grouped
@@ -20,7 +20,7 @@ from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.packing import PackedTensors
 from trimcli.model.matrix import Matrix, finite
 from trimcli.model.skeleton import Skeleton
-from trimcli.options import check_fields
+from trimcli.options import check_fields, parse_size
 
 WeightOf = Callable[[str], Tensor | None]
 
@@ -56,7 +56,7 @@ def apply_masks(
     """
     options = options or ApplyOptions()
     check_fields(options)
-    max_shard_size = parse_size(options.max_shard_size) if options.max_shard_size else None
+    max_shard_size = parse_size("--max-shard-size", options.max_shard_size) if options.max_shard_size else None
     check_outputs(inputs_of(options, model, masks), directories=[output], force=force)
     found = MaskFile.open(masks)
     checkpoint = Checkpoint.open(model, revision=options.revision)

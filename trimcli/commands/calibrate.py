@@ -1,15 +1,16 @@
 """The calibrate stage: text to tokens or pictures to pixels, these through the dense model, statistics to a file."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from trimcli.commands.options import CalibrateOptions
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.files.cache import Cache
+from trimcli.files.cache import Cache, spill_folder
 from trimcli.files.manifest import CALIBRATION, manifest, sealed
 from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.parts import Part, Parts
@@ -21,9 +22,11 @@ from trimcli.methods.stats import stored_statistics
 from trimcli.model.pixels import channels
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import Collector
+from trimcli.pipeline.estimate import Memory, own_share, peak_of, walking
+from trimcli.pipeline.fit import Fit, Work, fit
 from trimcli.pipeline.plan import chosen_linears, refuse_experts
 from trimcli.pipeline.proof import prove
-from trimcli.pipeline.walk import Walk, default_seqlen, own_samples
+from trimcli.pipeline.walk import Walk, default_seqlen, own_samples, sample_length
 from trimcli.text.encoding import Encoder
 from trimcli.text.stdin import file_of
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
@@ -32,7 +35,10 @@ from trimcli.world import Found, World, joined
 
 @dataclass(frozen=True)
 class CalibrationSummary:
-    """What calibrate did. seqlen: tokens a sample, None of pictures; picture: (C, H, W). peak_memory: in bytes."""
+    """What calibrate did. seqlen: tokens a sample, None of pictures; picture: (C, H, W). peak_memory: in bytes.
+
+    planned: how it kept to memory.
+    """
 
     path: Path
     nsamples: int
@@ -42,6 +48,7 @@ class CalibrationSummary:
     stats: tuple[str, ...]
     seconds: float
     peak_memory: dict[str, int]
+    planned: dict[str, Any]
 
 
 def encoder_of(skeleton: Skeleton, options: CalibrateOptions) -> Encoder:
@@ -84,8 +91,12 @@ def calibrate(
     *,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
+    announce: Callable[[Fit], None] | None = None,
 ) -> CalibrationSummary:
-    """Gather a dense model's statistics into a file (Sun et al. 2023, section 3). Unfinished runs go on. UsageError."""
+    """Gather a dense model's statistics into a file (Sun et al. 2023, section 3). Unfinished runs go on. UsageError.
+
+    announce: is given how it will keep to memory. Raises ResourceError where it could not within the limits.
+    """
     options = options or CalibrateOptions()
     options.check()
     check_outputs(inputs_of(options, model), files=[output], force=force)
@@ -94,11 +105,15 @@ def calibrate(
         with PeakMemory() as memory:
             skeleton = open_model(model, options, images=options.images is not None)
             drawn = world.first(lambda: _draw(skeleton, options))
-            linears = _gather(skeleton, drawn, output, options, force, progress, world)
+            kept = _kept_in_memory(skeleton, samples_of(drawn), options)
+            if announce:
+                announce(kept)
+            linears = _gather(skeleton, drawn, output, options, kept, force, progress, world)
         peak = world.most(memory.document())
     seconds, (nsamples, *shape) = time.monotonic() - started, samples_of(drawn).shape
     seqlen, picture = (None, tuple(shape)) if skeleton.images else (shape[0], None)
-    return CalibrationSummary(output, nsamples, seqlen, picture, linears, options.stats, seconds, peak)
+    planned = kept.document()
+    return CalibrationSummary(output, nsamples, seqlen, picture, linears, options.stats, seconds, peak, planned)
 
 
 def samples_of(drawn: Found) -> Tensor:
@@ -107,17 +122,37 @@ def samples_of(drawn: Found) -> Tensor:
     return samples
 
 
+def _needs(options: CalibrateOptions) -> frozenset[str]:
+    """The statistics that are asked for."""
+    return frozenset(one.name for option, one in stored_statistics().items() if option in options.stats)
+
+
+def _kept_in_memory(skeleton: Skeleton, samples: Tensor, options: CalibrateOptions) -> Fit:
+    """How the walk will keep to memory."""
+    nsamples, seqlen, needs = len(samples), sample_length(skeleton, samples.shape), _needs(options)
+
+    def memory(batch_size: int, _: int | None) -> Memory:
+        if not needs:
+            return peak_of(skeleton, [{}])
+        return walking(skeleton, needs, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size)
+
+    where = options.spill, spill_folder(options.cache_dir)
+    words, mine = f"calibrating {skeleton.checkpoint.id}", own_share(nsamples)
+    return fit(skeleton, Work(words, memory, mine, seqlen, options.batch_size, *where))
+
+
 def _gather(
     skeleton: Skeleton,
     drawn: Found,
     output: Path,
     options: CalibrateOptions,
+    kept: Fit,
     force: bool,
     progress: Progress,
     world: World,
 ) -> int:
     """Write the calibration file; returns how many linears have statistics."""
-    needs = frozenset(one.name for option, one in stored_statistics().items() if option in options.stats)
+    needs = _needs(options)
     linears = chosen_linears(skeleton, options.only, options.skip, progress)
     refuse_experts(linears, needs)
     wanted = [linear.name for linear in linears]
@@ -129,7 +164,7 @@ def _gather(
     with Cache(options.cache_dir).parts(key) as parts:
         if needs:
             prove(skeleton, options.cache_dir, progress)
-            skeleton.spill = options.spill
+            kept.hold(skeleton)
             done = parts.finished()
             mine = own_samples(samples)
             walk = Walk(skeleton, mine, batch_size=options.batch_size, wanted=set(wanted), progress=progress)

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import numpy as np
 from trimcli.commands.options import EvaluateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, MismatchError, OptionError
-from trimcli.evaluation.images import accuracy
-from trimcli.evaluation.perplexity import apply_masks_to_layer, perplexity
+from trimcli.evaluation.images import accuracy, keep_pictures_in_memory
+from trimcli.evaluation.perplexity import apply_masks_to_layer, keep_in_memory, perplexity
+from trimcli.files.cache import spill_folder
 from trimcli.files.documents import read_mark, write_json
 from trimcli.files.manifest import RESULTS, check_masks, manifest
 from trimcli.files.masks import MaskFile
@@ -24,10 +26,12 @@ from trimcli.images.sources import pictures
 from trimcli.kernels.bitmap.model import sparsify
 from trimcli.memory import PeakMemory
 from trimcli.model.pixels import channels
-from trimcli.model.skeleton import Skeleton
-from trimcli.pipeline.proof import open_proven
+from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.pipeline.estimate import whole_model
+from trimcli.pipeline.fit import Fit, Work, fit
+from trimcli.pipeline.proof import prove
 from trimcli.pipeline.walk import default_seqlen, max_positions
-from trimcli.text.tokens import evaluation_windows, load_tokenizer
+from trimcli.text.tokens import EvaluationText, evaluation_windows, load_tokenizer
 from trimcli.world import World, joined, ranks
 
 
@@ -38,33 +42,52 @@ def evaluate(
     *,
     force: bool = False,
     progress: Progress = NO_PROGRESS,
+    announce: Callable[[Fit], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure a model, or it under masks; returns the document (`trim.results/1`) that `output` receives, if given."""
+    """Measure a model, or it under masks; returns the document (`trim.results/1`) that `output` receives, if given.
+
+    announce: is given how perplexity will keep to memory. Raises ResourceError where it could not within the limits.
+    """
     options.check()
     if options.tasks and ranks() > 1:
         raise OptionError(f"--tasks is measured in one process and {ranks()} ranks were started; leave out torchrun.")
     inputs = inputs_of(options, model)
     check_outputs(inputs, texts=[output], folders=[options.log_samples], force=force)
     with joined() as world:
-        return _evaluated(model, options, output, world, progress, force)
+        return _evaluated(model, options, output, world, progress, force, announce)
 
 
 def _evaluated(
-    model: str, options: EvaluateOptions, output: Path | None, world: World, progress: Progress, force: bool
+    model: str,
+    options: EvaluateOptions,
+    output: Path | None,
+    world: World,
+    progress: Progress,
+    force: bool,
+    announce: Callable[[Fit], None] | None,
 ) -> dict[str, Any]:
     started = time.monotonic()
     with PeakMemory() as memory:
-        skeleton = open_proven(model, options, progress, images=options.images is not None)
-        skeleton.spill = options.spill
+        skeleton = open_model(model, options, images=options.images is not None)
         mask = open_masks(options.masks, skeleton) if options.masks else None
         measured: dict[str, Any] = {"perplexity": []}
+        texts: list[EvaluationText] = []
+        if options.images is None:
+            tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
+            texts = _texts(skeleton, tokenizer, options)
+        if options.tasks:
+            _refuse_whole(skeleton, options)
+        kept = _kept_in_memory(skeleton, texts, options)
+        if kept is not None and announce:
+            announce(kept)
+        prove(skeleton, options.cache_dir, progress)
+        if kept is not None:
+            kept.hold(skeleton)
         if options.images is not None:
             measured["images"] = [_accuracy(skeleton, options.images, mask, options, progress)]
-        else:
-            tokenizer = load_tokenizer(skeleton.checkpoint.directory, trust_remote_code=options.trust_remote_code)
         sparse = sparsify(skeleton, mask, options.cache_dir, progress) if options.sparse else None
         if options.ppl:
-            measured["perplexity"] = _perplexities(skeleton, tokenizer, mask, options, progress)
+            measured["perplexity"] = _perplexities(skeleton, texts, mask, options, progress)
         sparsity = world.agreed(lambda: _sparsity(skeleton, mask))
         if options.tasks:
             measured |= _tasks(skeleton, tokenizer, mask, options, progress, force)
@@ -87,6 +110,7 @@ def _evaluated(
             device=str(skeleton.device),
             seconds=time.monotonic() - started,
             peak_memory=peak,
+            planned=None if kept is None else kept.document(),
         )
         if output is not None:
             write_json(output, document, force=force)
@@ -116,17 +140,43 @@ def _accuracy(
     return {"dataset": str(path), **asdict(right), "dtype": dtype_name(skeleton.dtype)}
 
 
-def _perplexities(
-    skeleton: Skeleton, tokenizer: Any, mask: MaskFile | None, options: EvaluateOptions, progress: Progress
-) -> list[dict[str, Any]]:
+def _texts(skeleton: Skeleton, tokenizer: Any, options: EvaluateOptions) -> list[EvaluationText]:
+    """The windows of every text. Raises OptionError for more tokens than the model has positions."""
     seqlen = options.seqlen or default_seqlen(skeleton.config)
     positions = max_positions(skeleton.config)
     if positions is not None and seqlen > positions:
         known = f"the {positions} positions of {skeleton.checkpoint.id}"
         raise OptionError(f"--seqlen {seqlen} is beyond {known}; give less.")
-    most, batch_size = options.max_windows, options.batch_size
-    how: dict[str, Any] = {"seqlen": seqlen, "max_windows": most, "bos": options.bos, "chat": options.chat}
-    texts = [evaluation_windows(name, tokenizer, **how) for name in options.ppl]
+    how: dict[str, Any] = {"seqlen": seqlen, "max_windows": options.max_windows}
+    how |= {"bos": options.bos, "chat": options.chat}
+    return [evaluation_windows(name, tokenizer, **how) for name in options.ppl]
+
+
+def _kept_in_memory(skeleton: Skeleton, texts: Sequence[EvaluationText], options: EvaluateOptions) -> Fit | None:
+    """How the pictures or the longest text keep to memory, None where there are none."""
+    shapes = [text.windows.shape for text in texts]
+    how: dict[str, Any] = {"spill": options.spill, "otherwise": spill_folder(options.cache_dir)}
+    how["batch_size"] = options.batch_size
+    if options.images is not None:
+        with pictures(options.images) as found:
+            return keep_pictures_in_memory(skeleton, len(found), **how)
+    return keep_in_memory(skeleton, *max(shapes), **how) if shapes else None
+
+
+def _refuse_whole(skeleton: Skeleton, options: EvaluateOptions) -> None:
+    """Raise ResourceError where the limits do not hold the whole model, which zero-shot tasks are measured on."""
+    words = f"measuring zero-shot tasks, for which all of {skeleton.checkpoint.id} is in memory,"
+    fit(skeleton, Work(words, lambda *_: whole_model(skeleton, default_seqlen(skeleton.config)), 1, 1, 1))
+
+
+def _perplexities(
+    skeleton: Skeleton,
+    texts: Sequence[EvaluationText],
+    mask: MaskFile | None,
+    options: EvaluateOptions,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    batch_size = options.batch_size
     values = [perplexity(skeleton, text.windows, mask=mask, batch_size=batch_size, progress=progress) for text in texts]
     if any(map(math.isnan, values)):
         what = f"the head of {skeleton.checkpoint.directory} gives NaN (it holds such values or overflows)"
@@ -135,7 +185,7 @@ def _perplexities(
         {
             "dataset": text.dataset,
             "value": value,
-            "seqlen": seqlen,
+            "seqlen": text.windows.shape[1],
             "windows": len(text.windows),
             "tokens": text.tokens,
             "bos": text.bos,

@@ -29,7 +29,7 @@ from trimcli.training.budget import goal_of
 from trimcli.training.lora import adapted
 from trimcli.training.masked import check_held
 from trimcli.training.options import FinetuneOptions
-from trimcli.training.plan import FinetunePlan, make_plan, split
+from trimcli.training.plan import FinetunePlan, make_plan, refuse_beyond, split
 from trimcli.training.record import Record
 from trimcli.training.teacher import Teacher, at_hand, check_vocabulary
 from trimcli.training.trainer import autocast_dtype
@@ -145,6 +145,7 @@ class _Session:
         self.plan = make_plan(
             self.skeleton, options, samples=self.samples, held=self._held(), teacher=self.teacher, adapted=self.chosen
         )
+        refuse_beyond(self.plan, self.skeleton, options)
 
     def _masks(self) -> Masks | None:
         """The masks to be held, from a file or from the directory; None where ADMM finds them from a dense model."""

@@ -293,6 +293,10 @@ class EvaluateOptions(WalkOptions):
         if not self.ppl and (self.chat or self.bos != "auto"):
             flag = "--chat" if self.chat else f"--bos {self.bos}"
             raise OptionError(f"{flag} does nothing without --ppl; give --ppl or leave it out.")
+        if self.sparse and any(self.limits):
+            flag = "--max-memory" if self.limits.host is not None else "--max-device-memory"
+            what = f"--sparse with {flag}: how much the pruned matrices take shows only when they are read"
+            raise OptionError(f"{what}; leave one of them out.")
         check_stdin(self.ppl)
         for name in ("include_path", "num_fewshot", "limit", "log_samples"):
             value = getattr(self, name)

@@ -1,23 +1,32 @@
 """`plan` without a run: targets from the options and whatever files they name, nothing computed and nothing written."""
 
 from trimcli.commands.options import CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import refuse_samples_of_other_kind, spill_folder, targets_of
+from trimcli.commands.resolve import refuse_samples_of_other_kind, targets_of
 from trimcli.console import NO_PROGRESS, Progress
+from trimcli.files.cache import spill_folder
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.choice import Target
-from trimcli.model.skeleton import open_model
+from trimcli.model.matrix import Matrix
+from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.plan import Plan, chosen_linears, make_plan
 from trimcli.pipeline.walk import sample_length, usual_length
 from trimcli.text.tokens import read_tokens
 
 
 def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRESS) -> Plan:
-    """The plan of `prune(model, ...)`. An allocation yet to be made is planned as uniform. Raises UsageError."""
+    """The plan of `prune(model, ...)`. An allocation yet to be made is planned as uniform.
+
+    Raises UsageError, and ResourceError for what its limits cannot hold.
+    """
     options.check()
     skeleton = open_model(model, options, weights=None, images=None)
     refuse_samples_of_other_kind(skeleton, options)
-    linears = chosen_linears(skeleton, options.only, options.skip, progress)
+    return foreseen(skeleton, chosen_linears(skeleton, options.only, options.skip, progress), options)
+
+
+def foreseen(skeleton: Skeleton, linears: list[Matrix], options: PruneOptions) -> Plan:
+    """The plan of a prune of these linears, before anything is calibrated or allocated. Raises what `foresee` does."""
     if options.allocate and options.allocate.sparsity is not None:
         targets = dict.fromkeys((one.name for one in linears), Target(options.allocate.sparsity))
     else:
@@ -42,6 +51,7 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
         saves_model=options.save_model is not None,
         calibrates=options.calibrates,
         trials=options.allocate.trials if options.allocate else None,
+        batch_size=options.batch_size,
         spill=options.spill,
         otherwise=spill_folder(options.cache_dir),
     )

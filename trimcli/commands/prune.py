@@ -11,17 +11,12 @@ from torch import Tensor
 
 from trimcli.commands.apply import masked_weights, pruned_linear
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import (
-    cached_calibration,
-    cached_ratios,
-    refuse_samples_of_other_kind,
-    spill_folder,
-    targets_of,
-)
+from trimcli.commands.plan import foreseen
+from trimcli.commands.resolve import cached_calibration, cached_ratios, refuse_samples_of_other_kind, targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.atomic import MARK, all_or_none, file_digest
-from trimcli.files.cache import Cache
+from trimcli.files.cache import Cache, spill_folder
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.directory import PrunedTensors, commands_so_far, write_model
 from trimcli.files.documents import read_json, read_mark
@@ -38,9 +33,11 @@ from trimcli.methods import masks
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import stored_statistics
 from trimcli.methods.updates.grid import Grid
+from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton, open_model
+from trimcli.pipeline.estimate import walks
 from trimcli.pipeline.passes import Passes
-from trimcli.pipeline.plan import Plan, chosen_linears, make_plan, walks
+from trimcli.pipeline.plan import Plan, chosen_linears, make_plan
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.walk import sample_length, usual_length
 from trimcli.world import joined, ranks
@@ -53,7 +50,7 @@ KeepOf = Callable[[str], Tensor]
 class PruneSummary:
     """What prune did. layers: sparsity by decoder layer. resumed: layers that an earlier run had finished.
 
-    heldout: by step, in how many matrices held-out samples let it stand, of how many.
+    heldout: by step, in how many matrices held-out samples let it stand, of how many. planned: how it kept to memory.
     """
 
     masks: Path
@@ -69,6 +66,7 @@ class PruneSummary:
     resumed: int
     seconds: float
     peak_memory: dict[str, int]
+    planned: dict[str, Any]
 
 
 def prune(
@@ -87,7 +85,12 @@ def prune(
     started = time.monotonic()
     with joined() as world:
         with PeakMemory() as memory, contextlib.ExitStack() as stack:
-            run = _Run(open_model(model, options, images=None), options, progress)
+            skeleton = open_model(model, options, images=None)
+            refuse_samples_of_other_kind(skeleton, options)
+            linears = chosen_linears(skeleton, options.only, options.skip, progress)
+            if any(options.limits):
+                foreseen(skeleton, linears, options)  # what would not fit is said before a calibration is made
+            run = _Run(skeleton, linears, options, progress)
             plan = run.plan()
             if announce:
                 announce(plan)
@@ -95,7 +98,7 @@ def prune(
             check_space({output: plan.mask_bytes, **saved})
             if walks(run.recipe) or run.recipe.barber:
                 prove(run.skeleton, options.cache_dir, progress)
-            run.skeleton.spill = plan.spill
+            plan.fit.hold(run.skeleton)
             stages = ["first", "second"] if options.recipe.barber else ["first"]
             passes = [stack.enter_context(Cache(options.cache_dir).parts(run.key(stage))) for stage in stages]
             for parts in [] if options.resume else passes:
@@ -125,6 +128,7 @@ def prune(
         resumed=resumed,
         seconds=time.monotonic() - started,
         peak_memory=peak,
+        planned=plan.fit.document(),
     )
 
 
@@ -155,11 +159,9 @@ def _refuse_outputs(model: str, output: Path, options: PruneOptions, *, force: b
 class _Run:
     """One prune: the skeleton, what is to go, and the passes."""
 
-    def __init__(self, skeleton: Skeleton, options: PruneOptions, progress: Progress) -> None:
-        self.skeleton, self.options, self.progress = skeleton, options, progress
+    def __init__(self, skeleton: Skeleton, linears: list[Matrix], options: PruneOptions, progress: Progress) -> None:
+        self.skeleton, self.linears, self.options, self.progress = skeleton, linears, options, progress
         self.recipe = options.recipe
-        refuse_samples_of_other_kind(skeleton, options)
-        self.linears = chosen_linears(skeleton, options.only, options.skip, progress)
         self.ratios, self.calibration = options.ratios, None
         if options.calibration:
             self.calibration = CalibrationFile(options.calibration)
@@ -221,6 +223,7 @@ class _Run:
             saves_model=self.options.save_model is not None,
             calibrates=self.options.calibrates,
             trials=self.options.allocate.trials if self.options.allocate else None,
+            batch_size=self.options.batch_size,
             spill=self.options.spill,
             otherwise=spill_folder(self.options.cache_dir),
         )

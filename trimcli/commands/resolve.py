@@ -17,7 +17,7 @@ from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.choice import Target, uniform_target
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton, refuse_other_kind
-from trimcli.options import FOLDERS
+from trimcli.options import UNRECORDED
 from trimcli.text.stdin import file_of
 
 
@@ -83,11 +83,6 @@ def targets_of(
     return {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}
 
 
-def spill_folder(cache_dir: Path | None) -> Path:
-    """Where hidden states go that memory has no room for, and nobody said where."""
-    return Cache(cache_dir).directory / "spilled"
-
-
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
@@ -100,7 +95,7 @@ def _digests(options: Any, *fields: str) -> dict[str, str]:
 
 def _key(skeleton: Skeleton, options: dict[str, Any]) -> dict[str, Any]:
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    for folder in FOLDERS:
-        plain.pop(folder, None)
+    for name in UNRECORDED:
+        plain.pop(name, None)
     fingerprint = skeleton.fingerprint
     return {"model": [fingerprint.structure, fingerprint.content], "options": plain}

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,9 +12,10 @@ from trimcli.evaluation.perplexity import ROUND_BYTES, apply_masks_to_layer
 from trimcli.files.masks import MaskFile
 from trimcli.images.pixels import Processor
 from trimcli.images.sources import Pictures
-from trimcli.model.pixels import hidden_form, picture_shape
 from trimcli.model.skeleton import Skeleton
-from trimcli.pipeline.walk import Walk
+from trimcli.pipeline.estimate import Memory, own_share, state_bytes, walking
+from trimcli.pipeline.fit import Fit, Work, fit
+from trimcli.pipeline.walk import Walk, usual_length
 from trimcli.world import current
 
 BEST = 5
@@ -44,8 +46,7 @@ def accuracy(
     mask: applied to each layer as it is loaded. The skeleton is proven. Raises InputError naming a picture that cannot
     be decoded, or the layer whose outputs are not finite.
     """
-    places, width = hidden_form(skeleton.model, *picture_shape(skeleton.config)[1:])
-    per_round = max(1, ROUND_BYTES // (places * width * skeleton.dtype.itemsize))
+    per_round = pictures_per_round(skeleton)
     right = torch.zeros(2, dtype=torch.int64, device=skeleton.device)
     mine = current().share(len(found))
     for start in range(mine.start, mine.stop, per_round):
@@ -55,6 +56,29 @@ def accuracy(
         right += _round(skeleton, pixels, wanted, mask, batch_size, progress)
     top1, top5 = (int(count) / len(found) for count in current().summed(right))
     return Accuracy(top1, top5, len(found))
+
+
+def pictures_per_round(skeleton: Skeleton) -> int:
+    """How many pictures walk together."""
+    return max(1, ROUND_BYTES // state_bytes(skeleton, usual_length(skeleton)))
+
+
+def keep_pictures_in_memory(
+    skeleton: Skeleton,
+    count: int,
+    *,
+    batch_size: int | None = None,
+    spill: Path | None = None,
+    otherwise: Path | None = None,
+) -> Fit:
+    """How the measurement of so many pictures keeps to memory. spill, otherwise: of `Work`. Raises ResourceError."""
+    together, places = min(own_share(count), pictures_per_round(skeleton)), usual_length(skeleton)
+
+    def memory(size: int, _: int | None) -> Memory:
+        return walking(skeleton, (), nsamples=together, seqlen=places, batch_size=size)
+
+    words = f"measuring accuracy of {skeleton.checkpoint.id}"
+    return fit(skeleton, Work(words, memory, together, places, batch_size, spill, otherwise))
 
 
 def _round(

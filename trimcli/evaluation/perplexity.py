@@ -1,6 +1,7 @@
 """Perplexity layer by layer: a model larger than memory can be measured, masked or not."""
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.masks import MaskFile
 from trimcli.model.device import held_logits
 from trimcli.model.skeleton import DecoderLayer, Skeleton
+from trimcli.pipeline.estimate import Memory, measuring, own_share, state_bytes
+from trimcli.pipeline.fit import Fit, Work, fit
 from trimcli.pipeline.walk import Walk
 from trimcli.world import current
 
@@ -32,10 +35,7 @@ def perplexity(
     Every rank measures its share of the windows. mask: applied to each layer as it is loaded. Raises InputError naming
     the layer whose outputs are not finite.
     """
-    width = skeleton.model.get_input_embeddings().embedding_dim
-    per_round = max(1, ROUND_BYTES // (windows.shape[1] * width * skeleton.dtype.itemsize))
-    if skeleton.spill is not None:
-        per_round = len(windows)
+    per_round = len(windows) if skeleton.spill is not None else windows_per_round(skeleton, windows.shape[1])
     losses = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)
     mine = current().share(len(windows))
     for start in range(mine.start, mine.stop, per_round):
@@ -43,6 +43,40 @@ def perplexity(
         losses[rows] = _round(skeleton, windows[rows], mask, batch_size, progress)
     mean = sum(current().whole(losses, 0).tolist()) / len(losses)
     return math.exp(mean) if mean < 700 else math.inf if not math.isnan(mean) else math.nan
+
+
+def windows_per_round(skeleton: Skeleton, seqlen: int) -> int:
+    """How many windows' hidden states are in memory together."""
+    return max(1, ROUND_BYTES // state_bytes(skeleton, seqlen))
+
+
+def logit_tokens(skeleton: Skeleton) -> int:
+    """How many tokens' logits the device takes at a time."""
+    vocabulary: int = skeleton.model.get_output_embeddings().weight.shape[0]
+    return max(TOKENS, held_logits(skeleton.device) // vocabulary)
+
+
+def keep_in_memory(
+    skeleton: Skeleton,
+    windows: int,
+    seqlen: int,
+    *,
+    batch_size: int | None = None,
+    spill: Path | None = None,
+    otherwise: Path | None = None,
+) -> Fit:
+    """How the measurement of so many windows keeps to memory. spill, otherwise: of `Work`. Raises ResourceError."""
+    mine = own_share(windows)
+    together = mine if spill is not None else min(mine, windows_per_round(skeleton, seqlen))
+    usual = min(logit_tokens(skeleton), together * seqlen)
+    states = state_bytes(skeleton, together * seqlen)
+
+    def memory(size: int, tokens: int | None) -> Memory:
+        return measuring(skeleton, states=states, seqlen=seqlen, batch_size=size, logit_tokens=tokens or usual)
+
+    pieces = list(dict.fromkeys([usual, *(count for count in (256, 128, 64, 32, 16) if count < usual)]))
+    words = f"measuring perplexity of {skeleton.checkpoint.id}"
+    return fit(skeleton, Work(words, memory, together, seqlen, batch_size, spill, otherwise, pieces))
 
 
 def _round(
@@ -57,9 +91,8 @@ def _round(
             walk.advance(layer)
             step()
     with walk.head() as head, progress.task("measuring windows", len(windows)) as step:
-        vocabulary = skeleton.model.get_output_embeddings().weight.shape[0]
         length = windows.shape[1] - 1
-        tokens = max(TOKENS, held_logits(skeleton.device) // vocabulary)
+        tokens = skeleton.logit_tokens or logit_tokens(skeleton)
         together, piece = max(1, tokens // length), min(length, tokens)
         targets = windows[:, 1:].to(skeleton.device, torch.long)
         total = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)

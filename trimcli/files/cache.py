@@ -86,3 +86,8 @@ def digest(key: Any) -> str:
     """Twenty hexadecimal digits for a JSON value under this version: another one may compute something else."""
     text = canonical_json([version("trimcli"), finite_or_none(key)])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def spill_folder(cache_dir: Path | None) -> Path:
+    """Where hidden states go that memory has no room for, and nobody said where."""
+    return Cache(cache_dir).directory / "spilled"

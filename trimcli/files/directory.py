@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import InputError, OptionError
+from trimcli.errors import InputError
 from trimcli.files.atomic import MARK, atomic_directory
 from trimcli.files.card import with_card
 from trimcli.files.checkpoint import CONFIG, SAFE_INDEX, SAFE_SINGLE, Checkpoint
@@ -94,16 +94,6 @@ class WrittenModel:
     document: dict[str, Any]
     dense_bytes: int
     nbytes: int
-
-
-def parse_size(text: str) -> int:
-    """Bytes of a size such as "5GB" (decimal) or "5GiB" (binary). Raises OptionError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(I?))?B?", text.strip().upper())
-    if found:
-        size = int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2] or " "))
-        if size:
-            return size
-    raise OptionError(f"{text!r} is not a shard size; write it like 5GB or 500MB.")
 
 
 def masked(weight: Tensor, keep: Tensor) -> Tensor:

@@ -25,8 +25,29 @@ def held_logits(device: torch.device) -> int:
     """How many logits to hold at a time on a device, by what of its memory is free."""
     if device.type == "cpu":
         return LOGITS
-    free, _ = torch.get_device_module(device).mem_get_info(device)
-    return min(DEVICE_LOGITS, int(free) // LOGIT_BYTES)
+    return min(DEVICE_LOGITS, free_bytes(device) // LOGIT_BYTES)
+
+
+def free_bytes(device: torch.device) -> int:
+    """What tensors may still take of an accelerator's memory, within what `limit_device` left this process."""
+    module = torch.get_device_module(device)
+    free, total = module.mem_get_info(device)
+    share = module.get_per_process_memory_fraction(device)
+    return (
+        int(free) if share >= 1 else max(0, min(int(free), int(share * total) - int(module.memory_allocated(device))))
+    )
+
+
+def limit_device(device: torch.device, nbytes: int | None) -> None:
+    """Let this process's tensors take no more than `nbytes` of an accelerator's memory, or all of it: torch holds it.
+
+    What goes beyond runs out of memory, upon which a walk goes on with smaller batches.
+    """
+    module = torch.get_device_module(device)
+    if device.type == "cpu" or (nbytes is None and not module.is_initialized()):
+        return
+    _, total = module.mem_get_info(device)
+    module.set_per_process_memory_fraction(1.0 if nbytes is None else min(1.0, nbytes / total), device)
 
 
 def compute_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:

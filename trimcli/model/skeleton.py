@@ -15,8 +15,8 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import ModelFingerprint
 from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
-from trimcli.memory import collect_as_usual
-from trimcli.model.device import compute_device, compute_dtype
+from trimcli.memory import Limits, collect_as_usual
+from trimcli.model.device import compute_device, compute_dtype, limit_device
 from trimcli.model.empty import build_empty, classifies_images, empty, expert_counts, find_layers, set_parameter
 from trimcli.model.fingerprint import fingerprint_of
 from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
@@ -53,12 +53,19 @@ class Skeleton:
     """A transformers model without weights, and the means to fill it in parts. dtype: of the computation.
 
     form, returns: what `trimcli.pipeline.proof` found to hold for the model; returns is None while nobody looked.
-    spill: the folder in whose files the hidden states of its walks lie, None for memory.
+    limits: what may be taken of memory; the rest keeps its walks within them (`trimcli.pipeline.fit`).
+    spill: the folder in whose files the hidden states of its walks lie, None for memory. on_host: whether that is the
+    host's; None where that hangs on what the compute device has free. batch_tokens: in a batch that is not chosen
+    otherwise, logit_tokens: whose logits are held at a time; None for what suits the device.
     """
 
     form: Form = "recorded"
     returns: Returns | None = None
+    limits = Limits()
     spill: Path | None = None
+    on_host: bool | None = None
+    batch_tokens: int | None = None
+    logit_tokens: int | None = None
 
     def __init__(
         self,
@@ -293,10 +300,13 @@ def open_model(
     weights: None for what is there. images: whether it has to be an image classifier, None for either.
     """
     device = compute_device(options.device)
+    limits = options.limits
+    limit_device(device, limits.device)
     checkpoint = Checkpoint.open(model, revision=options.revision, weights=weights)
     if images is not None:
         refuse_other_kind(checkpoint, images=images)
     dtype = compute_dtype(options.dtype, checkpoint, device)
     skeleton = Skeleton(checkpoint, dtype=dtype, device=device, trust_remote_code=options.trust_remote_code)
+    skeleton.limits = limits
     collect_as_usual()  # the last of what takes long to import is
     return skeleton

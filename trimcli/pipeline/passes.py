@@ -22,7 +22,8 @@ from trimcli.methods.stats import INPUTS, SQNORM, STATISTICS, LinearStats
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.collector import Collector, InputGroup, refuse_unusable
-from trimcli.pipeline.plan import gathered_together, walks
+from trimcli.pipeline.estimate import walks
+from trimcli.pipeline.plan import gathered_together
 from trimcli.pipeline.rebuild import blocks_of, rebuild_layer
 from trimcli.pipeline.reconstruct import Guide, learn_layer, parameter_inside, reconstruct_layer
 from trimcli.pipeline.walk import Walk, own_samples

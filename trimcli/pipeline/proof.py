@@ -23,6 +23,7 @@ from trimcli.files.cache import Cache
 from trimcli.files.documents import read_json, write_json
 from trimcli.files.manifest import LIBRARIES, is_intact, sealed
 from trimcli.methods.masks import slices
+from trimcli.model.empty import empty
 from trimcli.model.forward import Forward, first_output, form_of, split_call
 from trimcli.model.pixels import picture_shape
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton, open_model
@@ -164,7 +165,7 @@ def _token_ids(config: dict[Any, Any]) -> Iterator[int]:
 
 def _own(skeleton: Skeleton, samples: Tensor) -> _Own:
     """The model's own forward pass, one layer resident."""
-    own = _Own()
+    own, lookup = _Own(), skeleton.model.get_input_embeddings()
 
     def filled(layer: DecoderLayer) -> Any:
         forward = layer.module.forward
@@ -172,6 +173,7 @@ def _own(skeleton: Skeleton, samples: Tensor) -> _Own:
         def called(*args: Any, **kwargs: Any) -> Any:
             own.order.append(layer.index)
             own.arrived.append(split_call(args, kwargs)[0].clone())
+            empty(lookup, recurse=False)  # of a large vocabulary, as large as several layers; filled again on use
             skeleton.load_layer(layer)
             try:
                 result = forward(*args, **kwargs)

@@ -11,6 +11,7 @@ from trimcli.console import Progress
 from trimcli.errors import InputError
 from trimcli.files.spilled import Spilled
 from trimcli.methods.masks import slices
+from trimcli.model.device import free_bytes
 from trimcli.model.forward import Embedder, Forward, Head, Recording, first_output
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.stream import Logits, Stream
@@ -63,10 +64,11 @@ class Recorded(Stream):
             self._spilled = Spilled(self.skeleton.spill, shape, states.dtype)
             return self._spilled.tensor
         size = states[0].numel() * len(self._samples) * states.element_size()
-        if states.device.type != "cpu":
-            free, _ = torch.get_device_module(states.device).mem_get_info(states.device)
-            if size > SHARE * free:
-                return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
+        on_host = self.skeleton.on_host
+        if states.device.type != "cpu" and on_host is None:
+            on_host = size > SHARE * free_bytes(states.device)
+        if states.device.type != "cpu" and on_host:
+            return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
         return torch.empty(shape, dtype=states.dtype, device=states.device)
 
     def _keep_recording(self, rows: slice, recording: Recording) -> None:

@@ -19,7 +19,7 @@ from trimcli.model.device import held_logits
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.stream import Logits
-from trimcli.pipeline.walk import Walk, batch_tokens, own_samples
+from trimcli.pipeline.walk import Walk, batch_of, own_samples
 from trimcli.world import current
 
 
@@ -39,7 +39,7 @@ def divergences(
     """
     everyone, tokens = tokens.numel(), own_samples(tokens)
     count = len(tokens)
-    most = max(1, min(batch_tokens(skeleton.device) // tokens.shape[1], count))
+    most = batch_of(skeleton, *tokens.shape)
     # Batches that do not reach from one candidate into the next.
     size = next(size for size in range(most, 0, -1) if count % size == 0)
     walk = Walk(skeleton, tokens.repeat(1 + len(candidates), 1), batch_size=size)

@@ -44,8 +44,7 @@ class Walk:
         self.nsamples, self.seqlen = len(samples), sample_length(skeleton, samples.shape)
         if not skeleton.images:
             refuse_foreign_tokens(skeleton, samples)
-        chosen = batch_tokens(skeleton.device) // self.seqlen
-        size = max(1, min(batch_size or chosen, self.nsamples))
+        size = batch_of(skeleton, self.nsamples, self.seqlen, batch_size)
         if (form or skeleton.form) == "suspended" and skeleton.spill is not None and form is None:
             what = f"the hidden states of {skeleton.checkpoint.id} belong to passes of its own"
             progress.warn(f"{what} and stay in memory, whatever --spill says.")
@@ -210,6 +209,12 @@ def own_samples(samples: Tensor) -> Tensor:
 def batch_tokens(device: torch.device) -> int:
     """Tokens in a batch when no batch size is given: enough to fill the device, few enough for small activations."""
     return 2048 if device.type == "cpu" else 16384
+
+
+def batch_of(skeleton: Skeleton, nsamples: int, seqlen: int, batch_size: int | None = None) -> int:
+    """Samples in a batch, of `nsamples` of `seqlen` tokens: so many as were asked for, or as the device suits."""
+    chosen = (skeleton.batch_tokens or batch_tokens(skeleton.device)) // seqlen
+    return max(1, min(batch_size or chosen, nsamples))
 
 
 def max_positions(config: Any) -> int | None:

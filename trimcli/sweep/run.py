@@ -18,13 +18,14 @@ from torch import Tensor
 
 from trimcli.commands.evaluate import open_masks
 from trimcli.commands.options import CalibrateOptions, prune_words
+from trimcli.commands.plan import foreseen
 from trimcli.commands.prune import prune
 from trimcli.commands.resolve import cached_calibration
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, OptionError
-from trimcli.evaluation.perplexity import perplexity
+from trimcli.evaluation.perplexity import keep_in_memory, perplexity
 from trimcli.files.atomic import atomic_file
-from trimcli.files.cache import Cache, digest
+from trimcli.files.cache import Cache, digest, spill_folder
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.documents import read_json, write_json
 from trimcli.files.manifest import manifest
@@ -32,7 +33,9 @@ from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
 from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
-from trimcli.pipeline.plan import chosen_linears, forward_passes, walks
+from trimcli.pipeline.estimate import walks
+from trimcli.pipeline.fit import Fit
+from trimcli.pipeline.plan import chosen_linears, forward_passes
 from trimcli.pipeline.proof import open_proven
 from trimcli.pipeline.walk import default_seqlen
 from trimcli.sweep.grid import Setting, SweepOptions, settings_of
@@ -98,8 +101,12 @@ def sweep(
     check_outputs(inputs, texts=[output], kept=[options.metrics_cache], force=force)
     settings = settings_of(options)
     skeleton = open_model(model, options)
-    chosen_linears(skeleton, options.only, options.skip, progress)
+    linears = chosen_linears(skeleton, options.only, options.skip, progress)
+    for setting in settings if any(options.limits) else ():  # what would not fit is said before anything is measured
+        asked = options.prune_options(setting, None, Path("pruned"))
+        foreseen(skeleton, linears, replace(asked, calibrate=options.calibrate()))
     plan = _plan(skeleton, options, settings)
+    _keep_in_memory(skeleton, options, plan.holdout, plan.seqlen)
     if announce:
         announce(plan)
     calibrate = _calibrate_options(options)
@@ -123,6 +130,12 @@ def sweep(
     if output is not None:
         write_json(output, document, force=force)
     return SweepResult(dense, tuple(runs), len(heldout), heldout.shape[1], measurer.taken_over, document)
+
+
+def _keep_in_memory(skeleton: Skeleton, options: SweepOptions, samples: int, seqlen: int) -> Fit:
+    """How measuring the held-out samples keeps to memory. Raises ResourceError where the limits leave no way."""
+    where: dict[str, Any] = {"spill": options.spill, "otherwise": spill_folder(options.cache_dir)}
+    return keep_in_memory(skeleton, samples, seqlen, batch_size=options.batch_size, **where)
 
 
 def _plan(skeleton: Skeleton, options: SweepOptions, settings: list[Setting]) -> SweepPlan:
@@ -251,5 +264,6 @@ class _Measurer:
 
     def _perplexity(self, model: str, masks: Path | None = None) -> float:
         skeleton, size = open_proven(model, self._options, self._progress), self._options.batch_size
+        _keep_in_memory(skeleton, self._options, *self._heldout.shape).hold(skeleton)
         mask = open_masks(masks, skeleton) if masks else None
         return perplexity(skeleton, self._heldout, mask=mask, batch_size=size, progress=self._progress)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from trimcli.errors import OptionError
 from trimcli.methods.choice import parse_pattern
-from trimcli.options import RunOptions, above_zero, at_least, fraction, not_negative, option, positive
+from trimcli.options import LimitedOptions, above_zero, at_least, fraction, not_negative, option, positive
 from trimcli.text.encoding import Bos
 from trimcli.text.options import BOS, CHAT, DATASET, SEQLEN, TOKENS
 from trimcli.text.stdin import check_stdin
@@ -22,7 +22,7 @@ PATTERN = "unstructured, or N:M: N weights are KEPT of each M consecutive inputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(RunOptions):
+class FinetuneOptions(LimitedOptions):
     """What to train, on what, and for how long."""
 
     mode: Mode = option(

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from trimcli.errors import InputError
+from trimcli.console import size
+from trimcli.errors import InputError, ResourceError
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton
-from trimcli.pipeline.plan import LIBRARIES
+from trimcli.pipeline.estimate import LIBRARIES
 from trimcli.training.options import FinetuneOptions
 from trimcli.world import ranks
 
@@ -122,6 +123,19 @@ def make_plan(
         device=str(skeleton.device),
         nbytes=estimate_memory(skeleton, options, trained=trained, held=held, seqlen=train.shape[1], teacher=size),
     )
+
+
+def refuse_beyond(plan: FinetunePlan, skeleton: Skeleton, options: FinetuneOptions) -> None:
+    """Raise ResourceError where the limits do not hold the training, whose batches are a part of its result."""
+    cpu = skeleton.device.type == "cpu"
+    flag, limit = ("--max-memory", options.limits.host) if cpu else ("--max-device-memory", options.limits.device)
+    if limit is None or plan.nbytes <= limit:
+        return
+    ways = [f"give {flag} {math.ceil(plan.nbytes / (1 << 20))}MiB", "a smaller --batch-size with more --accumulate"]
+    ways += [] if options.gradient_checkpointing else ["--gradient-checkpointing"]
+    ways += [] if options.mode == "lora" else ["--mode lora"]
+    what = f"training {plan.model} takes about {size(plan.nbytes)} of memory, and {flag} allows {size(limit)}"
+    raise ResourceError(f"{what}; {', '.join(ways[:-1])} or {ways[-1]}.")
 
 
 def estimate_memory(

@@ -45,6 +45,7 @@ class AlphaOptions:
     options=AlphaOptions,
     imports="metrics",
     remembers=True,
+    weight_bytes=12,
 )
 def alpha(survey: Survey, target: float, options: AlphaOptions) -> Allocation:
     """Matrices whose spectrum has a heavier tail lose less."""

@@ -74,13 +74,14 @@ class LayerAllocation(Entry):
     """A layer allocation: function(survey, target[, options]) gives an Allocation. needs: of dense inputs.
 
     imports: which `.npy` it takes, ratios per decoder layer or metrics per linear. remembers: whether it measures what
-    a metrics file can keep. config_only: needs no weights.
+    a metrics file can keep. config_only: needs no weights. weight_bytes: memory for each weight of a matrix looked at.
     """
 
     imports: Literal["ratios", "metrics"] | None = None
     remembers: bool = False
     config_only: bool = False
     tries: bool = False
+    weight_bytes: int = 24
 
 
 ALLOCATIONS = Registry("layer allocation", "--method", LayerAllocation)

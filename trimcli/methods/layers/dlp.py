@@ -31,7 +31,9 @@ class DlpOptions:
         check_fields(self)
 
 
-@layer_allocation("dlp", needs={SQNORM}, title="DLP", source="Chen et al. 2025, section 3", options=DlpOptions)
+@layer_allocation(
+    "dlp", needs={SQNORM}, title="DLP", source="Chen et al. 2025, section 3", options=DlpOptions, weight_bytes=20
+)
 def dlp(survey: Survey, target: float, options: DlpOptions) -> Allocation:
     """Decoder layers whose median wanda score is a small share of all layers' medians keep more."""
     import torch

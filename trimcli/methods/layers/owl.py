@@ -44,7 +44,13 @@ class OwlOptions:
 
 
 @layer_allocation(
-    "owl", needs={SQNORM}, title="OWL", source="Yin et al. 2024, section 3.2", options=OwlOptions, imports="ratios"
+    "owl",
+    needs={SQNORM},
+    title="OWL",
+    source="Yin et al. 2024, section 3.2",
+    options=OwlOptions,
+    imports="ratios",
+    weight_bytes=12,
 )
 def owl(survey: Survey, target: float, options: OwlOptions) -> Allocation:
     """Decoder layers with more outliers among their wanda scores keep more."""
