@@ -331,6 +331,24 @@ def test_augmented_pictures_are_drawn_alike_every_time(vit: Path, data: tuple[Pa
     assert (one != plain).flatten(1).any(dim=1).all()
 
 
+def test_a_limit_of_memory(vit: Path, data: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimcli.pipeline.fit.available_bytes", lambda: 1 << 40)
+    given = ("eval", vit, "--images", data[1], "--cache-dir", tmp_path / "cache", *COMPUTE)
+    plain = trim_json(*given)
+    assert plain["planned"]["hidden_states"] == "host"
+    tight = trim_json(*given, "--max-memory", plain["planned"]["peak_host_bytes"] - 1)
+    assert tight["planned"]["hidden_states"] == "files"
+    assert tight["images"] == plain["images"]
+    pictures = ("--images", data[0], "--nsamples", NSAMPLES)
+    words = ("prune", vit, "-o", tmp_path / "m", "--sparsity", 0.5, *pictures, *COMPUTE)
+    for command, what in ((given, "measuring accuracy of "), (words, "pruning ")):
+        refused = trim(*command, "--cache-dir", tmp_path / "cache", "--max-memory", "100MiB")
+        assert refused.status == 1
+        assert what in refused.err
+        assert "--max-memory allows 100.0 MiB; give --max-memory 32" in refused.err
+    assert not (tmp_path / "m").exists()
+
+
 def test_results_are_compared(vit: Path, data: tuple[Path, Path], tmp_path: Path) -> None:
     trim_json("eval", vit, "--images", data[1], "-o", tmp_path / "dense.json", *COMPUTE)
     table = trim_json("compare", tmp_path / "dense.json")

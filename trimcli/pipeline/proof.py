@@ -165,7 +165,7 @@ def _token_ids(config: dict[Any, Any]) -> Iterator[int]:
 
 def _own(skeleton: Skeleton, samples: Tensor) -> _Own:
     """The model's own forward pass, one layer resident."""
-    own, lookup = _Own(), skeleton.model.get_input_embeddings()
+    own = _Own()
 
     def filled(layer: DecoderLayer) -> Any:
         forward = layer.module.forward
@@ -173,7 +173,8 @@ def _own(skeleton: Skeleton, samples: Tensor) -> _Own:
         def called(*args: Any, **kwargs: Any) -> Any:
             own.order.append(layer.index)
             own.arrived.append(split_call(args, kwargs)[0].clone())
-            empty(lookup, recurse=False)  # of a large vocabulary, as large as several layers; filled again on use
+            if not skeleton.images:  # a large vocabulary's is as large as several layers; it is filled again on use
+                empty(skeleton.model.get_input_embeddings(), recurse=False)
             skeleton.load_layer(layer)
             try:
                 result = forward(*args, **kwargs)
