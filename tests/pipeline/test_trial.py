@@ -13,7 +13,6 @@ from tests.small_models import skeleton_of
 from trimcli.methods.masks import even_row_counts
 from trimcli.methods.stats import LinearStats
 from trimcli.model.skeleton import Skeleton
-from trimcli.pipeline import trial
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.trial import divergences
 
@@ -79,6 +78,6 @@ def test_many_samples_make_whole_batches(tmp_path: Path, monkeypatch: pytest.Mon
     sqnorm, tokens = norms(skeleton), samples(6)
     candidates = [dict.fromkeys(skeleton.linears, share) for share in (0.3, 0.5)]
     together = divergences(skeleton, candidates, lambda name: LinearStats(sqnorm=sqnorm[name]), tokens)
-    monkeypatch.setattr(trial, "batch_tokens", lambda device: 4 * tokens.shape[1])
+    monkeypatch.setattr("trimcli.pipeline.walk.batch_tokens", lambda device: 4 * tokens.shape[1])
     apart = divergences(skeleton, candidates, lambda name: LinearStats(sqnorm=sqnorm[name]), tokens)
     assert apart == pytest.approx(together, rel=1e-4)

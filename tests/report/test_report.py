@@ -201,7 +201,7 @@ def test_every_kind_of_file_makes_a_report_alone(tmp_path: Path, make: Callable[
 
 
 def test_nothing_that_files_say_becomes_code(tmp_path: Path) -> None:
-    evil = "</script><img src=x onerror=alert(1)>{{ 7*7 }}<b>"
+    evil = "</script><img src=x onerror=alert(1)>{{ 1234567*7 }}<b>"
     datasets = [perplexity(9.0, dataset=f"{evil}1"), perplexity(9.0, dataset="x")]
     fields: dict[str, Any] = {"perplexity": datasets, "label": evil}
     files = [
@@ -212,7 +212,7 @@ def test_nothing_that_files_say_becomes_code(tmp_path: Path) -> None:
     ]
     page = page_of(files, tmp_path)
     assert "<img" not in page
-    assert "49" not in re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
+    assert "8641969" not in re.sub(r"<script.*?</script>|<style.*?</style>", "", page, flags=re.DOTALL)
     drawn = json.dumps(figures_in(page))
     assert "<img" not in drawn
     assert "&lt;img" in drawn
