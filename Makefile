@@ -64,8 +64,8 @@ format: $(STAMP)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-# Not the tables of quality.py and recovery.py, which take hours, not what writes a model, and not what has a target here.
-APART := $(addprefix benchmarks/,quality.py recovery.py smollm2.py torture.py fuzz.py)
+# Not quality.py, recovery.py and limits.py, which take hours, not what writes a model, and not what has a target here.
+APART := $(addprefix benchmarks/,quality.py recovery.py limits.py smollm2.py torture.py fuzz.py)
 BENCHES := $(filter-out $(APART),$(wildcard benchmarks/*.py))
 bench: $(STAMP)
 	@set -e; for script in $(BENCHES); do \
