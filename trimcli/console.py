@@ -97,8 +97,11 @@ NO_PROGRESS = NoProgress()
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Other libraries show no bar, warn of nothing in their logs and print nothing: they know nothing of --quiet."""
+def quiet_libraries(*, errors: bool = False) -> Iterator[None]:
+    """Other libraries show no bar, warn of nothing in their logs and print nothing: they know nothing of --quiet.
+
+    errors: they log no errors, either, where what they raise is told.
+    """
     import logging
     from unittest import mock
 
@@ -109,7 +112,7 @@ def quiet_libraries() -> Iterator[None]:
     def silent(self: Any, *args: Any, **kwargs: Any) -> None:
         initialise(self, *args, **{**kwargs, "disable": True})
 
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR if errors else logging.WARNING)
     try:
         with mock.patch.object(tqdm, "__init__", silent), contextlib.redirect_stdout(io.StringIO()):
             yield

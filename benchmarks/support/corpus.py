@@ -88,6 +88,12 @@ class Corpus:
         alpha = ["alloc-layers", model, "-o", f"{out}/a", *HALF, "--method", "alpha"]
         metrics = [[*alpha, "--metrics-cache", str(home / "metrics.json")]]
         imported = [["alloc-layers", model, "-o", f"{out}/a", "--method", "owl", "--import", str(home / "keep.npy")]]
+        pictures, vit = ["--images", str(home / "pictures.npz")], str(home / "vit")
+        seen = [
+            ["eval", vit, *pictures, *run],
+            ["prune", vit, "-o", f"{out}/m", "--save-model", f"{out}/p", *HALF, *pictures, "--nsamples", "4", *run],
+            ["prune", vit, "-o", f"{out}/m", *HALF, "--calibration", str(home / "calib-images"), *run],
+        ]
         shards = [str(path.relative_to(home)) for path in sorted((home / "model").glob("*.safetensors"))]
         return {
             "safetensors shards": (shards, model_lines("model")),
@@ -110,6 +116,10 @@ class Corpus:
             "tokens": (["tokens.safetensors"], samples),
             "metrics": (["metrics.json"], metrics),
             "npy": (["keep.npy"], imported),
+            "pictures": (["pictures.npz"], seen[:2]),
+            "image processor": (["vit/preprocessor_config.json"], seen[:2]),
+            "classifier": (["vit/config.json"], seen),
+            "calibration of pictures": (["calib-images"], seen[2:]),
         }
 
     @property
@@ -165,9 +175,24 @@ def build(home: Path) -> Corpus:
         home / "metrics.json",
     )
     np.save(home / "keep.npy", np.array([0.4, 0.6]))
+    _classifier(corpus)
     _results(home)
     _interrupted(corpus)
     return corpus
+
+
+def _classifier(corpus: Corpus) -> None:
+    from transformers import AutoModelForImageClassification
+
+    from tests.digits import CLASSIFIERS, PROCESSOR
+
+    home, rng = corpus.home, np.random.default_rng(0)
+    AutoModelForImageClassification.from_config(CLASSIFIERS["vit"]()).save_pretrained(home / "vit")
+    (home / "vit" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
+    images = rng.integers(256, size=(8, 8, 8), dtype=np.uint8)
+    np.savez(home / "pictures.npz", images=images, labels=np.arange(8))
+    given = ("--images", home / "pictures.npz", "--nsamples", 4)
+    done("calibrate", home / "vit", "-o", home / "calib-images", *given, *corpus.run)
 
 
 def _results(home: Path) -> None:

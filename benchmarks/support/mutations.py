@@ -34,7 +34,7 @@ def _once(data: bytes, name: str, rng: random.Random) -> bytes:
     structured: list[Callable[[bytes, random.Random], bytes]] = []
     if name.endswith(".json"):
         structured = [_json, _json, _json, _text]
-    elif not name.endswith((".bin", ".npy", ".gz")):
+    elif not name.endswith((".bin", ".npy", ".npz", ".gz")):
         structured = [_header, _header, _manifest, _payload]
     if structured and rng.random() < 0.8:
         try:

@@ -426,6 +426,19 @@ def refusals(base: Path, model: Path, text: Path, data: Path) -> dict[str, tuple
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("named", [7, 0.5, "ViTForImageClassification", {"a": 1}, [3, None]])
+def test_architectures_that_are_no_list_of_names(
+    named: Any, vit: Path, data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(vit, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": named}))
+    done = trim("eval", model, "--images", data[1], *COMPUTE)
+    assert done.status == 2
+    assert "is no image classifier (no architecture in its config.json)" in " ".join(done.err.split())
+
+
 def test_bad_input_is_refused_in_one_sentence(
     vit: Path, nano_qwen2: Path, data: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -42,7 +42,7 @@ class Processor:
                 converted = [np.asarray(one)[..., None] for one in converted]
                 how["input_data_format"] = "channels_last"
             found: Tensor = self.made(converted, **how)["pixel_values"]
-        except (ValueError, TypeError, RuntimeError) as problem:
+        except Exception as problem:  # each processor's class fails in its own way
             what = f"the image processor in {self.directory / PROCESSOR} fails ({first_line(problem)})"
             raise InputError(f"{what}; take the model's own, which makes one size of all pictures.") from None
         if found.ndim != 4 or found.shape[1] != self.channels:

@@ -109,7 +109,7 @@ def _data_set(path: Path, cache: Path) -> Pictures:
     if path.is_dir():  # every file, whatever its name says of splits
         kind, how = "imagefolder", {"data_dir": str(path), "data_files": {"train": "**"}}
     try:
-        with quiet_libraries():
+        with quiet_libraries(errors=True):
             found = datasets.load_dataset(kind, split="train", cache_dir=str(cache), **how)
     except Exception as problem:  # the library behind the form may raise anything
         if path.is_dir():

@@ -48,13 +48,19 @@ def _kind_of(config: Any) -> Any:
         return AutoModelForImageClassification
     seeing = auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
     decoder = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-    named = seeing in (getattr(config, "architectures", None) or ())
+    named = seeing in architectures(config.to_dict())
     return AutoModelForImageTextToText if seeing and (named or decoder is None) else AutoModelForCausalLM
 
 
 def classifies_images(config: Mapping[str, Any]) -> bool:
     """Whether a config document's architectures are an image classifier's."""
-    return any("ForImageClassification" in str(name) for name in config.get("architectures") or ())
+    return any("ForImageClassification" in name for name in architectures(config))
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The classes of transformers' that a config document names; none where it says anything else."""
+    named = config.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def _refuse_absurd(make: Callable[[], Any], checkpoint: Checkpoint) -> None:

@@ -17,7 +17,15 @@ from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import Limits, collect_as_usual
 from trimcli.model.device import compute_device, compute_dtype, limit_device
-from trimcli.model.empty import build_empty, classifies_images, empty, expert_counts, find_layers, set_parameter
+from trimcli.model.empty import (
+    architectures,
+    build_empty,
+    classifies_images,
+    empty,
+    expert_counts,
+    find_layers,
+    set_parameter,
+)
 from trimcli.model.fingerprint import fingerprint_of
 from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
 from trimcli.model.names import NameMap, map_names, saved_shapes
@@ -283,7 +291,7 @@ def _other_form(parameter: Tensor) -> str:
 
 def refuse_other_kind(checkpoint: Checkpoint, *, images: bool) -> None:
     """Raise InputError unless it is an image classifier, or, where `images` is False, a model of text."""
-    named = ", ".join(map(str, checkpoint.config_document.get("architectures") or []))[:80]
+    named = ", ".join(architectures(checkpoint.config_document))[:80]
     if images and not classifies_images(checkpoint.config_document):
         what = f"{checkpoint.id} is no image classifier ({named or 'no architecture in its config.json'})"
         raise InputError(f"{what}, which --images is for; leave it out, or give another model.")
