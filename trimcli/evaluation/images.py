@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
-from trimcli.evaluation.perplexity import ROUND_BYTES, apply_masks_to_layer
+from trimcli.evaluation.perplexity import ROUND_BYTES, walked
 from trimcli.files.masks import MaskFile
 from trimcli.images.pixels import Processor
 from trimcli.images.sources import Pictures
 from trimcli.model.skeleton import Skeleton
 from trimcli.pipeline.estimate import Memory, own_share, state_bytes, walking
 from trimcli.pipeline.fit import Fit, Work, fit
-from trimcli.pipeline.walk import Walk, usual_length
+from trimcli.pipeline.walk import usual_length
 from trimcli.world import current
 
 BEST = 5
@@ -90,13 +90,7 @@ def _round(
     progress: Progress,
 ) -> Tensor:
     """How many pictures are right by the likeliest class, and by the five likeliest, int64 [2]. wanted: int64 [n]."""
-    walk = Walk(skeleton, pixels, batch_size=batch_size, progress=progress)
-    with progress.task("evaluating layers", len(skeleton.layers)) as step:
-        for layer in walk.layers():
-            if mask is not None:
-                apply_masks_to_layer(layer, mask)
-            walk.advance(layer)
-            step()
+    walk = walked(skeleton, pixels, mask, batch_size, progress)
     right = torch.zeros(2, dtype=torch.int64, device=skeleton.device)
     with walk.head() as head, progress.task("measuring pictures", len(pixels)) as step:
         for start in range(0, len(pixels), walk.batch_size):

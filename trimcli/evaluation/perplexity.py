@@ -79,17 +79,25 @@ def keep_in_memory(
     return fit(skeleton, Work(words, memory, together, seqlen, batch_size, spill, otherwise, pieces))
 
 
-def _round(
-    skeleton: Skeleton, windows: Tensor, mask: MaskFile | None, batch_size: int | None, progress: Progress
-) -> Tensor:
-    """The mean cross-entropy of each window, float64 [n]."""
-    walk = Walk(skeleton, windows, batch_size=batch_size, progress=progress)
+def walked(
+    skeleton: Skeleton, samples: Tensor, mask: MaskFile | None, batch_size: int | None, progress: Progress
+) -> Walk:
+    """A walk that has passed every layer, masks laid over its weights, with windows or pixels [n, ...]."""
+    walk = Walk(skeleton, samples, batch_size=batch_size, progress=progress)
     with progress.task("evaluating layers", len(skeleton.layers)) as step:
         for layer in walk.layers():
             if mask is not None:
                 apply_masks_to_layer(layer, mask)
             walk.advance(layer)
             step()
+    return walk
+
+
+def _round(
+    skeleton: Skeleton, windows: Tensor, mask: MaskFile | None, batch_size: int | None, progress: Progress
+) -> Tensor:
+    """The mean cross-entropy of each window, float64 [n]."""
+    walk = walked(skeleton, windows, mask, batch_size, progress)
     with walk.head() as head, progress.task("measuring windows", len(windows)) as step:
         length = windows.shape[1] - 1
         tokens = skeleton.logit_tokens or logit_tokens(skeleton)
