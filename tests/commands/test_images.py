@@ -371,6 +371,16 @@ def refusals(base: Path, model: Path, text: Path, data: Path) -> dict[str, tuple
     other = Path(shutil.copytree(model, base / "other"))
     size = {"size": {"height": 16, "width": 16}}
     (other / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **size}))
+    absurd: dict[str, dict[str, object]] = {
+        "wide": {"size": {"height": 8, "width": 2_000_000_000}},
+        "cropped": {"do_center_crop": True, "crop_size": 100_000},
+        "endless": {"size": {"shortest_edge": math.inf}},
+        "tiny part": {"size": 384, "crop_pct": 1e-6},
+    }
+    for name, found in absurd.items():
+        shutil.copytree(model, base / name)
+        (base / name / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **found}))
+    np.savez(base / "strip.npz", images=np.zeros((4, 1, 1_000_000), np.uint8))
     np.savez(base / "floats.npz", images=np.zeros((4, 8, 8), np.float32))
     np.savez(base / "four.npz", images=np.zeros((4, 8, 8, 4), np.uint8))
     np.savez(base / "labels.npz", images=np.zeros((4, 8, 8), np.uint8), labels=np.array([0, 1, 12, 2]))
@@ -397,6 +407,11 @@ def refusals(base: Path, model: Path, text: Path, data: Path) -> dict[str, tuple
         "augment alone": (["calibrate", model, *out, "--augment"], "--augment does nothing without --images"),
         "no processor": (["calibrate", bare, *out, *images, *few], "there is no image processor in"),
         "another's processor": (["calibrate", other, *out, *images, *few], "does not take pictures of [1, 16, 16]"),
+        "absurd sides": (["calibrate", base / "wide", *out, *images, *few], "a size of 2000000000 pixels, more"),
+        "an absurd crop": (["calibrate", base / "cropped", *out, *images, *few], "a crop_size of 100000 pixels"),
+        "endless sides": (["calibrate", base / "endless", *out, *images, *few], "a size of inf pixels"),
+        "a tiny part": (["calibrate", base / "tiny part", *out, *images, *few], "a crop_pct of 1e-06, not 0.1 to 1"),
+        "a strip": (["calibrate", model, *out, "--images", base / "strip.npz", *few], "picture of 1000000 x 1 pixels"),
         "a broken processor": (["calibrate", broken, *out, *images, *few], "is not usable"),
         "nowhere": (["calibrate", model, *out, "--images", base / "no"], "there is no "),
         "an empty folder": (["calibrate", model, *out, "--images", base / "empty"], "holds no pictures"),

@@ -1,9 +1,8 @@
 """Pictures into what a model takes, by the image processor that lies beside it."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimcli.console import size
 from trimcli.errors import InputError, OptionError, first_line
 from trimcli.images.sources import Pictures
 
@@ -21,16 +21,20 @@ PROCESSOR = "preprocessor_config.json"
 MODES = {1: "L", 3: "RGB"}
 # What a random crop keeps of a picture's area, and how much wider than high it may be (Szegedy et al. 2015).
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
-TOGETHER = 64
+# How many pictures a call may take, and bytes; what one of their pixels takes meanwhile.
+TOGETHER, BYTES, PIXEL_BYTES = 64, 2**29, 40
+# How a processor's sizes are called, and what no image model comes near: a side, and the part that a crop keeps of it.
+SIZES, SIDE, KEPT = ("size", "crop_size", "pad_size"), 4096, 0.1
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A model's own image processor. channels: that its pictures have."""
+    """A model's own image processor. channels: that its pictures have. side: of the largest squares that it makes."""
 
     directory: Path
     made: Any
     channels: int
+    side: int
 
     def pixels(self, pictures: Iterable["Image"]) -> Tensor:
         """float32 [n, C, H, W] of some pictures. Raises InputError where they do not become all of one size."""
@@ -51,10 +55,27 @@ class Processor:
         return found.float()
 
     def batches(self, pictures: Iterable["Image"]) -> Iterator[Tensor]:
-        """`pixels` of some pictures at a time, in order."""
-        left = iter(pictures)
-        while some := list(islice(left, TOGETHER)):
+        """`pixels` of some pictures at a time, in order. Raises InputError for one that takes too much."""
+        some: list[Image] = []
+        taken = 0
+        for one in pictures:
+            needed = self._bytes(one)
+            if some and (len(some) == TOGETHER or taken + needed > BYTES):
+                yield self.pixels(some)
+                some, taken = [], 0
+            some.append(one)
+            taken += needed
+        if some:
             yield self.pixels(some)
+
+    def _bytes(self, picture: "Image") -> int:
+        """What is held at most while one becomes pixels: its shorter side becomes the processor's."""
+        shorter, longer = sorted(picture.size)
+        made = self.side**2 * longer // max(shorter, 1) * PIXEL_BYTES
+        if made > 2 * BYTES:
+            what = f"a picture of {picture.width} x {picture.height} pixels"
+            raise InputError(f"{what} takes {size(made)} at the sides of {self.directory / PROCESSOR}; leave it out.")
+        return max(shorter * longer * PIXEL_BYTES, made)
 
 
 def load_processor(directory: Path, channels: int, *, trust_remote_code: bool = False) -> Processor:
@@ -72,7 +93,31 @@ def load_processor(directory: Path, channels: int, *, trust_remote_code: bool = 
     except Exception as problem:  # each processor's class fails in its own way
         what = f"the image processor in {directory / PROCESSOR} is not usable ({first_line(problem)})"
         raise InputError(f"{what}; take the model's own.") from None
-    return Processor(directory, made, channels)
+    return Processor(directory, made, channels, _largest_side(made, directory / PROCESSOR))
+
+
+def _largest_side(made: Any, path: Path) -> int:
+    """Of the squares that a processor makes. Raises InputError for what no model takes, before memory is taken."""
+    sides = [(name, side) for name in SIZES for side in _sides(getattr(made, name, None))]
+    kept = getattr(made, "crop_pct", None)
+    if isinstance(kept, int | float):
+        if not KEPT <= kept <= 1:
+            raise InputError(f"{path} has a crop_pct of {kept!r:.40}, not {KEPT} to 1; take the model's own.")
+        sides += [(f"{name} for a crop_pct of {kept}", side / kept) for name, side in sides]
+    for name, side in sides:
+        if not side <= SIDE:
+            raise InputError(f"{path} has a {name} of {side:.12g} pixels, more than {SIDE}; take the model's own.")
+    return int(max((side for _, side in sides), default=0))
+
+
+def _sides(found: Any) -> Iterator[float]:
+    """The numbers in a size: one, some in a sequence, or by name, as in transformers 5's SizeDict."""
+    if isinstance(found, int | float):
+        yield found
+    elif found is not None and not isinstance(found, str):
+        by_name = found if isinstance(found, Mapping) else getattr(found, "__dict__", None)
+        for one in found if by_name is None else by_name.values():
+            yield from _sides(one)
 
 
 def draw(found: Pictures, processor: Processor, nsamples: int, seed: int, *, augment: bool = False) -> Tensor:
