@@ -6,7 +6,7 @@ scores (ValueError), for which the host waits for an accelerator once; without, 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -184,57 +184,51 @@ def unpack(packed: Tensor, d_in: int) -> Tensor:
 def project(sparsity: Tensor, weights: Tensor, target: float, cap: float) -> Tensor:
     """Shift sparsities [n] by one number, clipped to [0, max(cap, target)], onto a weighted mean, float64 [n].
 
-    By bisection to float64's precision. Raises ValueError for what has no such shift.
+    Exact to float64's precision, on the CPU. Raises ValueError for what has no such shift.
     """
-    start, shares = sparsity.double(), weights.double()
+    # numpy's: of some hundred numbers, torch spends nearly all of its time on the way to them.
+    start, shares = sparsity.double().cpu().numpy(), weights.double().cpu().numpy()
     if not 0 <= target <= 1:
         raise ValueError(f"the target sparsity {target} is not between 0 and 1.")
-    if not start.isfinite().all():
+    if not np.isfinite(start).all():
         raise ValueError("a sparsity to project is not finite.")
-    if not (shares.isfinite().all() and bool((shares >= 0).all()) and shares.sum() > 0):
+    if not (np.isfinite(shares).all() and (shares >= 0).all() and shares.sum() > 0):
         raise ValueError("the weights of a projection must be finite, not negative and not all zero.")
     top = max(cap, target)
     shares = shares / shares.sum()
-    if target in (0, top) or bool((start == start[0]).all()):
-        return torch.full_like(start, target)
-
-    def excess(shift: float) -> float:
-        return float((start + shift).clamp_(0, top) @ shares) - target
-
+    if target in (0, top) or (start == start[0]).all():
+        return torch.full(start.shape, target, dtype=torch.float64)
     # Already there up to rounding: shifting by rounding errors would undo a projection's idempotence.
-    if bool(((start >= 0) & (start <= top)).all()) and abs(excess(0)) <= 4 * torch.finfo(torch.float64).eps:
-        return start.clone()
+    inside = ((start >= 0) & (start <= top)).all()
+    if inside and abs(start @ shares - target) <= 4 * np.finfo(np.float64).eps:
+        return torch.from_numpy(start.copy())
+    return torch.from_numpy(_clipped(start + _shift(start, shares, target, top), top))
+
+
+def _clipped(values: np.ndarray, top: float) -> np.ndarray:
+    return np.minimum(np.maximum(values, 0.0, out=values), top, out=values)
+
+
+def _shift(start: np.ndarray, shares: np.ndarray, target: float, top: float) -> float:
+    """The shift under which the clipped mean is `target`: Newton's steps inside a bracket, which halves otherwise."""
     low, high = -float(start.max()), top - float(start.min())
-    below, above = _surroundings(start, shares, target, top, excess)
-    for _ in range(80):  # the bracket, some three wide, is then far under float64's precision
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        lower = middle <= below or (middle < above and excess(middle) <= 0)
-        low, high = (middle, high) if lower else (low, middle)
-    return (start + min(low, high, key=lambda shift: abs(excess(shift)))).clamp_(0, top)
-
-
-def _surroundings(
-    start: Tensor, shares: Tensor, target: float, top: float, excess: Callable[[float], float]
-) -> tuple[float, float]:
-    """Two shifts between which `excess` turns from surely negative to surely positive: elsewhere it need not be asked.
-
-    Newton's method on a piecewise linear function, then a step to either side that outweighs its rounding errors.
-    """
-    sure = 2 * len(start) * torch.finfo(torch.float64).eps
-    shift = 0.0
-    for _ in range(12):
+    sure = 2 * len(start) * np.finfo(np.float64).eps  # what rounding makes of a sum of shares
+    shift, best, least = min(max(0.0, low), high), 0.0, math.inf
+    while True:
         moved = start + shift
-        slope = float(((moved > 0) & (moved < top)).double() @ shares)
-        missing = float(moved.clamp_(0, top) @ shares) - target
-        if slope == 0 or abs(missing) <= sure:
-            break
-        shift -= missing / slope
-    if slope == 0:
-        return -math.inf, math.inf
-    below, above = shift - 3 * sure / slope, shift + 3 * sure / slope
-    return below if excess(below) < -sure else -math.inf, above if excess(above) > sure else math.inf
+        slope = float(shares @ ((moved > 0) & (moved < top)))
+        missing = float(_clipped(moved, top) @ shares) - target
+        if abs(missing) >= least <= sure:
+            return best
+        if abs(missing) < least:
+            best, least = shift, abs(missing)
+        low, high = (low, shift) if missing > 0 else (shift, high)
+        following = shift - missing / slope if slope else low
+        if not low < following < high:
+            following = (low + high) / 2
+        if following in (low, high):
+            return best
+        shift = following
 
 
 def _row_blocks(scores: Tensor) -> Iterator[slice]:
