@@ -1,6 +1,9 @@
 """Peak memory of runs that follow each other and lie within each other."""
 
 import gc
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -80,3 +83,30 @@ def test_garbage_is_looked_for_rarely_only_until_everything_is_imported() -> Non
     finally:
         gc.set_threshold(*usual)
         gc.unfreeze()
+
+
+KEPT = """
+import ctypes
+from trimcli.memory import anonymous_bytes, return_what_is_freed
+{first}
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+libc.free(libc.malloc(24 << 20))  # from now on glibc keeps what is smaller
+before, blocks = anonymous_bytes(), []
+for _ in range(8):
+    large = libc.malloc(16 << 20)
+    ctypes.memset(large, 1, 16 << 20)
+    blocks += [large, libc.malloc(1 << 18)]  # what lies between keeps them apart
+for large in blocks[::2]:
+    libc.free(large)
+print((anonymous_bytes() - before) >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they please")
+@pytest.mark.parametrize("returns", [False, True])
+def test_large_blocks_go_back_to_the_system_when_asked_to(returns: bool) -> None:
+    program = KEPT.format(first="return_what_is_freed()" if returns else "")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 8) == returns

@@ -15,7 +15,7 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import ModelFingerprint
 from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
-from trimcli.memory import Limits, collect_as_usual
+from trimcli.memory import Limits, collect_as_usual, return_what_is_freed
 from trimcli.model.device import compute_device, compute_dtype, limit_device
 from trimcli.model.empty import (
     architectures,
@@ -310,6 +310,8 @@ def open_model(
     device = compute_device(options.device)
     limits = options.limits
     limit_device(device, limits.device)
+    if limits.host is not None:
+        return_what_is_freed()
     checkpoint = Checkpoint.open(model, revision=options.revision, weights=weights)
     if images is not None:
         refuse_other_kind(checkpoint, images=images)

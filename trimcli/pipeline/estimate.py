@@ -16,7 +16,7 @@ from trimcli.pipeline.reconstruct import fitted_logits
 from trimcli.world import current
 
 # What the interpreter and the libraries hold before any tensor is read; with those of an accelerator, so many times.
-LIBRARIES, WITH_DEVICE = 320 << 20, 4
+LIBRARIES, WITH_DEVICE = 368 << 20, 4
 # Bytes a weight while a matrix is worked on: weight and scores in float32, what a selection sorts, masks.
 WORKED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
@@ -33,8 +33,8 @@ GATHERED = 8 << 30
 GROUPS = 3
 # A layer's activations at a time, by the widest of them.
 WIDEST = 4
-# Bytes of a logit that is measured: itself in float32, its logarithm, what that is made of, and of the targets.
-MEASURED = 14
+# Bytes of a logit that is measured: itself in float32, its logarithm, and a margin for what these are made of.
+MEASURED = 10
 
 EMBEDDING, HEAD, LAYER, WHOLE = "the embedding", "the head", "a decoder layer", "the whole model"
 ACTIVATIONS, LOGITS, STATES = "a batch's activations", "logits", "the hidden states"
