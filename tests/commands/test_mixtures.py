@@ -1,5 +1,6 @@
 """Mixtures of experts through the commands: pruned expert by expert, in the checkpoint's own form and names."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ def test_what_is_written_is_the_masked_model(home: Path, name: str, tmp_path: Pa
     for target, form in ((again, "dense"), (packed, "packed")):
         assert trim("apply-masks", home / name, masks.path, "-o", target, "--format", form).status == 0
         assert trim_json("verify", target)["holds"]
+    entries = json.loads((packed / "trim.json").read_text(encoding="utf-8"))
+    tensors = entries["packed"]["tensors"]
+    for key in {linear["key"] for linear in entries["linears"].values()}:  # one's own, or of a stack of matrices
+        assert tensors[key]["kept"] is not None, key
     assert trim("unpack", packed, "-o", tmp_path / "unpacked").status == 0
     expected = load_file(out / "model.safetensors")
     for target in (again, tmp_path / "unpacked"):

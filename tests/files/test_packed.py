@@ -17,8 +17,11 @@ from trimcli.commands.options import ApplyOptions
 from trimcli.errors import InputError
 from trimcli.files.atomic import MARK
 from trimcli.files.checkpoint import Checkpoint
-from trimcli.files.manifest import sealed
+from trimcli.files.directory import PrunedLinear, write_model
+from trimcli.files.held import mask_in
+from trimcli.files.manifest import PACKED, ModelFingerprint, manifest, sealed
 from trimcli.files.packed import PackedReader, decode, kept_values, packed_specs
+from trimcli.files.packing import PackedTensors
 from trimcli.files.tensors import TensorSpec
 from trimcli.methods.masks import pack
 
@@ -133,6 +136,47 @@ def test_conv1d_is_packed_as_stored(tmp_path: Path) -> None:
     assert reader.spec(key).shape == (32, 96)
     assert reader.document["packed"]["tensors"][key]["kept"] == 8 * 96
     assert reader.document["linears"]["transformer.h.0.attn.c_attn"]["shape"] == [96, 32]
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed", "pruned"),
+    [((3, 5, 6), False, (0, 2)), ((3, 5, 6), True, (0, 1, 2)), ((8, 6, 1, 1), False, (None,))],
+)
+def test_stacks_and_single_places_are_packed_in_one(
+    shape: tuple[int, ...], transposed: bool, pruned: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    """Matrices of a stack that were not pruned keep all of their weights, zeros among them."""
+    dense = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    dense.view(-1)[::7] = 0
+    (tmp_path / "dense").mkdir()
+    save_file(
+        {"stack": dense, "other": dense.clone()}, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"}
+    )
+    (tmp_path / "dense" / "config.json").write_text("{}")
+    checkpoint, after = Checkpoint.open(tmp_path / "dense"), dense.clone()
+    d_out, d_in = shape[-1:-3:-1] if transposed else shape[-2:] if len(shape) == 3 else shape[:2]
+    linears, keeps = {}, {}
+    for place in pruned:
+        name = f"stack.{place}"
+        keeps[name] = torch.rand(d_out, d_in, generator=torch.Generator().manual_seed(1)) > 0.6
+        gone = int((~keeps[name]).sum())
+        linears[name] = PrunedLinear("stack", (d_out, d_in), transposed, gone, place=place)
+        linears[name].within(after).masked_fill_(~keeps[name], 0)
+    made = PackedTensors(checkpoint, {"stack": after}.get, linears, keeps.__getitem__)
+    document = manifest(PACKED, "apply-masks", {}, ModelFingerprint("dense", "structure"))
+    write_model(made, tmp_path / "packed", document)
+    reader = PackedReader(tmp_path / "packed")
+    assert reader.document["packed"]["tensors"]["stack"]["kept"] == dense.numel() - sum(
+        linear.pruned for linear in linears.values()
+    )
+    assert reader.document["packed"]["tensors"]["other"]["kept"] is None
+    assert reader.nbytes("stack") < reader.nbytes("other")
+    assert torch.equal(reader.load("stack"), after)
+    packed = Checkpoint.open(tmp_path / "packed")
+    for name, entry in reader.document["linears"].items():
+        found = mask_in(packed, entry)
+        assert found is not None
+        assert torch.equal(found, keeps[name])
 
 
 def test_a_matrix_that_would_not_shrink_stays_as_it_is(tmp_path: Path) -> None:

@@ -60,8 +60,9 @@ class PrunedLinear:
         return cls(**{**fields, "shape": tuple(entry["shape"]), "pattern": pattern})
 
     def within(self, tensor: Tensor) -> Tensor:
-        """The matrix [D_out, D_in] in the stored tensor, a view."""
+        """The matrix [D_out, D_in] in the stored tensor, which a 1x1 convolution has more dimensions in, a view."""
         own = tensor if self.place is None else tensor[self.place]
+        own = own.flatten(1) if own.ndim == 4 else own
         return own.T if self.transposed else own
 
     def entry(self, weight: Tensor, keep: Tensor | None = None) -> dict[str, Any]:

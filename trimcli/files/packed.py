@@ -1,7 +1,8 @@
 """Packed checkpoints (`trim.packed/1`): pruned matrices as keep bits and the kept values.
 
 A matrix `K` is stored as `K.keep`, uint8 [rows, ceil(columns / 8)], the keep bits of the matrix *as stored* (GPT-2's
-Conv1D: [D_in, D_out]), most significant bit first, and `K.values`, the kept weights in row order in the stored dtype.
+Conv1D: [D_in, D_out]), most significant bit first, and `K.values`, the kept weights in row order in the stored dtype;
+of a stack [E, ., .] one matrix below the other, of a 1x1 convolution [D_out, D_in, 1, 1] as [D_out, D_in].
 A matrix whose kept weights were rounded to `wbits` bits has in place of values `K.integers`, uint8, of 4 bits the first
 in a byte's upper half, and of its grid, for each row of [D_out, D_in] and each `group_size` inputs, `K.scales`,
 bfloat16, and `K.zeros`, uint8: integer q stands for (q - zero) * scale in float32, rounded to the stored dtype. Every
@@ -13,7 +14,8 @@ and whether it is `transposed` where there are integers, and the SHA-256 of its 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +102,16 @@ def _kept_places(keep: Tensor) -> Iterator[tuple[slice, np.ndarray[Any, Any]]]:
         yield block, np.flatnonzero(flags[block])
 
 
+def as_matrix(shape: Sequence[int]) -> tuple[int, int] | None:
+    """Rows and columns that a tensor of this shape is packed as; None for what is no matrix and no stack of them."""
+    if len(shape) == 4 and tuple(shape[2:]) == (1, 1):
+        return shape[0], shape[1]
+    return (math.prod(shape[:-1]), shape[-1]) if len(shape) in (2, 3) else None
+
+
 def packed_specs(spec: TensorSpec, entry: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """What a matrix of `spec` is stored as: by the end of its tensors' names. entry: what `trim.json` says of it."""
-    rows, columns = spec.shape
+    rows, columns = as_matrix(spec.shape) or (0, 0)
     keep = {"keep": keep_spec((rows, columns))}
     if entry.get("wbits") is None:
         return {**keep, "values": TensorSpec(spec.dtype, (entry["kept"],))}
@@ -145,6 +154,8 @@ class PackedReader(Shards):
         for name, linear in self.document["linears"].items():
             shape = linear["shape"][::-1] if linear["transposed"] else linear["shape"]
             stored = self._tensors.get(linear["key"], {}).get("shape")
+            if stored and stored[2:] == [1, 1]:  # a convolution of single places
+                stored = stored[:2]
             if stored and (place := linear.get("place")) is not None:
                 stored = stored[1:] if place < stored[0] else None
             if shape != stored:
@@ -158,7 +169,7 @@ class PackedReader(Shards):
             return False
         specs = [spec]
         if entry["kept"] is not None:
-            if len(spec.shape) != 2:
+            if as_matrix(spec.shape) is None or (len(spec.shape) > 2 and entry.get("wbits") is not None):
                 return False
             specs = list(packed_specs(spec, entry).values())
         return [self._stored.spec(part) for part in parts] == specs
@@ -177,7 +188,8 @@ class PackedReader(Shards):
         entry = self._tensors[key]
         if entry["kept"] is None:
             return None
-        return masks.unpack(self._stored.load(stored_parts(key, entry)[0]), entry["shape"][1])
+        _, columns = as_matrix(entry["shape"]) or (0, 0)
+        return masks.unpack(self._stored.load(stored_parts(key, entry)[0]), columns).view(entry["shape"])
 
     def load(self, key: str) -> Tensor:
         """A tensor, decoded. Raises InputError if it is not what was written."""
@@ -192,10 +204,10 @@ class PackedReader(Shards):
 
     def _decoded(self, entry: Mapping[str, Any], bits: Tensor, values: Tensor, *grid: Tensor) -> Tensor:
         """A matrix of the stored tensors of `packed_specs`. Raises ValueError."""
-        columns = entry["shape"][1]
+        _, columns = as_matrix(entry["shape"]) or (0, 0)
         if grid:
             scales, zeros = grid
             found = Grid(entry["wbits"], entry["group_size"], scales, zeros)
             keep = masks.unpack(bits, columns)
             values = values_of(values, keep, found, entry["transposed"], NAMED[entry["dtype"]])
-        return decode(bits, values, columns)
+        return decode(bits, values, columns).view(entry["shape"])

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from trimcli.errors import MismatchError
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.directory import PrunedLinear, PrunedTensors, numbered
 from trimcli.files.integers import integers_of
-from trimcli.files.packed import kept_values, packed_specs, stored_parts
+from trimcli.files.packed import as_matrix, kept_values, packed_specs, stored_parts
 from trimcli.files.tensors import TensorSpec, dtype_name, tensor_digest
 from trimcli.methods import masks
 from trimcli.methods.updates.grid import Grid
@@ -51,11 +52,11 @@ class PackedTensors(PrunedTensors):
             "shape": list(spec.shape),
             "kept": None,
         }
-        if key in self.names and len(spec.shape) == 2:
-            linear = self.linears[self._only(key)]
-            packed = {**record, "kept": math.prod(spec.shape) - linear.pruned}
-            if grid := self._grid_of(self._only(key)):
-                packed |= {"wbits": grid.wbits, "group_size": grid.group_size, "transposed": linear.transposed}
+        if key in self.names and as_matrix(spec.shape):
+            mine = [self.linears[name] for name in self.names[key]]
+            packed = {**record, "kept": math.prod(spec.shape) - sum(linear.pruned for linear in mine)}
+            if grid := self._grid(key):
+                packed |= {"wbits": grid.wbits, "group_size": grid.group_size, "transposed": mine[0].transposed}
             parts = list(packed_specs(spec, packed).values())
             if sum(part.nbytes for part in parts) < spec.nbytes:
                 specs, record = parts, packed
@@ -67,7 +68,7 @@ class PackedTensors(PrunedTensors):
     def stored(self, name: str) -> Tensor:
         """A tensor of `plan`."""
         key = self._homes[name]
-        part, grid = name.removeprefix(f"{key}."), self._grid_of(self._only(key)) if key in self.names else None
+        part, grid = name.removeprefix(f"{key}."), self._grid(key)
         if part == "keep":
             return masks.pack(self._keep(key))
         if grid is not None and part in ("scales", "zeros"):
@@ -81,20 +82,24 @@ class PackedTensors(PrunedTensors):
         if grid is None:
             return values
         try:
-            return integers_of(values, keep, grid, self.linears[self._only(key)].transposed)
+            return integers_of(values, keep, grid, self.linears[self.names[key][0]].transposed)
         except ValueError:
-            whose = f"the weights of {self._only(key)} in {self.checkpoint.id}"
+            whose = f"the weights of {self.names[key][0]} in {self.checkpoint.id}"
             what = f"{whose} are not those that its masks were made with"
             raise MismatchError(f"{what}; use what prune --save-model wrote.") from None
 
     def _keep(self, key: str) -> Tensor:
-        """The mask as the matrix is stored."""
-        keep = self._mask_of(self._only(key))
-        return keep.T.contiguous() if self.linears[self._only(key)].transposed else keep
+        """The mask as the tensor is stored, of `as_matrix`; of a stack all that is no pruned matrix's is kept."""
+        shape = self.checkpoint.spec(key).shape
+        keep = torch.ones(shape, dtype=torch.bool)
+        for name in self.names[key]:
+            self.linears[name].within(keep).copy_(self._mask_of(name))
+        return keep.view(as_matrix(shape) or shape)
 
-    def _only(self, key: str) -> str:
-        """The matrix that a tensor is, by name; of a stack, which stays as it is, there would be several."""
-        return self.names[key][0]
+    def _grid(self, key: str) -> Grid | None:
+        """Of whose values a matrix's kept weights are; a stack's are stored as they are."""
+        alone = key in self.names and len(self.checkpoint.spec(key).shape) == 2
+        return self._grid_of(self.names[key][0]) if alone else None
 
     def finish(self, directory: Path, shards: Mapping[str, list[str]]) -> dict[str, Any]:
         """What `trim.json` says of the files of `plan`."""
