@@ -227,6 +227,42 @@ def test_resnet_loses_its_convolutions_of_single_places(data: tuple[Path, Path],
     assert whys == {"it is a convolution of neighbouring places"}
 
 
+def test_convolutions_of_single_places_are_verified_and_packed(tmp_path: Path) -> None:
+    model, masks, out = random_classifier("resnet", tmp_path / "resnet"), tmp_path / "masks", tmp_path / "pruned"
+    given = ("--sparsity", 0.5, "--method", "magnitude", "--only", "*.convolution", "--only", "classifier.1")
+    trim_json("prune", model, "-o", masks, "--save-model", out, *given, *COMPUTE)
+    trim_json("apply-masks", model, masks, "-o", tmp_path / "packed", "--format", "packed")
+    trim_json("unpack", tmp_path / "packed", "-o", tmp_path / "unpacked")
+    for directory in (out, tmp_path / "packed", tmp_path / "unpacked"):
+        found = trim_json("verify", directory, "--masks", masks)
+        assert found["holds"]
+        assert len(found["linears"]) == 8
+        assert found["sparsity"] == 0.5
+    pixels = digits()[1].pixels
+    assert torch.equal(logits(tmp_path / "unpacked", pixels), logits(out, pixels))
+
+
+@pytest.mark.parametrize(("name", "glob"), [("vit", "classifier"), ("swin", "*.downsample.reduction")])
+def test_what_lies_outside_of_the_blocks_is_reached_by_magnitude(
+    name: str, glob: str, data: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    model, masks, out = classifier(name, tmp_path_factory), tmp_path / "masks", tmp_path / "out"
+    common = ("prune", model, "-o", masks, "--sparsity", 0.8, *COMPUTE)
+    done = trim(*common, "--images", data[0], "--only", glob)
+    assert done.status == 2
+    assert "blocks, whose inputs alone pictures tell, and --method wanda reads inputs" in " ".join(done.err.split())
+    done = trim(*common, "--method", "magnitude", "--only", "*patch_embeddings.projection")
+    assert done.status == 2
+    assert "patch_embeddings.projection stays dense, as it is a convolution that is no 1x1" in " ".join(
+        done.err.split()
+    )
+    trim_json(*common, "--method", "magnitude", "--only", glob, "--save-model", out)
+    own = AutoModelForImageClassification.from_pretrained(model).eval()
+    expected = own_accuracy(masked(own, masks))
+    assert accuracy(model, data[1], "--masks", masks) == accuracy(out, data[1]) == expected
+    assert accuracy(model, data[1]) == own_accuracy(own) != expected
+
+
 @pytest.mark.parametrize("name", ["convnext", "swin"])
 def test_what_lies_between_stages_stays_dense(name: str, data: tuple[Path, Path], tmp_path: Path) -> None:
     model = random_classifier(name, tmp_path / name)

@@ -1,6 +1,6 @@
 import pytest
 
-from trimcli.files.names import grouped, inside_layer, kind_of, layer_index, layer_of
+from trimcli.files.names import grouped, inside_layer, kind_of, kinds_of, layer_index, layer_of, list_of
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,20 @@ from trimcli.files.names import grouped, inside_layer, kind_of, layer_index, lay
 )
 def test_names_tell_layer_and_place(name: str, layer: str, index: int, inside: str, kind: str) -> None:
     assert (layer_of(name), layer_index(name), inside_layer(name), kind_of(name)) == (layer, index, inside, kind)
+
+
+def test_kinds_are_told_apart_where_layers_of_several_lists_are_there() -> None:
+    decoder = ["model.layers.0.attn.q", "model.layers.0.experts.1.w", "model.layers.1.attn.q", "head"]
+    assert [list_of(name) for name in decoder] == ["model.layers"] * 3 + [""]
+    assert list(kinds_of(decoder)) == ["attn.q", "experts.*.w", "head"]
+    tower = ["visual.blocks.0.attn.q", "visual.blocks.3.attn.q", "visual.merger.2"]
+    assert kinds_of([*decoder, *tower]) == {
+        "model.layers.*.attn.q": [decoder[0], decoder[2]],
+        "model.layers.*.experts.*.w": [decoder[1]],
+        "head": ["head"],
+        "visual.blocks.*.attn.q": tower[:2],
+        "visual.merger.*": tower[2:],
+    }
 
 
 def test_grouped_in_the_order_given() -> None:

@@ -1,5 +1,6 @@
 """Decoders inside models that also read images, and models that are no decoders."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.causal_types import tiny_config
 from tests.families import CONVERTS
 from tests.small_models import skeleton_of
 from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json, zeros
+from trimcli.commands.unpack import load_packed
 from trimcli.evaluation.perplexity import perplexity
 from trimcli.files.masks import MaskFile
 from trimcli.methods.masks import matrix_budget
@@ -80,17 +82,24 @@ if CONVERTS:
     LARGER |= {name: partial(tiny_config, name) for name in ("llama4", "qwen3_vl_moe")}
 
 
-@pytest.fixture(scope="module", params=LARGER)
-def larger(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+VISION_TOWER = ("--only", "*vis*")
+HALF = ("--method", "magnitude", "--sparsity", 0.5, *COMPUTE)
+
+
+def save_larger(name: str, directory: Path) -> Path:
     """A tiny random model that reads images beside text, as save_pretrained writes it: float32."""
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(LARGER[request.param]())
+    model = AutoModelForImageTextToText.from_config(LARGER[name]())
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0.0 if parameter.ndim > 1 else 0.5, 0.3)
-    directory: Path = tmp_path_factory.mktemp("larger") / request.param
     model.save_pretrained(directory)
     (directory / "preprocessor_config.json").write_text("{}")
     return directory
+
+
+@pytest.fixture(scope="module", params=LARGER)
+def larger(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_larger(request.param, tmp_path_factory.mktemp("larger") / request.param)
 
 
 def stored(directory: Path) -> dict[str, bytes]:
@@ -164,15 +173,119 @@ def test_only_the_decoder_is_pruned(larger: Path, tmp_path: Path) -> None:
     assert perplexity(skeleton_of(out), windows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_what_lies_outside_of_the_decoder_is_refused_by_name(larger: Path, tmp_path: Path) -> None:
-    """Text gives a vision tower no inputs."""
-    skeleton = skeleton_of(larger)
-    outside = next(name for name in skeleton.linears_outside() if "vis" in name)
-    command = ("prune", larger, "-o", tmp_path / "masks", "--sparsity", 0.5, "--method", "magnitude", *COMPUTE)
-    done = trim(*command, "--only", "*vis*")
+def test_the_vision_tower_is_pruned_by_magnitude_where_it_is_named(larger: Path, tmp_path: Path) -> None:
+    """Text gives it no inputs, but what a mask needs of it are its weights."""
+    out, masks, packed = tmp_path / "out", tmp_path / "masks", tmp_path / "packed"
+    summary = trim_json("prune", larger, "-o", masks, "--save-model", out, *VISION_TOWER, *HALF)
+    skeleton, keeps = skeleton_of(larger), MaskFile.open(masks)
+    tower = {name: one for name, one in skeleton.outside.items() if "vis" in name}
+    assert keeps.names == list(tower)
+    assert summary["linears"] == len(tower) > 4
+    own, written = (AutoModelForImageTextToText.from_pretrained(one, dtype=torch.float32) for one in (larger, out))
+    for name, linear in tower.items():
+        keep, weight = keeps.keep(name), own.get_parameter(f"{name}.weight").detach()
+        assert zeros(keep) == matrix_budget(*linear.shape, 0.5)
+        assert weight[keep].abs().min() >= weight[~keep].abs().max()
+        assert torch.equal(written.get_parameter(f"{name}.weight"), weight * keep)
+    before, after = stored(larger), stored(out)
+    assert before.keys() == after.keys()
+    assert {key for key in before if before[key] != after[key]} == {linear.key for linear in tower.values()}
+    windows = sample_windows().clamp(min=9)
+    assert perplexity(skeleton_of(out), windows) == perplexity(skeleton, windows)
+    for place in ((out,), (masks,), (out, "--masks", masks)):
+        found = trim_json("verify", *place)
+        assert found["holds"]
+        assert list(found["linears"]) == list(tower)
+
+    trim_json("apply-masks", larger, masks, "-o", packed, "--format", "packed")
+    assert trim_json("verify", packed)["holds"]
+    trim_json("unpack", packed, "-o", tmp_path / "unpacked")
+    assert stored(tmp_path / "unpacked") == after
+    loaded = load_packed(packed).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in written.state_dict().items())
+
+
+def test_patterns_for_the_decoder_and_for_the_rest_may_be_mixed(tmp_path: Path) -> None:
+    """Gemma 3's vision tower has a q_proj, too: one that matches the decoder's means the decoder's alone."""
+    model, outs = save_larger("gemma3", tmp_path / "model"), {}
+    given: dict[str, tuple[str, ...]] = {
+        "decoder": ("--only", "*q_proj"),
+        "both": ("--only", "*q_proj", "--only", "*vision_tower*", "--skip", "*fc2"),
+    }
+    for name, globs in given.items():
+        outs[name] = trim_json("plan", model, *globs, *HALF)
+    decoder, both = ({linear["name"]: linear for linear in one["linears"]} for one in outs.values())
+    assert len(decoder) == 2
+    assert not any("vision" in name for name in decoder)
+    tower = [name for name in skeleton_of(model).outside if "vision_tower" in name and not name.endswith("fc2")]
+    assert list(both) == [*decoder, *tower]
+    assert {name.rpartition(".")[2] for name in tower} >= {"q_proj", "out_proj", "fc1"}
+    shown = " ".join(trim("plan", model, *given["both"], *HALF).out.split())
+    assert shown.count("self_attn.q_proj 2 32 x 32") == 2  # the decoder's and the tower's are told apart
+
+
+def test_an_allocation_is_over_the_layers_and_the_rest_takes_its_target(tmp_path: Path) -> None:
+    model, ratios = save_larger("qwen2_5_vl", tmp_path / "model"), tmp_path / "ratios.json"
+    mixed = ("--only", "*mlp*", *VISION_TOWER)
+    trim_json("alloc-layers", model, "-o", ratios, "--method", "depth", "--sparsity", 0.4, "--only", "*mlp*")
+    shares = json.loads(ratios.read_text())["sparsity"]
+    assert len(set(shares.values())) == 2
+    common = ("prune", model, *mixed, "--method", "magnitude", *COMPUTE, "--cache-dir", tmp_path / "cache")
+    trim_json(*common, "-o", tmp_path / "file", "--ratios", ratios)
+    trim_json(*common, "-o", tmp_path / "made", "--alloc", "depth", "--sparsity", 0.4)
+    for found in (MaskFile.open(tmp_path / "file"), MaskFile.open(tmp_path / "made")):
+        targets = {name: found.entry(name)["target"] for name in found.names}
+        outside = [name for name in targets if "visual" in name]
+        assert len(outside) == 12
+        assert targets == pytest.approx({**shares, **dict.fromkeys(outside, 0.4)})
+        for name, target in targets.items():
+            assert zeros(found.keep(name)) == matrix_budget(*found.shape(name), target)
+
+    document = json.loads(ratios.read_text())
+    document["pattern"] = {name: [2, 4] for name in shares}
+    ratios.write_text(json.dumps(document))
+    done = trim(*common, "-o", tmp_path / "patterns", "--ratios", ratios)
     assert done.status == 2
-    assert f"{outside} lies outside of the {len(skeleton.layers)} decoder layers" in " ".join(done.err.split())
-    assert not (tmp_path / "masks").exists()
+    assert "model.visual.blocks.0.attn.qkv lies outside of the layers, whose N:M patterns alone" in one_line(done.err)
+    done = trim(*common[:2], *VISION_TOWER, *common[6:], "-o", tmp_path / "a", "--alloc", "depth", "--sparsity", 0.4)
+    assert done.status == 2
+    assert "without any of these --alloc depth has nothing to share; leave it out" in one_line(done.err)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+REFUSED: dict[str, tuple[tuple[object, ...], str]] = {
+    "wanda": (
+        ("prune", "--method", "wanda", "--sparsity", 0.5),
+        "--method wanda reads inputs; take --method magnitude",
+    ),
+    "plan": (("plan", "--sparsity-type", "2:4"), "--method wanda reads inputs"),
+    "trim": (("prune", "--method", "magnitude", "--use-trim", "--sparsity", 0.5), "--use-trim reads inputs; drop that"),
+    "layer": (
+        ("prune", "--method", "magnitude", "--reconstruct", "layer", "--sparsity", 0.5, "--save-model", "unmade"),
+        "--reconstruct layer reads inputs",
+    ),
+    "calibrate": (("calibrate",), "--only takes linears inside of them here, as"),
+    "alloc": (("alloc-layers", "--method", "depth", "--sparsity", 0.5), "--only takes linears inside of them here"),
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+@pytest.mark.parametrize("globs", [(), ("--only", "*mlp*")])
+def test_what_reads_inputs_is_refused_outside_of_the_decoder(way: str, globs: tuple[str, ...], tmp_path: Path) -> None:
+    model, tokens = save_larger("qwen2_5_vl", tmp_path / "model"), save_tokens(tmp_path / "t", vocabulary=VOCABULARY)
+    (command, *given), why = REFUSED[way]
+    given += [] if command == "alloc-layers" else ["--tokens", tokens]
+    given += [] if command == "plan" else ["-o", tmp_path / "out"]
+    done = trim(command, model, *given, *VISION_TOWER, *globs, "--cache-dir", tmp_path / "cache")
+    assert done.status == 2
+    said = one_line(done.err)
+    assert "model.visual.blocks.0.attn.qkv lies outside of the 2 decoder layers, whose inputs alone text tells" in said
+    assert why in said
+    assert said.count(". ") == 0
+    assert not (tmp_path / "out").exists()
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:

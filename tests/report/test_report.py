@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.report_documents import (
+    MODEL,
     SHAPES,
     calibration,
     mask_keeps,
@@ -26,6 +27,7 @@ from tests.report_documents import (
 from trimcli.errors import InputError, MismatchError, OptionError, OutputExists
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import write_json
+from trimcli.files.manifest import RESULTS, manifest
 from trimcli.report.build import build_report
 from trimcli.report.gather import QUANTILES, gather
 from trimcli.report.rows import by_kind, short_names
@@ -106,6 +108,20 @@ def test_layers_are_weighted_by_their_matrices_sizes(tmp_path: Path) -> None:
     assert line["x"] == [0, 1]
     assert line["y"] == pytest.approx([expected, expected])
     assert dots["y"] == pytest.approx([float((~keep).float().mean()) for keep in keeps.values()])
+
+
+def test_a_tower_beside_the_decoder_has_a_line_of_its_own(tmp_path: Path) -> None:
+    linears = {"m.layers.0.q": 0.2, "m.layers.1.q": 0.4, "v.blocks.0.q": 0.6, "v.blocks.0.p": 0.8, "head": 0.5}
+    path = tmp_path / "both.json"
+    write_json(path, manifest(RESULTS, "eval", {}, MODEL, label="both", sparsity={"total": 0.5, "linears": linears}))
+    traces = figure(page_of([path], tmp_path), "Sparsity by layer")["data"]
+    assert [(trace["name"], trace["x"]) for trace in traces[1::2]] == [
+        ("both, m.layers", [0, 1]),
+        ("both, v.blocks", [0]),
+        ("both, in no layer", [0]),
+    ]
+    assert [trace["y"] for trace in traces[1::2]] == [[0.2, 0.4], [pytest.approx(0.7)], [0.5]]
+    assert [trace["y"] for trace in traces[::2]] == [[0.2, 0.4], [0.6, 0.8], [0.5]]
 
 
 def test_a_run_given_twice_is_drawn_once(tmp_path: Path) -> None:

@@ -35,22 +35,21 @@ def plan(
 
 
 def _print(found: "Plan") -> None:
-    from trimcli.files.names import grouped, kind_of, layer_of
+    from trimcli.files.names import grouped, kind_of, kinds_of, layer_of
 
-    groups: dict[tuple[str, tuple[int, int]], list[int]] = {}
-    for place, linear in enumerate(found.linears):
-        groups.setdefault((kind_of(linear.name), linear.shape), []).append(place)
+    linears = {linear.name: linear for linear in found.linears}
+    kinds = {name: kind for kind, names in kinds_of(linears).items() for name in names}
+    groups = grouped(found.linears, lambda linear: (kinds[linear.name], linear.shape))
     rows = []
-    for (name, shape), places in groups.items():
-        members = [found.linears[place] for place in places]
+    for (name, shape), members in groups.items():
         target = spread([one.target.sparsity for one in members])
         patterns = sorted({":".join(map(str, one.target.pattern)) for one in members if one.target.pattern})
         target = f"{', '.join(patterns)} ({target})" if patterns else target
         zeros = f"{sum(one.zeros for one in members):,}"
         rows.append((name, str(len(members)), f"{shape[0]} x {shape[1]}", target, zeros))
     show(rows_table(("linear", "matrices", "shape", "target", "zeros"), rows), head(found))
-    kinds = grouped(found.dense.items(), lambda item: (kind_of(item[0]), *item[1]))
-    for (name, sizes, why), left in kinds.items():
+    dense = grouped(found.dense.items(), lambda item: (kind_of(item[0]), *item[1]))
+    for (name, sizes, why), left in dense.items():
         layers = len({layer_of(name) for name, _ in left})
         times = f", {len(left):,} of them" if len(left) > layers else ""
         times += f" in {layers} layers" if layers > 1 else ""

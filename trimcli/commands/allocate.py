@@ -25,8 +25,9 @@ from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import refuse_unusable
 from trimcli.pipeline.estimate import one_matrix
 from trimcli.pipeline.fit import Fit, Work, fit
-from trimcli.pipeline.plan import chosen_linears, fit_trials
+from trimcli.pipeline.plan import fit_trials
 from trimcli.pipeline.proof import prove
+from trimcli.pipeline.selection import chosen_linears
 from trimcli.pipeline.trial import divergences
 from trimcli.pipeline.walk import sample_length
 from trimcli.world import Found, World, current, joined

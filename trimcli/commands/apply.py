@@ -65,7 +65,8 @@ def apply_masks(
     if not (options.other_weights or changed):
         check_masks(found.manifest, skeleton.fingerprint, masks)
     linears = _pruned_linears(found, skeleton)
-    weights = masked_weights(checkpoint, (skeleton.linears[name] for name in found.names), found.keep)
+    matrices = skeleton.matrices(found.names)
+    weights = masked_weights(checkpoint, (matrices[name] for name in found.names), found.keep)
     if changed and linears:
         weights = _unchanged(weights, checkpoint, masks)
         weights(next(iter(linears.values())).key)  # fails before anything is written
@@ -90,9 +91,9 @@ def apply_masks(
 
 
 def _pruned_linears(found: MaskFile, skeleton: Skeleton) -> dict[str, PrunedLinear]:
-    linears = {}
+    linears, matrices = {}, skeleton.matrices(found.names)
     for name in found.names:
-        linear = skeleton.linears.get(name)
+        linear = matrices.get(name)
         if linear is None or linear.key is None or linear.shape != found.shape(name):
             what = f"{found.path} has a mask of shape {list(found.shape(name))} for {name}"
             raise MismatchError(f"{what}, which {skeleton.checkpoint.id} does not have; give its own model.")

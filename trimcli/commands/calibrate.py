@@ -24,8 +24,9 @@ from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.collector import Collector
 from trimcli.pipeline.estimate import Memory, own_share, peak_of, walking
 from trimcli.pipeline.fit import Fit, Work, fit
-from trimcli.pipeline.plan import chosen_linears, refuse_experts
+from trimcli.pipeline.plan import refuse_experts
 from trimcli.pipeline.proof import prove
+from trimcli.pipeline.selection import chosen_linears
 from trimcli.pipeline.walk import Walk, default_seqlen, own_samples, sample_length
 from trimcli.text.encoding import Encoder
 from trimcli.text.stdin import file_of

@@ -14,7 +14,7 @@ from trimcli.commands.options import EvaluateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, MismatchError, OptionError
 from trimcli.evaluation.images import accuracy, keep_pictures_in_memory
-from trimcli.evaluation.perplexity import apply_masks_to_layer, keep_in_memory, perplexity
+from trimcli.evaluation.perplexity import apply_masks, keep_in_memory, perplexity
 from trimcli.files.cache import spill_folder
 from trimcli.files.documents import read_mark, write_json
 from trimcli.files.manifest import RESULTS, check_masks, manifest
@@ -24,6 +24,7 @@ from trimcli.files.tensors import dtype_name, nonzero
 from trimcli.images.pixels import classes_of, load_processor
 from trimcli.images.sources import pictures
 from trimcli.kernels.bitmap.model import sparsify
+from trimcli.kernels.forms import pruned_names
 from trimcli.memory import PeakMemory
 from trimcli.model.pixels import channels
 from trimcli.model.skeleton import Skeleton, open_model
@@ -196,19 +197,23 @@ def _perplexities(
 
 
 def _sparsity(skeleton: Skeleton, mask: MaskFile | None) -> dict[str, Any]:
-    """Zeros read from the weights: `total` fraction over the linears, `zeros`, `weights`, and per linear."""
+    """Zeros read from the weights: `total` fraction over the linears, `zeros`, `weights`, and per linear.
+
+    Of what lies outside of the layers those count that masks or `trim.json` name.
+    """
     zeros = {}
-    for name, linear in skeleton.linears.items():
+    matrices = skeleton.matrices((pruned_names(skeleton.checkpoint) or ()) if mask is None else mask.names)
+    for name, linear in matrices.items():
         stays = nonzero(linear.read(skeleton.checkpoint)).numpy()
         if mask is not None and name in mask.names:
             stays &= mask.keep(name).numpy()
         zeros[name] = stays.size - int(np.count_nonzero(stays))
-    weights = sum(linear.numel for linear in skeleton.linears.values())
+    weights = sum(linear.numel for linear in matrices.values())
     return {
         "total": sum(zeros.values()) / weights if weights else 0.0,
         "zeros": sum(zeros.values()),
         "weights": weights,
-        "linears": {name: zeros[name] / linear.numel for name, linear in skeleton.linears.items()},
+        "linears": {name: zeros[name] / linear.numel for name, linear in matrices.items()},
     }
 
 
@@ -220,8 +225,7 @@ def _tasks(
 
     skeleton.load_everything()
     if mask is not None:
-        for layer in skeleton.layers:
-            apply_masks_to_layer(layer, mask)
+        apply_masks(skeleton, mask)
     shared = {name: getattr(options, name) for name in ("tasks", "include_path", "num_fewshot", "limit", "log_samples")}
     asked = ZeroShotOptions(**shared, batch_size=options.batch_size or 8, seed=options.fewshot_seed, force=force)
     return evaluate_tasks(skeleton.model, tokenizer, asked, progress)

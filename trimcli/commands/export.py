@@ -89,10 +89,10 @@ def export(
     packer = SemiStructured(device, dtype) if options.to == "semi-structured" else None
     skeleton = Skeleton(checkpoint, trust_remote_code=options.trust_remote_code)
     recorded = pruned_names(checkpoint)
-    linears = {}
-    with progress.task(f"trying {options.to}", len(skeleton.linears)) as step:
-        for name, linear in skeleton.linears.items():
-            if linear.stacked:  # no module is there to be replaced
+    linears, matrices = {}, skeleton.matrices(recorded or ())
+    with progress.task(f"trying {options.to}", len(matrices)) as step:
+        for name, linear in matrices.items():
+            if not linear.replaceable:
                 step()
                 continue
             linears[name] = _decide(linear, linear.read(checkpoint), dtype, packer, recorded)
@@ -172,6 +172,7 @@ def _write(
     """Write the directory, one tensor in memory at a time; returns the bytes of its shards."""
     checkpoint, files = skeleton.checkpoint, numbered("export", len(shards))
     names = {linear.key: name for name, linear in linears.items() if linear.form != "dense"}
+    matrices = skeleton.matrices(names.values())
     homes = {f"{key}.{kind}": (key, kind) for key, name in names.items() for kind in linears[name].specs}
     metadata = {"format": "pt", "manifest": json.dumps(finite_or_none(document), ensure_ascii=False)}
     latest: dict[str, dict[str, Tensor]] = {}
@@ -183,7 +184,7 @@ def _write(
         if key not in latest:
             # The parts of a matrix lie apart where their dtypes differ: made again rather than kept.
             latest.clear()
-            weight = skeleton.linears[names[key]].read(checkpoint)
+            weight = matrices[names[key]].read(checkpoint)
             latest[key] = parts_of(to_csr(weight) if packer is None else packer.pack(weight))
         return latest[key][kind]
 

@@ -132,12 +132,19 @@ class _Session:
         self.masks = self._masks()
         # What says which dense model it came from: the directory, or masks for one that another tool saved.
         self.origin = self.mark or (self.masks.manifest if self.masks else {})
+        matrices = self.skeleton.matrices(self.masks.names if self.masks else ())
         alone = {name: linear for name, linear in self.skeleton.linears.items() if not linear.stacked}
         names = self.masks.names if self.masks else list(alone)
-        if joined := [name for name in names if name not in alone]:
+        if joined := [name for name in names if matrices[name].stacked]:
             what = f"{joined[0]} in {model} is pruned, and experts that share one parameter cannot be trained yet"
             raise InputError(f"{what}; give a model that was pruned with --skip '*.{kind_of(joined[0])}'.")
-        self.linears = [self.skeleton.linears[name] for name in names]
+        outside = next((name for name in names if name in self.skeleton.outside), None)
+        if outside is not None and options.mode == "admm":
+            what = (
+                f"{outside} lies outside of the decoder layers, and --mode admm chooses masks anew inside of them alone"
+            )
+            raise OptionError(f"{what}; take --mode lora or --mode full, which hold the masks that are there.")
+        self.linears = [matrices[name] for name in names]
         self.goal = goal_of(options, self.skeleton, self.linears, self.masks) if options.mode == "admm" else None
         self.chosen = adapted(alone, options.targets) if options.mode == "lora" else []
         self.samples = split(self._blocks(), str(options.tokens or options.dataset))

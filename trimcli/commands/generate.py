@@ -12,7 +12,7 @@ from trimcli.commands.evaluate import open_masks
 from trimcli.commands.options import GenerateOptions
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
-from trimcli.evaluation.perplexity import apply_masks_to_layer
+from trimcli.evaluation.perplexity import apply_masks
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.tensors import dtype_name
 from trimcli.kernels.bitmap.model import MadeSparse, model_bytes, sparsify
@@ -93,8 +93,7 @@ def fill_sparse(
     made = MadeSparse((), 0.0) if dense else sparsify(skeleton, mask, cache_dir, progress)
     skeleton.load_everything()
     if mask is not None:
-        for layer in skeleton.layers:
-            apply_masks_to_layer(layer, mask)
+        apply_masks(skeleton, mask)
     directory = skeleton.checkpoint.directory
     if (directory / "generation_config.json").is_file():
         skeleton.model.generation_config = GenerationConfig.from_pretrained(directory)
@@ -146,7 +145,7 @@ def generate(
         pieces.times[1] - pieces.times[0],
         pieces.times[-1] - pieces.times[1],
         len(made.names),
-        len(skeleton.linears),
+        len(skeleton.matrices(made.names)),
         model_bytes(skeleton.model),
         dtype_name(skeleton.dtype),
     )

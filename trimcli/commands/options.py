@@ -34,6 +34,10 @@ from trimcli.text.stdin import check_stdin
 
 SAMPLES, TARGET, TASKS = "Samples", "Target", "Zero-shot tasks (lm-eval)"
 ONLY = "Only linears whose full name matches this glob (repeatable)."
+REACH = (
+    f"{ONLY} One that matches none of the decoder layers' reaches what lies outside of them, as a vision tower or an "
+    "untied head: for magnitude and the like, which read no inputs; at --sparsity, or the target of an allocation."
+)
 SKIP = "Leave linears that match this glob out (repeatable)."
 BATCH = "Samples a batch; chosen if not given."
 PACK = "Join documents in random order, EOS between them, to full samples; else only those longer than one are drawn."
@@ -158,7 +162,7 @@ class PruneOptions(WalkOptions):
         panel=TARGET,
     )
     ratios: Path | None = option(None, "Layer sparsities: a file of `trim alloc-layers`.", panel=TARGET)
-    only: tuple[str, ...] = option((), ONLY, panel=TARGET, repeated=True)
+    only: tuple[str, ...] = option((), REACH, panel=TARGET, repeated=True)
     skip: tuple[str, ...] = option((), SKIP, panel=TARGET, repeated=True)
     keep_zeros: bool | None = option(
         None,

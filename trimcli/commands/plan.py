@@ -1,7 +1,7 @@
 """`plan` without a run: targets from the options and whatever files they name, nothing computed and nothing written."""
 
 from trimcli.commands.options import CalibrateOptions, PruneOptions
-from trimcli.commands.resolve import refuse_samples_of_other_kind, targets_of
+from trimcli.commands.resolve import matrices_of, refuse_samples_of_other_kind, targets_of
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.cache import spill_folder
 from trimcli.files.calibration import CalibrationFile
@@ -9,7 +9,7 @@ from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.choice import Target
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton, open_model
-from trimcli.pipeline.plan import Plan, chosen_linears, make_plan
+from trimcli.pipeline.plan import Plan, make_plan
 from trimcli.pipeline.walk import sample_length, usual_length
 from trimcli.text.tokens import read_tokens
 
@@ -22,7 +22,7 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
     options.check()
     skeleton = open_model(model, options, weights=None, images=None)
     refuse_samples_of_other_kind(skeleton, options)
-    return foreseen(skeleton, chosen_linears(skeleton, options.only, options.skip, progress), options)
+    return foreseen(skeleton, matrices_of(skeleton, options, progress), options)
 
 
 def foreseen(skeleton: Skeleton, linears: list[Matrix], options: PruneOptions) -> Plan:

@@ -12,7 +12,13 @@ from torch import Tensor
 from trimcli.commands.apply import masked_weights, pruned_linear
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.commands.plan import foreseen
-from trimcli.commands.resolve import cached_calibration, cached_ratios, refuse_samples_of_other_kind, targets_of
+from trimcli.commands.resolve import (
+    cached_calibration,
+    cached_ratios,
+    matrices_of,
+    refuse_samples_of_other_kind,
+    targets_of,
+)
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import OptionError
 from trimcli.files.atomic import MARK, all_or_none, file_digest
@@ -37,8 +43,9 @@ from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.estimate import walks
 from trimcli.pipeline.passes import Passes
-from trimcli.pipeline.plan import Plan, chosen_linears, make_plan
+from trimcli.pipeline.plan import Plan, make_plan
 from trimcli.pipeline.proof import prove
+from trimcli.pipeline.selection import globs_outside
 from trimcli.pipeline.walk import sample_length, usual_length
 from trimcli.world import joined, ranks
 
@@ -48,7 +55,7 @@ KeepOf = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class PruneSummary:
-    """What prune did. layers: sparsity by decoder layer. resumed: layers that an earlier run had finished.
+    """What prune did. layers: sparsity by layer, in the decoder or outside. resumed: those an earlier run had finished.
 
     heldout: by step, in how many matrices held-out samples let it stand, of how many. planned: how it kept to memory.
     """
@@ -87,7 +94,7 @@ def prune(
         with PeakMemory() as memory, contextlib.ExitStack() as stack:
             skeleton = open_model(model, options, images=None)
             refuse_samples_of_other_kind(skeleton, options)
-            linears = chosen_linears(skeleton, options.only, options.skip, progress)
+            linears = matrices_of(skeleton, options, progress)
             if any(options.limits):
                 foreseen(skeleton, linears, options)  # what would not fit is said before a calibration is made
             run = _Run(skeleton, linears, options, progress)
@@ -111,7 +118,7 @@ def prune(
                 parts.discard()
         peak = world.most(memory.document())
     found, layers = document["linears"], {}
-    for layer in run.skeleton.layers:
+    for layer in run.passes.layers:
         if mine := run.passes.mine(layer):
             layers[layer.name] = sum(found[one.name]["zeros"] for one in mine) / sum(one.numel for one in mine)
     return PruneSummary(
@@ -192,7 +199,8 @@ class _Run:
         return chosen
 
     def _allocation(self, allocate: AllocateOptions) -> AllocateOptions:
-        """The allocation with the calibration that it reads, given or made."""
+        """The allocation over the layers with the calibration that it reads, given or made."""
+        allocate = replace(allocate, only=self._inside(allocate.only))
         if not allocate.allocating.needs or allocate.import_file or allocate.calibration:
             return allocate
         return replace(allocate, calibration=self.options.calibration or self._calibrated())
@@ -205,9 +213,14 @@ class _Run:
             needs |= allocate.allocating.needs
         stats = tuple(option for option, one in stored_statistics().items() if one.name in needs)
         drawn = self.options.calibrate or CalibrateOptions(**self.options.run())
-        only, skip = self.options.only, self.options.skip
+        only, skip = self._inside(self.options.only), self.options.skip
         options = replace(drawn.under(self.recipe.numerics), stats=stats, only=only, skip=skip)
         return cached_calibration(self.skeleton, options, self.progress)
+
+    def _inside(self, only: tuple[str, ...]) -> tuple[str, ...]:
+        """The globs of --only that are meant for linears of the layers."""
+        beyond = globs_outside(self.skeleton, only)
+        return tuple(glob for glob in only if glob not in beyond)
 
     def plan(self) -> Plan:
         """The plan, which also refuses patterns that do not fit."""
@@ -246,7 +259,7 @@ class _Run:
 
     def write(self, parts: Parts, output: Path, *, force: bool, rows: Parts) -> tuple[dict[str, Any], int | None]:
         """All outputs, from the part files; returns the masks' manifest and how many linears TRIM bettered."""
-        layers = [(layer, parts.read(layer.index)) for layer in self.skeleton.layers]
+        layers = [(layer, parts.read(layer.index)) for layer in self.passes.layers]
         homes = {linear.name: part for layer, part in layers for linear in self.passes.mine(layer)}
         options, obs = self.options, self.recipe.obs
         first = [rows.read(layer.index).facts for layer, _ in layers]
@@ -275,15 +288,16 @@ class _Run:
             bos=self.calibration.manifest.get("bos") if self.calibration else None,
         )
 
+        shapes = {linear.name: linear.shape for linear in self.linears}
+
         def keep(name: str) -> Tensor:
-            return masks.unpack(homes[name].load(f"{name}.keep"), self.skeleton.linears[name].d_in)
+            return masks.unpack(homes[name].load(f"{name}.keep"), shapes[name][1])
 
         def grid(name: str) -> Grid | None:
             rounded = obs.wbits if f"{name}.scales" in homes[name].names else None
             found = (homes[name].load(f"{name}.{kind}") for kind in ("scales", "zeros"))
             return Grid(rounded, obs.group_size, *found) if rounded else None
 
-        shapes = {linear.name: linear.shape for linear in self.linears}
         facts = {name: row for found in first for name, row in found["rows"].items()}
         improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows != "even" else None
         with all_or_none():  # where it fails, the same command writes them from the part files, which stay

@@ -10,7 +10,7 @@ from trimcli.commands.allocate import allocate
 from trimcli.commands.calibrate import calibrate, encoder_of
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.console import Progress
-from trimcli.errors import OptionError
+from trimcli.errors import InputError, OptionError
 from trimcli.files.atomic import file_digest
 from trimcli.files.cache import Cache
 from trimcli.files.ratios import LayerSparsity
@@ -18,6 +18,7 @@ from trimcli.methods.choice import Target, uniform_target
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import Skeleton, refuse_other_kind
 from trimcli.options import UNRECORDED
+from trimcli.pipeline.selection import chosen_matrices, refuse_outside
 from trimcli.text.stdin import file_of
 
 
@@ -71,16 +72,37 @@ def refuse_samples_of_other_kind(skeleton: Skeleton, options: PruneOptions) -> N
         raise OptionError(f"{what}; give pictures with --images, or --calibration.")
 
 
+def matrices_of(skeleton: Skeleton, options: PruneOptions, progress: Progress) -> list[Matrix]:
+    """The matrices that a prune is of. Raises OptionError for none, and for some that its recipe cannot prune."""
+    found = chosen_matrices(skeleton, options.only, options.skip, progress)
+    refuse_outside(skeleton, found, options.recipe, options.allocate.method if options.allocate else None)
+    return found
+
+
 def targets_of(
     skeleton: Skeleton, linears: Sequence[Matrix], options: PruneOptions, ratios: LayerSparsity | None
 ) -> dict[str, Target]:
-    """Full module name -> what the linear is to lose. Raises MismatchError (ratios of another model), OptionError."""
+    """Full module name -> what the linear is to lose. Raises MismatchError (ratios of another model), UsageError.
+
+    What lies outside of the layers, of which ratios know nothing, is to lose the share that is to go on average.
+    """
     if ratios is None:
         return dict.fromkeys((one.name for one in linears), uniform_target(options.sparsity, options.sparsity_type))
-    ratios.check(skeleton.shapes, skeleton.fingerprint, {linear.name for linear in linears})
+    outside = [one.name for one in linears if one.name in skeleton.outside]
+    ratios.check(skeleton.shapes, skeleton.fingerprint, {one.name for one in linears if one.name not in outside})
     pattern = ratios.pattern or {}
     options.recipe.check(pattern=bool(pattern))
-    return {one.name: Target(ratios.sparsity[one.name], pattern.get(one.name)) for one in linears}
+    if outside and pattern:
+        what = f"{outside[0]} lies outside of the layers, whose N:M patterns alone {_named(ratios)} gives"
+        raise OptionError(f"{what}; leave it out of --only, and prune it by itself with --sparsity-type.")
+    if outside and not 0 <= ratios.target < 1:
+        raise InputError(f"{_named(ratios)} gives the target {ratios.target}, outside [0, 1); make it anew.")
+    shares = dict.fromkeys(outside, ratios.target) | ratios.sparsity
+    return {one.name: Target(shares[one.name], pattern.get(one.name)) for one in linears}
+
+
+def _named(ratios: LayerSparsity) -> str:
+    return str(ratios.path or "the allocation")
 
 
 def _files(folder: Path) -> list[Path]:

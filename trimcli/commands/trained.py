@@ -47,11 +47,11 @@ class Trained:
         document = self._document(PACKED if packed else PRUNED)
         if not is_first():
             return document
-        linears = {}
+        linears, matrices = {}, self.skeleton.matrices(self.entries)
         for name, entry in self.entries.items():
             keep = self.outcome.keep_of(name)
             zeros = keep.numel() - int(keep.count_nonzero())
-            linears[name] = pruned_linear(self.skeleton.linears[name], {**entry, "zeros": zeros})
+            linears[name] = pruned_linear(matrices[name], {**entry, "zeros": zeros})
         kind = PackedTensors if packed else PrunedTensors
         tensors = kind(self.skeleton.checkpoint, self.weight, linears, self.outcome.keep_of)
         return write_model(tensors, output, document, force=force, progress=progress).document
@@ -99,7 +99,8 @@ class Trained:
     @cached_property
     def _masked(self) -> dict[str | None, Matrix]:
         """Checkpoint tensor -> the matrix in it that has a mask."""
-        return {linear.key: linear for linear in map(self.skeleton.linears.__getitem__, self.entries)}
+        matrices = self.skeleton.matrices(self.entries)
+        return {linear.key: linear for linear in map(matrices.__getitem__, self.entries)}
 
     @cached_property
     def _trained_names(self) -> dict[str, str]:

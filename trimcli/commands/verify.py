@@ -167,7 +167,7 @@ def _verify_written(path: Path, options: VerifyOptions, progress: Progress) -> V
 def _verify_plain(path: Path, options: VerifyOptions, progress: Progress) -> VerifyReport:
     skeleton = Skeleton(Checkpoint.open(path), trust_remote_code=options.trust_remote_code)
     found = MaskFile.open(options.masks) if options.masks else None
-    linears, checkpoint = skeleton.linears, skeleton.checkpoint
+    linears, checkpoint = skeleton.matrices(found.names if found else ()), skeleton.checkpoint
     report = VerifyReport(str(path), MASKS if found else None, [])
     if found is not None and (missing := [name for name in found.names if name not in linears]):
         what = f"{found.path} was made for the model {(found.manifest.get('model') or {}).get('id')!r}"

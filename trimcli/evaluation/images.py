@@ -43,8 +43,8 @@ def accuracy(
 ) -> Accuracy:
     """Measure the pictures whose `classes` are given. Every rank measures its share, in rounds through the layers.
 
-    mask: applied to each layer as it is loaded. The skeleton is proven. Raises InputError naming a picture that cannot
-    be decoded, or the layer whose outputs are not finite.
+    mask: applied to each layer, and what is outside, as it is loaded. The skeleton is proven. Raises InputError naming
+    a picture that cannot be decoded, or the layer whose outputs are not finite.
     """
     per_round = pictures_per_round(skeleton)
     right = torch.zeros(2, dtype=torch.int64, device=skeleton.device)
@@ -53,7 +53,8 @@ def accuracy(
         numbers = range(start, min(start + per_round, mine.stop))
         pixels = torch.cat(list(processor.batches(found[number] for number in numbers)))
         wanted = torch.tensor([classes[number] for number in numbers], device=skeleton.device)
-        right += _round(skeleton, pixels, wanted, mask, batch_size, progress)
+        with skeleton.covered(mask):
+            right += _round(skeleton, pixels, wanted, mask, batch_size, progress)
     top1, top5 = (int(count) / len(found) for count in current().summed(right))
     return Accuracy(top1, top5, len(found))
 

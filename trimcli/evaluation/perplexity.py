@@ -32,15 +32,16 @@ def perplexity(
 ) -> float:
     """Exp of the mean over windows, integer [n, seqlen], of the mean cross-entropy of their seqlen - 1 predictions.
 
-    Every rank measures its share of the windows. mask: applied to each layer as it is loaded. Raises InputError naming
-    the layer whose outputs are not finite.
+    Every rank measures its share of the windows. mask: applied to each layer, and what is outside, as it is loaded.
+    Raises InputError naming the layer whose outputs are not finite.
     """
     per_round = len(windows) if skeleton.spill is not None else windows_per_round(skeleton, windows.shape[1])
     losses = torch.zeros(len(windows), dtype=torch.float64, device=skeleton.device)
     mine = current().share(len(windows))
     for start in range(mine.start, mine.stop, per_round):
         rows = slice(start, min(start + per_round, mine.stop))
-        losses[rows] = _round(skeleton, windows[rows], mask, batch_size, progress)
+        with skeleton.covered(mask):
+            losses[rows] = _round(skeleton, windows[rows], mask, batch_size, progress)
     mean = sum(current().whole(losses, 0).tolist()) / len(losses)
     return math.exp(mean) if mean < 700 else math.inf if not math.isnan(mean) else math.nan
 
@@ -118,6 +119,14 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     logits = logits.float()
     found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return found.view(targets.shape).double().sum(dim=1)
+
+
+def apply_masks(skeleton: Skeleton, mask: MaskFile) -> None:
+    """Zero what the masks take from a whole model that is loaded."""
+    matrices = skeleton.matrices(mask.names)
+    for name in mask.names:
+        if name in matrices:
+            matrices[name].mask(mask.keep(name))
 
 
 def apply_masks_to_layer(layer: DecoderLayer, mask: MaskFile) -> None:

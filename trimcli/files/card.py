@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimcli.files.manifest import PACKED
-from trimcli.files.names import grouped, kind_of
+from trimcli.files.names import kinds_of
 from trimcli.methods.layers.base import ALLOCATIONS
 from trimcli.methods.rows.base import ROWS
 from trimcli.methods.scores import SCORES
@@ -33,7 +33,7 @@ def model_card_section(document: Mapping[str, Any]) -> str:
     model = (pruning.get("model") or {}).get("id")
     what = (
         f"{len(linears)} weight matrices of {_code(model)} were pruned: {document['sparsity']:.2%} of their "
-        "weights are zero. Embeddings, head, biases and norms are untouched."
+        "weights are zero. What is not listed below is untouched."
     )
     lines = [BEGIN, "## Pruned with trim", "", what, "", *_settings(pruning), ""]
     if commands := document.get("commands"):
@@ -119,9 +119,9 @@ def _fence(text: str, least: int) -> str:
 
 
 def _table(linears: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Sparsity by kind of matrix: its name inside the decoder layer, experts counted together."""
+    """Sparsity by kind of matrix: its name inside the layer, experts counted together."""
     rows = ["| matrices | number | weights | zero | sparsity |", "|---|---:|---:|---:|---:|"]
-    for kind, names in grouped(linears, kind_of).items():
+    for kind, names in kinds_of(linears).items():
         weights = sum(math.prod(linears[name]["shape"]) for name in names)
         zeros = sum(linears[name]["zeros"] for name in names)
         rows.append(f"| `{kind}` | {len(names)} | {weights:,} | {zeros:,} | {zeros / weights:.2%} |")

@@ -25,7 +25,22 @@ def inside_layer(name: str) -> str:
 
 def kind_of(name: str) -> str:
     """The same for all experts: `mlp.experts.*.up_proj` of `model.layers.3.mlp.experts.5.up_proj`."""
-    return ".".join("*" if part.isdigit() else part for part in inside_layer(name).split("."))
+    return _starred(inside_layer(name))
+
+
+def list_of(name: str) -> str:
+    """`model.layers` of `model.layers.3.mlp.up_proj`: the list that its layer is in; empty of a name without number."""
+    return ".".join(_parts(name)[0][:-1])
+
+
+def kinds_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """`kind_of` -> the names of that kind; where layers of several lists are there (a vision tower's), all of the name.
+
+    Numbers are `*` in both.
+    """
+    known = list(names)
+    several = len({found for name in known if (found := list_of(name))}) > 1
+    return grouped(known, _starred if several else kind_of)
 
 
 def grouped(items: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
@@ -34,6 +49,10 @@ def grouped(items: Iterable[V], key: Callable[[V], K]) -> dict[K, list[V]]:
     for item in items:
         found.setdefault(key(item), []).append(item)
     return found
+
+
+def _starred(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _parts(name: str) -> tuple[list[str], list[str]]:

@@ -168,7 +168,7 @@ def _products(model: str, device: torch.device, options: BenchOptions, progress:
     skeleton = Skeleton(checkpoint, dtype=dtype, trust_remote_code=options.trust_remote_code)
     recorded = forms.pruned_names(checkpoint)
     shapes: dict[tuple[int, int], list[Matrix]] = {}
-    alone = [linear for linear in skeleton.linears.values() if not linear.stacked]
+    alone = [linear for linear in skeleton.matrices(recorded or ()).values() if linear.replaceable]
     pruned = [linear for linear in alone if recorded is None or linear.name in recorded]
     for linear in sorted(pruned or alone, key=lambda linear: -linear.numel):  # where experts alone were pruned
         shapes.setdefault(linear.shape, []).append(linear)
@@ -198,15 +198,17 @@ def _forms(
         what = f"--tokens {options.tokens}, prompt and as many decoded, is beyond the {positions} positions"
         raise OptionError(f"{what} of {checkpoint.id}; give {positions // 2} or fewer.")
     skeleton.load_everything()
-    kept = {name: int(linear.weight.count_nonzero()) for name, linear in skeleton.linears.items()}
-    zeros_of = {name: 1 - kept[name] / linear.numel for name, linear in skeleton.linears.items()}
-    zeros = 1 - sum(kept.values()) / max(sum(linear.numel for linear in skeleton.linears.values()), 1)
+    recorded = forms.pruned_names(checkpoint)
+    matrices = skeleton.matrices(recorded or ())
+    kept = {name: int(linear.weight.count_nonzero()) for name, linear in matrices.items()}
+    zeros_of = {name: 1 - kept[name] / linear.numel for name, linear in matrices.items()}
+    zeros = 1 - sum(kept.values()) / max(sum(linear.numel for linear in matrices.values()), 1)
 
     def measured(form: str, sparse: int, disk: int | None) -> Measured:
         memory = sum(map(forms.stored_bytes, chain(skeleton.model.parameters(), skeleton.model.buffers())))
         rates = tuple(measure(skeleton.model, options, device, f"{Path(model).name} {form}", progress))
         as_exported = exported is not None and form != "dense"
-        return Measured(model, form, as_exported, sparse, len(skeleton.linears), zeros, disk, memory, rates)
+        return Measured(model, form, as_exported, sparse, len(matrices), zeros, disk, memory, rates)
 
     yield measured("dense", 0, None if exported else _bytes_on_disk(checkpoint))
     if exported:
@@ -214,8 +216,7 @@ def _forms(
         skeleton = exported_skeleton(exported, options.dtype, trust_remote_code=trust)
         yield measured(exported.to, len(exported.sparse), _bytes_on_disk(exported))
         return
-    recorded = forms.pruned_names(checkpoint)
-    alone = {name: share for name, share in zeros_of.items() if not skeleton.linears[name].stacked}
+    alone = {name: share for name, share in zeros_of.items() if matrices[name].replaceable}
     pruned = [name for name, share in alone.items() if forms.was_pruned(name, share, recorded)]
     if pruned and (sparse := _make_sparse(skeleton, pruned)):
         yield measured("csr" if device.type == "cpu" else "semi-structured", sparse, None)
@@ -234,9 +235,9 @@ def _make_sparse(skeleton: Skeleton, pruned: Sequence[str]) -> int:
         packer = None if device.type == "cpu" else forms.SemiStructured(device, dtype)
     except OptionError:
         return 0
-    count = 0
+    count, matrices = 0, skeleton.matrices(pruned)
     for name in pruned:
-        linear = skeleton.linears[name]
+        linear = matrices[name]
         weight = linear.weight
         if packer is None or (packer.fits(linear.shape) and forms.is_two_of_four(weight)):
             sparse = packer.pack(weight) if packer else forms.computed(forms.to_csr(weight))

@@ -124,11 +124,12 @@ def exported_skeleton(checkpoint: ExportedCheckpoint, dtype: str, *, trust_remot
     """The skeleton of an export, loaded, with its sparse matrices in place."""
     computed_in, device = checkpoint.compute_dtype(dtype), checkpoint.device
     skeleton = Skeleton(checkpoint, dtype=computed_in, device=device, trust_remote_code=trust_remote_code)
+    matrices = skeleton.matrices(checkpoint.sparse)
     for name, entry in checkpoint.sparse.items():
-        linear = skeleton.linears.get(name)
+        linear = matrices.get(name)
         if linear is None or (linear.key, list(linear.shape)) != (entry["key"], entry["shape"]):
             raise InputError(f"{checkpoint.directory / MARK} lists {name}, which the model has not; export it anew.")
-        replace_linear(skeleton, skeleton.linears[name], computed(checkpoint.matrix(name)))
+        replace_linear(skeleton, linear, computed(checkpoint.matrix(name)))
     skeleton.load_everything()
     return skeleton
 

@@ -72,6 +72,11 @@ class Matrix:
         return self.expert is not None
 
     @property
+    def replaceable(self) -> bool:
+        """Whether a module is called with inputs [..., D_in] for it alone, so that another can take its place."""
+        return not (self.stacked or isinstance(self.module, nn.Conv2d))
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(D_out, D_in)."""
         return self.d_out, self.d_in
@@ -150,22 +155,29 @@ def matrices_in(
     key_of: parameter name -> checkpoint key, None for what is assembled from several tensors, which is no matrix where
     there is a checkpoint: `stored`. experts: how many the config speaks of. pieces: of what is assembled and known.
     """
-    from transformers.pytorch_utils import Conv1D
-
     lists = _expert_lists(layer, experts)
     for name, module in layer.named_modules():
         full = f"{prefix}.{name}"
-        if not isinstance(module, nn.Linear | Conv1D) and not _of_single_places(module):
+        key = key_of(f"{full}.weight")
+        made = matrix_of(full, module, key, routed=any(name.startswith(f"{one}.") for one in lists))
+        if made is None:
             for matrix in _stacked(prefix, full, module, key_of, experts, pieces or {}):
                 if f"{full}.{matrix.parameter_name}" not in dense:
                     yield matrix
-            continue
-        key = key_of(f"{full}.weight")
-        if (key is not None or not stored) and f"{full}.weight" not in dense:
-            transposed = isinstance(module, Conv1D)
-            d_out, d_in = module.weight.shape[1::-1] if transposed else module.weight.shape[:2]
-            routed = any(name.startswith(f"{one}.") for one in lists)
-            yield Matrix(full, module, d_out, d_in, key, transposed, routed=routed)
+        elif (key is not None or not stored) and f"{full}.weight" not in dense:
+            yield made
+
+
+def matrix_of(name: str, module: nn.Module, key: str | None, *, routed: bool = False) -> Matrix | None:
+    """The matrix that a linear or a convolution of single places has as its `weight`; None of any other module."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not isinstance(module, nn.Linear | Conv1D) and not _of_single_places(module):
+        return None
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    transposed = isinstance(module, Conv1D)
+    d_out, d_in = weight.shape[1::-1] if transposed else weight.shape[:2]
+    return Matrix(name, module, d_out, d_in, key, transposed, routed=routed)
 
 
 def _of_single_places(module: nn.Module) -> bool:

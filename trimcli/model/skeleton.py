@@ -1,6 +1,6 @@
 """The skeleton: a transformers model on the meta device, buffers real, filled one decoder layer at a time."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trimcli.errors import InputError, first_line
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.manifest import ModelFingerprint
+from trimcli.files.masks import MaskFile
 from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
 from trimcli.memory import Limits, collect_as_usual, return_what_is_freed
@@ -29,6 +30,7 @@ from trimcli.model.empty import (
 from trimcli.model.fingerprint import fingerprint_of
 from trimcli.model.matrix import Matrix, finite, matrices_in, routers_in
 from trimcli.model.names import NameMap, map_names, saved_shapes
+from trimcli.model.outside import find_outside
 from trimcli.options import RunOptions
 
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -65,6 +67,8 @@ class Skeleton:
     spill: the folder in whose files the hidden states of its walks lie, None for memory. on_host: whether that is the
     host's; None where that hangs on what the compute device has free. batch_tokens: in a batch that is not chosen
     otherwise, logit_tokens: whose logits are held at a time; None for what suits the device.
+    linears: the layers' matrices by full module name. outside: those that no layer has, which no walk prunes;
+    outside_dense: why other weights there stay dense, by the module's name, or the parameter's.
     """
 
     form: Form = "recorded"
@@ -101,6 +105,10 @@ class Skeleton:
         self._kept = dict.fromkeys(self._used_twice(self._inside), "more than one layer uses it")
         self.layers = list(self._found_in(found))
         self.linears = {linear.name: linear for layer in self.layers for linear in layer.linears}
+        inside = {module for layer in self.layers for module in layer.module.modules()}
+        stored, shared = checkpoint.has_weights, self._shared()
+        self.outside, self.outside_dense = find_outside(self.model, inside, self.key_of, shared, stored=stored)
+        self._cover: dict[str, tuple[Matrix, MaskFile]] = {}
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -195,11 +203,27 @@ class Skeleton:
             for full in [".".join(filter(None, (layer.name, place, name)))]
         }
 
-    def linears_outside(self) -> Iterator[str]:
-        """Full module names of the linears that lie in no decoder layer: a vision tower's, the head."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear) and not name.startswith(self._inside):
-                yield name
+    def _shared(self) -> dict[str, str]:
+        """Parameter name -> why it is not one module's alone: with which other it is one, or what it is made of."""
+        made = {name for conversion in self._names.conversions for name in conversion.names}
+        others = {source: name for name, source in self._tied.items()} | self._tied
+        tied = {name: f"it is one with {other}" for name, other in others.items()}
+        return dict.fromkeys(made, "the checkpoint holds it in pieces") | tied
+
+    def matrices(self, named: Iterable[str] = ()) -> dict[str, Matrix]:
+        """The layers' matrices by name, and those outside of the layers that are among `named`, such as masks'."""
+        return self.linears | {name: self.outside[name] for name in named if name in self.outside}
+
+    @contextmanager
+    def covered(self, mask: MaskFile | None) -> Iterator[None]:
+        """Lay masks over what lies outside of the layers whenever it is filled; what fills layers sees to theirs."""
+        names = [] if mask is None else [name for name in mask.names if name in self.outside]
+        before = self._cover
+        self._cover = {f"{name}.weight": (self.outside[name], mask) for name in names if mask is not None}
+        try:
+            yield
+        finally:
+            self._cover = before
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
@@ -256,7 +280,11 @@ class Skeleton:
             inside = full.startswith(self._inside)
             value = finite(stored, key or full, self.checkpoint) if inside else stored
             dtype = self.dtype if value.is_floating_point() else value.dtype
-            set_parameter(module, name, value.to(self.device, dtype, copy=copy))
+            value = value.to(self.device, dtype, copy=copy or full in self._cover)
+            if full in self._cover:
+                matrix, mask = self._cover[full]
+                matrix.inside(value).masked_fill_(~mask.keep(matrix.name).to(self.device), 0)
+            set_parameter(module, name, value)
         for name, buffer in module.named_buffers(recurse=recurse):
             key = self._names.plain.get(dotted + name)
             if key is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trimcli.console import Progress
 from trimcli.files.calibration import CalibrationFile
+from trimcli.files.names import grouped, layer_of
 from trimcli.files.parts import Part, Parts
 from trimcli.files.rowstats import row_facts, row_tensors
 from trimcli.methods import masks
@@ -51,13 +52,22 @@ class Passes:
         done = parts.finished()
         if walks(self.recipe):
             self._along_walk("pruning layers", parts, self._prune_layer)
-        elif left := self.skeleton.layers[done:]:
+        elif left := self.layers[done:]:
             with self.progress.task("pruning layers", done + len(left)) as step:
                 step(done)
                 for layer in left:
                     self._prune_from_file(layer).finish(parts, layer)
                     step()
         return done
+
+    @cached_property
+    def layers(self) -> list[DecoderLayer]:
+        """The decoder layers, and the like of them outside of these, such as a vision tower's, that are pruned."""
+        skeleton = self.skeleton
+        mine = [linear for name, linear in skeleton.outside.items() if name in self.targets]
+        beyond = enumerate(grouped(mine, lambda linear: layer_of(linear.name)).items(), start=len(skeleton.layers))
+        get = skeleton.model.get_submodule
+        return [*skeleton.layers, *(DecoderLayer(index, name, get(name), found) for index, (name, found) in beyond)]
 
     def second(self, first: Parts, second: Parts) -> int:
         """Rebuild the masks of `first` layer by layer into `second` (LLM-Barber). Returns the like of `first`."""

@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trimcli.console import NO_PROGRESS, Progress
-from trimcli.errors import InputError, OptionError
+from trimcli.errors import OptionError
 from trimcli.files.names import kind_of
 from trimcli.files.tensors import dtype_name
 from trimcli.methods.choice import Target
@@ -16,7 +15,6 @@ from trimcli.methods.recipe import Recipe, check_patterns, expected_zeros
 from trimcli.methods.stats import STATISTICS
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import LeftDense, Skeleton
-from trimcli.options import selected
 from trimcli.pipeline import estimate
 from trimcli.pipeline.collector import InputGroup
 from trimcli.pipeline.estimate import Memory, expert_bytes, own_share, recipe_bytes, walks
@@ -123,31 +121,6 @@ class Plan:
             "spill_bytes": self.spill_bytes,
             "why": list(self.why),
         }
-
-
-def chosen_linears(
-    skeleton: Skeleton, only: tuple[str, ...], skip: tuple[str, ...], progress: Progress = NO_PROGRESS
-) -> list[Matrix]:
-    """The linears that --only and --skip leave; warns of a glob without effect. InputError, OptionError if none."""
-    if not skeleton.linears:
-        what = f"{skeleton.checkpoint.id} has no matrix in its layers to prune"
-        raise InputError(f"{what}: neither linears nor convolutions of single places; give another model.")
-    found = [linear for name, linear in skeleton.linears.items() if selected(name, only, skip)]
-    some = next(iter(skeleton.linears), "none")
-    if not found:
-        if outside := next((name for name in skeleton.linears_outside() if selected(name, only, skip)), None):
-            inside = "decoder layers, whose inputs alone text tells"
-            if skeleton.images:
-                inside = "blocks, which alone are pruned"
-            what = f"{outside} lies outside of the {len(skeleton.layers)} {inside}"
-            raise OptionError(f"{what}; --only takes linears inside of them, such as {some}.")
-        left = f"of {len(skeleton.linears)} linears (such as {some}), --only {list(only)} and --skip {list(skip)}"
-        raise OptionError(f"nothing matches: {left} leave none; globs are matched against full module names.")
-    for flag, globs in (("--only", only), ("--skip", skip)):
-        for glob in globs:
-            if not any(selected(name, (glob,), ()) for name in skeleton.linears):
-                progress.warn(f"{flag} {glob!r} matches none of the {len(skeleton.linears)} linears, such as {some}.")
-    return found
 
 
 def make_plan(

@@ -6,7 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS
-from trimcli.files.names import layer_index
+from trimcli.files.names import grouped, layer_index, layer_of, list_of
 from trimcli.report.compare import Table
 from trimcli.report.gather import Gathered, Source
 from trimcli.report.panels import MUTED, Figure, Panel, colour, grid, integers, named, series
@@ -73,25 +73,30 @@ def _layers(gathered: Gathered) -> Figure | None:
         values = {name: round(value, 3) for name, value in source.sparsities().items() if value >= 0.001}
         if values and values not in drawn:
             linears, means = source.sparsities(), gathered.layers(source)
-            style = series(named(source.label), len(drawn))
-            dots = go.Scatter(
-                name=style["name"],
-                mode="markers",
-                showlegend=False,
-                x=[layer_index(name) for name in linears],
-                y=list(linears.values()),
-                customdata=[named(name) for name in linears],
-                marker={"color": colour(len(drawn)), "size": 5, "opacity": 0.35},
-                hovertemplate="%{customdata}<br>%{y:.2%}<extra></extra>",
-            )
-            hover = f"{style['name']}<br>layer %{{x}}: %{{y:.2%}}<extra></extra>"
-            traces += [dots, go.Scatter(**style, x=list(means), y=list(means.values()), hovertemplate=hover)]
+            lists = grouped(linears, list_of)
+            for where, names in lists.items():  # a decoder's layers, and perhaps a vision tower's
+                label = source.label if len(lists) == 1 else f"{source.label}, {where or 'in no layer'}"
+                style = series(named(label), len(traces) // 2)
+                dots = go.Scatter(
+                    name=style["name"],
+                    mode="markers",
+                    showlegend=False,
+                    x=[layer_index(name) for name in names],
+                    y=[linears[name] for name in names],
+                    customdata=[named(name) for name in names],
+                    marker={"color": colour(len(traces) // 2), "size": 5, "opacity": 0.35},
+                    hovertemplate="%{customdata}<br>%{y:.2%}<extra></extra>",
+                )
+                hover = f"{style['name']}<br>layer %{{x}}: %{{y:.2%}}<extra></extra>"
+                layers = sorted(dict.fromkeys(map(layer_of, names)), key=layer_index)
+                x, y = [layer_index(layer) for layer in layers], [means[layer] for layer in layers]
+                traces += [dots, go.Scatter(**style, x=x, y=y, hovertemplate=hover)]
             drawn.append(values)
     if not traces:
         return None
-    layers = {layer_index(name) for values in drawn for name in values}
-    plot = grid([Panel("", traces, x=integers(layers))], per_row=1, height=340)
-    plot.update_xaxes(title_text="decoder layer")
+    numbers = {layer_index(name) for values in drawn for name in values}
+    plot = grid([Panel("", traces, x=integers(numbers))], per_row=1, height=340)
+    plot.update_xaxes(title_text="layer")
     plot.update_yaxes(title_text="sparsity", tickformat=".0%")
     return Figure("Sparsity", "Sparsity by layer", "Lines: whole layers. Dots: their matrices.", plot)
 

@@ -13,7 +13,7 @@ from trimcli.errors import InputError, MismatchError
 from trimcli.files.atomic import MARK
 from trimcli.files.documents import read_json, refuse_later
 from trimcli.files.manifest import LAYER_SPARSITY, MASKS, PACKED, PRUNED, RESULTS, ROWS, SEAL, is_intact
-from trimcli.files.names import grouped, layer_index
+from trimcli.files.names import grouped, layer_of
 from trimcli.report.compare import Table, distinct, table_of
 from trimcli.report.forms import KINDS, check_document
 
@@ -107,10 +107,10 @@ class Gathered:
             for name, entry in source.document["linears"].items()
         }
 
-    def layers(self, source: Source) -> dict[int, float]:
+    def layers(self, source: Source) -> dict[str, float]:
         """Layer -> sparsity or target; linears count by their size, alike where no given file tells it."""
         values, found = source.sparsities(), {}
-        for layer, names in sorted(grouped(values, layer_index).items()):
+        for layer, names in grouped(values, layer_of).items():
             weights = [self._weights.get((source.structure, name), 1) for name in names]
             found[layer] = float(np.average([values[name] for name in names], weights=weights))
         return found

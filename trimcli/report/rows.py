@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from trimcli.files.manifest import ROWS
-from trimcli.files.names import grouped, kind_of, layer_index
+from trimcli.files.names import grouped, kinds_of, layer_index
 from trimcli.report.gather import QUANTILES, Source
 from trimcli.report.panels import MUTED, Figure, Panel, colours, grid, integers, named
 
@@ -27,9 +27,9 @@ def by_kind(values: Mapping[str, Any]) -> dict[str, dict[int, Any]]:
     return {
         kind: {
             layer: np.mean([values[name] for name in members], axis=0).tolist()
-            for layer, members in sorted(grouped(names, layer_index).items())
+            for layer, members in sorted(grouped(mine, layer_index).items())
         }
-        for kind, names in grouped(values, kind_of).items()
+        for kind, mine in kinds_of(values).items()
     }
 
 

@@ -35,8 +35,9 @@ from trimcli.methods.stats import stored_statistics
 from trimcli.model.skeleton import Skeleton, open_model
 from trimcli.pipeline.estimate import walks
 from trimcli.pipeline.fit import Fit
-from trimcli.pipeline.plan import chosen_linears, forward_passes
+from trimcli.pipeline.plan import forward_passes
 from trimcli.pipeline.proof import open_proven
+from trimcli.pipeline.selection import chosen_linears
 from trimcli.pipeline.walk import default_seqlen
 from trimcli.sweep.grid import Setting, SweepOptions, settings_of
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens

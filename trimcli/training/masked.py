@@ -72,8 +72,9 @@ def whole(parameter: Tensor) -> Tensor:
 
 def check_held(skeleton: Skeleton, masks: Masks) -> None:
     """Raise MismatchError unless the model has the masks' matrices, with zeros wherever they take weights."""
+    matrices, model = skeleton.matrices(masks.names), skeleton.checkpoint.id
     for name in masks.names:
-        linear, model = skeleton.linears.get(name), skeleton.checkpoint.id
+        linear = matrices.get(name)
         if linear is None or linear.key is None or linear.shape != masks.shape(name):
             what = f"{masks.path} has a mask of shape {list(masks.shape(name))} for {name}, which {model} does not have"
             raise MismatchError(f"{what}; give its own masks.")

@@ -132,14 +132,14 @@ def train_admm(task: Task, budget: Budget) -> Outcome:
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
     del splitting
-    part = learned.read(0)
+    part, matrices = learned.read(0), {linear.name: linear for linear in task.linears}
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(part.load(name))
     records = [Record(**part.facts)]
 
     def keep_of(name: str) -> Tensor:
-        return masks.unpack(part.load(f"{name}.keep"), task.skeleton.linears[name].d_in)
+        return masks.unpack(part.load(f"{name}.keep"), matrices[name].d_in)
 
     if task.steps > task.learned:
         records.append(_run_held(task, task.steps - task.learned, keep_of))

@@ -71,16 +71,18 @@ def make_sparse(
     """
     recorded = None if mask else pruned_names(skeleton.checkpoint)
     names, zeros, weights = [], 0, 0
-    with progress.task("loading sparse", len(skeleton.linears)) as step:
-        for name, linear in skeleton.linears.items():
+    matrices = skeleton.matrices(mask.names if mask else recorded or ())
+    with progress.task("loading sparse", len(matrices)) as step:
+        for name, linear in matrices.items():
             weight = held(linear.read(skeleton.checkpoint), skeleton.dtype)
             if mask is not None and name in mask.names:
                 weight = weight.masked_fill(~mask.keep(name), 0)
             kept = int(weight.count_nonzero())
             zeros, weights = zeros + linear.numel - kept, weights + linear.numel
             smaller = bitmap_bytes(linear.shape, kept, weight.itemsize) < linear.numel * skeleton.dtype.itemsize
-            if smaller and not linear.stacked and was_pruned(name, 1 - kept / linear.numel, recorded):
-                semi_structured = two_of_four.form(weight) if two_of_four else None
+            if smaller and linear.replaceable and was_pruned(name, 1 - kept / linear.numel, recorded):
+                # What lies outside of the layers is emptied after use, where a form's weight would be lost.
+                semi_structured = two_of_four.form(weight) if two_of_four and name in skeleton.linears else None
                 if semi_structured is None:
                     put_in_place(skeleton, linear, weight)
                 else:
