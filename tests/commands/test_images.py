@@ -381,7 +381,7 @@ def test_a_limit_of_memory(vit: Path, data: tuple[Path, Path], tmp_path: Path, m
         refused = trim(*command, "--cache-dir", tmp_path / "cache", "--max-memory", "100MiB")
         assert refused.status == 1
         assert what in refused.err
-        assert "--max-memory allows 100.0 MiB; give --max-memory 32" in refused.err
+        assert "--max-memory allows 100.0 MiB; give --max-memory 36" in refused.err
     assert not (tmp_path / "m").exists()
 
 
