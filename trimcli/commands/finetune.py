@@ -65,6 +65,7 @@ class FinetuneSummary:
     records: tuple[dict[str, Any], ...]
     seconds: float
     peak_memory: dict[str, int]
+    planned: dict[str, Any]
 
 
 def finetune(
@@ -112,6 +113,7 @@ def finetune(
         records=tuple(record.document() for record in records),
         seconds=time.monotonic() - started,
         peak_memory=memory.document(),
+        planned=session.plan.document(),
     )
 
 

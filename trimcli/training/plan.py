@@ -15,12 +15,14 @@ from trimcli.pipeline.estimate import LIBRARIES
 from trimcli.training.options import FinetuneOptions
 from trimcli.world import ranks
 
-# Bytes a trained weight: float32 value, gradient and Adam's two moments; under ADMM z and u besides, and scores.
-TRAINED, SPLIT = 16, 12
+# Bytes a weight of a model that trains, held or not: float32 value, gradient and Adam's two moments; under ADMM of a
+# matrix z and u besides, and scores; of one that has an adapter the product, masked, and what it makes of the weight.
+TRAINED, SPLIT, ADAPTED = 16, 12, 10
 # Bytes a trained weight in a checkpoint: its value and the moments, in float32.
 SAVED = 12
-# Values of a decoder layer's activations kept for the way back, by hidden states; of one's that are computed anew.
-KEPT, ANEW = 34, 2
+# Values of a decoder layer's activations kept for the way back, by hidden states; of one's whose matrices have no
+# adapters, and stay as they are; of one's that are computed anew.
+KEPT, FROZEN, ANEW = 34, 20, 2
 # float32 copies of logits on the way: as the model gives them, normalised, and their gradient.
 COPIES = 4
 # At most one part in so many samples is held out, and at most so many samples.
@@ -61,7 +63,8 @@ class FinetunePlan:
     @property
     def checkpoint_bytes(self) -> int:
         """Of the checkpoints that lie beside each other at most: the best, the last, and the one that replaces it."""
-        return 3 * (SAVED + (SPLIT if self.mode == "admm" else 0)) * self.trained
+        saved = self.trained if self.mode == "lora" else self.trained + self.held
+        return 3 * (SAVED + (SPLIT if self.mode == "admm" else 0)) * saved
 
     def document(self) -> dict[str, Any]:
         """The plan as JSON."""
@@ -121,7 +124,7 @@ def make_plan(
         held=held,
         teacher=teacher.checkpoint.id if teacher else None,
         device=str(skeleton.device),
-        nbytes=estimate_memory(skeleton, options, trained=trained, held=held, seqlen=train.shape[1], teacher=size),
+        nbytes=estimate_memory(skeleton, options, adapted=adapted, seqlen=train.shape[1], teacher=size),
     )
 
 
@@ -139,23 +142,27 @@ def refuse_beyond(plan: FinetunePlan, skeleton: Skeleton, options: FinetuneOptio
 
 
 def estimate_memory(
-    skeleton: Skeleton, options: FinetuneOptions, *, trained: int, held: int, seqlen: int, teacher: int
+    skeleton: Skeleton, options: FinetuneOptions, *, adapted: Sequence[Matrix], seqlen: int, teacher: int
 ) -> int:
     """Peak bytes: weights, what trains them, a pass's activations and logits, the teacher's weights (`teacher` bytes).
 
-    trained, held: numbers of weights.
+    adapted: the linears that get adapters.
     """
     weights = sum(parameter.numel() for parameter in skeleton.model.parameters())
+    pruned = sum(one.numel for one in skeleton.linears.values())
     embedding = skeleton.model.get_input_embeddings().weight
     vocabulary, width = embedding.shape
     tokens = options.batch_size * seqlen
     layer = tokens * width * 4
     depth = len(skeleton.layers)
-    activations = layer * (ANEW * depth + KEPT if options.gradient_checkpointing else KEPT * depth)
-    logits = tokens * vocabulary * 4 * (COPIES + (2 if teacher else 0))
-    state = 4 * (weights - trained) + TRAINED * trained + held
-    if options.mode == "lora":  # the trained weights are not the model's
-        state = 4 * weights + TRAINED * trained + sum(one.numel for one in skeleton.linears.values())
+    state, kept = TRAINED * weights + pruned, float(KEPT)
+    if options.mode == "lora":
+        changed = sum(one.numel for one in adapted)
+        trained = options.rank * sum(sum(linear.shape) for linear in adapted)
+        state = 4 * weights + TRAINED * trained + ADAPTED * changed + pruned
+        kept = FROZEN + (KEPT - FROZEN) * changed / pruned
     if options.mode == "admm":
-        state += SPLIT * sum(one.numel for one in skeleton.linears.values())
+        state += SPLIT * pruned
+    activations = int(layer * (ANEW * depth + kept if options.gradient_checkpointing else kept * depth))
+    logits = tokens * vocabulary * 4 * (COPIES + (2 if teacher else 0))
     return state + activations + logits + teacher + (LIBRARIES if skeleton.device.type == "cpu" else 0)
