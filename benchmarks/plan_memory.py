@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ TRAINED = ["--steps", "2", "--batch-size", "2", "--kl", "0"]
 # `{model}`, `{pruned}`, `{tokens}`, `{text}`: files made here.
 STAGES = {
     "calibrate": ["calibrate", "{model}", "--tokens", "{tokens}"],
-    "calibrate --stats gram": ["calibrate", "{model}", "--tokens", "{tokens}", "--stats", "gram"],
     "eval --ppl": ["eval", "{model}", "--ppl", "{text}", "--max-windows", "16"],
     "finetune --mode full": ["finetune", "{pruned}", "--tokens", "{tokens}", "--mode", "full", *TRAINED],
     "the same, --gradient-checkpointing": [
@@ -111,12 +110,12 @@ def made_in(folder: Path, model: Path, shape: tuple[int, int]) -> dict[str, str]
     return {"model": str(model), **{name: str(path) for name, path in found.items()}}
 
 
-def measured(model: Path, folder: Path, shape: tuple[int, int], only: str) -> Iterator[tuple[str, int, int]]:
+def measured(model: Path, folder: Path, shape: tuple[int, int], only: Sequence[str]) -> Iterator[tuple[str, int, int]]:
     """Command by command the bytes planned and taken."""
     files = made_in(folder, model, shape)
     here = ["--device", "cpu", "--cache-dir", folder / "cache"]
     for method, words in METHODS.items():
-        if only not in method:
+        if not any(one in method for one in only):
             continue
         target = [] if "--sparsity-type" in words else ["--sparsity", 0.7]
         command = [model, "--tokens", files["tokens"], *here, *target, *words]
@@ -124,14 +123,13 @@ def measured(model: Path, folder: Path, shape: tuple[int, int], only: str) -> It
         planned = trim("plan", *command)["peak_host_bytes"]
         yield method, planned, trim("prune", *command, "-o", folder / "masks", "--force")["peak_memory"]["anonymous"]
     for stage, words in STAGES.items():
-        if only not in stage:
+        if not any(one in stage for one in only):
             continue
         out = ["-o", folder / "out", "--force"] if words[0] != "eval" else ["--seqlen", shape[1]]
         done = trim(*(word.format(**files) for word in words), *here, *out)
         planned = done["planned"].get("peak_host_bytes") or done["planned"]["nbytes"]
         yield stage, planned, done["peak_memory"]["anonymous"]
-        for path in (folder / "out",):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(folder / "out", ignore_errors=True)
 
 
 def main() -> None:
@@ -139,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--samples", type=int, default=32, help="calibration samples (default 32)")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a sample (default 256)")
-    parser.add_argument("--only", default="", help="only the commands whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="only the commands whose name contains one of these")
     parser.add_argument("--work", type=Path, help="where the model is kept (default: a temporary folder)")
     parser.add_argument("--out", type=Path, help="the Markdown file to write (default: print)")
     given = parser.parse_args()

@@ -106,6 +106,23 @@ def test_a_replaced_linear_keeps_its_bias_and_lets_go_of_its_weight(tmp_path: Pa
     assert {parameter.device.type for parameter in linear.module.parameters()} == {"meta"}
 
 
+def test_a_form_outlasts_the_turn_of_its_layer(tmp_path: Path) -> None:
+    """What a walk drops, and reads again from the checkpoint for the next text, is the rest of the layer."""
+    skeleton = skeleton_of(save(random_model(gpt2_config()), tmp_path / "model"))
+    layer = skeleton.layers[0]
+    linear = layer.linears[0]
+    skeleton.load_layer(layer)
+    half = linear.weight * (linear.weight > 0)
+    replace_linear(skeleton, linear, to_csr(half))
+    skeleton.drop_layer(layer)
+    skeleton.load_layer(layer)
+    module = skeleton.model.get_submodule(linear.name)
+    assert isinstance(module, FormLinear)
+    assert torch.equal(module.weight.to_dense(), half)
+    assert module.bias is not None
+    assert not any(parameter.is_meta for parameter in layer.module.parameters())
+
+
 @pytest.mark.parametrize(
     ("device", "dtype", "message"),
     [

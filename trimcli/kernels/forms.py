@@ -44,27 +44,34 @@ def was_pruned(name: str, zeros: float, recorded: set[str] | None) -> bool:
 class FormLinear(nn.Module):
     """y = x W^T + b with a sparse W: inputs [..., D_in] of any float dtype, outputs [..., D_out] of the same.
 
-    weight: [D_out, D_in], CSR in float32 or float64, or semi-structured in the inputs' dtype. bias: [D_out] or None.
+    form: W [D_out, D_in], CSR in float32 or float64, or semi-structured in the inputs' dtype. bias: [D_out] or None.
     """
 
+    form: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        # No parameter, and not called as the checkpoint's is: dropping a layer and loading it again leave it alone.
+        self.register_buffer("form", weight)
         self.register_parameter("bias", bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The sparse W: some models ask their linears for its dtype or device."""
+        return self.form
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Inputs [..., D_in] -> outputs [..., D_out]."""
         rows = inputs.reshape(-1, self.in_features)
-        if self.weight.layout == torch.sparse_csr:
+        if self.form.layout == torch.sparse_csr:
             # Torch's own linear takes many times longer with a sparse weight on the right.
-            there = rows.to(self.weight.dtype)
-            found = torch.mv(self.weight, there[0]).unsqueeze(0) if len(rows) == 1 else (self.weight @ there.T).T
+            there = rows.to(self.form.dtype)
+            found = torch.mv(self.form, there[0]).unsqueeze(0) if len(rows) == 1 else (self.form @ there.T).T
             found = found.to(inputs.dtype) if self.bias is None else found.to(inputs.dtype) + self.bias
         else:
-            found = nn.functional.linear(rows.contiguous(), self.weight, self.bias)
+            found = nn.functional.linear(rows.contiguous(), self.form, self.bias)
         return found.reshape(*inputs.shape[:-1], self.out_features)
 
 

@@ -81,8 +81,7 @@ def make_sparse(
             zeros, weights = zeros + linear.numel - kept, weights + linear.numel
             smaller = bitmap_bytes(linear.shape, kept, weight.itemsize) < linear.numel * skeleton.dtype.itemsize
             if smaller and linear.replaceable and was_pruned(name, 1 - kept / linear.numel, recorded):
-                # What lies outside of the layers is emptied after use, where a form's weight would be lost.
-                semi_structured = two_of_four.form(weight) if two_of_four and name in skeleton.linears else None
+                semi_structured = two_of_four.form(weight) if two_of_four else None
                 if semi_structured is None:
                     put_in_place(skeleton, linear, weight)
                 else:
