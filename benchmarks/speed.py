@@ -299,7 +299,7 @@ def main() -> None:
     lines = ["# Speed", "", "    " + "python -m benchmarks.speed", ""]
     for one in sorted(given.results.glob("*.json")):
         lines += tables(json.loads(one.read_text()))
-    publish(lines, given.out)
+    publish([*lines, *(HERE / "speed-notes.md").read_text(encoding="utf-8").splitlines()], given.out)
 
 
 if __name__ == "__main__":
