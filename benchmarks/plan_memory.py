@@ -125,11 +125,12 @@ def measured(model: Path, folder: Path, shape: tuple[int, int], only: Sequence[s
     for stage, words in STAGES.items():
         if not any(one in stage for one in only):
             continue
-        out = ["-o", folder / "out", "--force"] if words[0] != "eval" else ["--seqlen", shape[1]]
+        place = folder / "-".join(stage.split())
+        out = ["-o", place] if words[0] != "eval" else ["--seqlen", shape[1]]
         done = trim(*(word.format(**files) for word in words), *here, *out)
         planned = done["planned"].get("peak_host_bytes") or done["planned"]["nbytes"]
         yield stage, planned, done["peak_memory"]["anonymous"]
-        shutil.rmtree(folder / "out", ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def main() -> None:
