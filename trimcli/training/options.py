@@ -27,8 +27,9 @@ class FinetuneOptions(LimitedOptions):
 
     mode: Mode = option(
         "lora",
-        "lora: small adapters, whose product the masks hold, too. full: every kept weight, in 16 bytes of "
-        "memory for each of the model, kept or not. admm: the masks are learned while all weights train, then full on what was found.",
+        "lora: small adapters, whose product the masks hold, too. full: every kept weight; memory is 16 bytes for "
+        "each of the model's, kept or not. admm: the masks are learned while all weights train, then full on what was "
+        "found.",
     )
     masks: Path | None = option(None, "A masks file of `trim prune`; what trim.json tells if not given.")
     format: Literal["dense", "packed"] | None = option(
