@@ -1,6 +1,7 @@
 """Products straight from keep bits and kept values against torch's dense ones, and a whole model's tokens per second.
 
     python -m benchmarks.bitmap -o benchmarks/results-bitmap.md
+    python -m benchmarks.bitmap --no-products -o benchmarks/results-bitmap-models.md
     python -m benchmarks.bitmap --shapes 1.5B --repeat 5 --no-models
     python -m benchmarks.bitmap --device cuda -o benchmarks/results-bitmap-cuda.md
 
@@ -34,7 +35,7 @@ from trimcli.kernels.bitmap.linear import SparseLinear
 from trimcli.kernels.bitmap.model import model_bytes
 from trimcli.kernels.bitmap.operator import bitmap_linear
 from trimcli.kernels.options import BenchOptions
-from trimcli.kernels.shapes import random_matrix
+from trimcli.kernels.shapes import TRIED, break_even, random_matrix
 from trimcli.kernels.timing import COPIED_BYTES, rounds
 
 SHAPES = {
@@ -116,6 +117,14 @@ def product_rows(names: list[str], repeats: int, copied: float, device: torch.de
                 yield row(f"**{name}, a layer**", label, n, zeros, *figures)
 
 
+def even_rows(names: list[str], device: torch.device) -> Iterator[list[str]]:
+    """Of every shape the fraction of zeros from which on one input row is faster times keep bits than times dense."""
+    for name in names:
+        for shape in SHAPES[name]:
+            found = [break_even(shape, dtype, dtype, device=device) for dtype in (torch.bfloat16, torch.float32)]
+            yield [f"{name}, {shape[0]} x {shape[1]}", *("never" if one is None else f"{one:.0%}" for one in found)]
+
+
 def row(matrix: str, dtype: str, n: int, zeros: float, dense: float, sparse: float, floor: float) -> list[str]:
     """Milliseconds, and how many times faster than dense and how near to the floor that is."""
     times = [f"{1e3 * seconds:.3f}" for seconds in (dense, sparse, floor)]
@@ -185,6 +194,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--no-models", action="store_true", help="products alone")
+    parser.add_argument("--no-products", action="store_true", help="models alone")
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="pruned directories to run, too")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -197,16 +207,17 @@ def main() -> None:
         **({"8 weights from cache, one thread": in_cache(given.repeat)} if device.type == "cpu" else {}),
         "rounds": f"{given.repeat}, of which the fastest",
     }
-    lines = head("Products from keep bits and kept values", "bitmap", facts)
-    lines += ["Milliseconds of input rows times a matrix; inputs, dense matrix and kept values are of the dtype.", ""]
-    columns = ["matrix", "dtype", "rows", "zeros", "dense", "sparse", "floor", "speed", "of the floor"]
-    lines += table(columns, product_rows(given.shapes, given.repeat, copied, device))
+    what = "Whole models" if given.no_products else "Products"
+    lines = head(f"{what} from keep bits and kept values", "bitmap", facts)
+    if not given.no_products:
+        about = "Milliseconds of input rows times a matrix; inputs, dense matrix and kept values are of the dtype."
+        columns = ["matrix", "dtype", "rows", "zeros", "dense", "sparse", "floor", "speed", "of the floor"]
+        lines += [about, "", *table(columns, product_rows(given.shapes, given.repeat, copied, device)), ""]
+        about = f"One input row is faster times keep bits, of {', '.join(f'{zeros:.0%}' for zeros in TRIED)}, from"
+        lines += [about, "", *table(["matrix", "bfloat16", "float32"], even_rows(given.shapes, device)), ""]
     if not given.no_models:
-        lines += [
-            "",
-            f"Tokens per second at 70% zeros, prompts of {given.tokens} tokens and as many decoded; MiB of tensors.",
-            "",
-        ]
+        about = f"Tokens per second at 70% zeros, prompts of {given.tokens} tokens and as many decoded; MiB of tensors."
+        lines += [about, ""]
         phases = [f"{phase} b{batch}" for batch in (1, 4, 16) for phase in ("prefill", "decode")]
         with tempfile.TemporaryDirectory() as folder:
             cpu, tokens = device.type == "cpu", given.tokens

@@ -114,6 +114,17 @@ def test_an_eighth_of_the_samples_is_held_out(nsamples: int, fitted: int) -> Non
         torch.testing.assert_close(heldout * (nsamples - fitted), 2 * last.T @ last)
 
 
+@pytest.mark.parametrize("d_in", [513, 1024])
+def test_a_wide_gram_is_whole(d_in: int) -> None:
+    """It is gathered from the diagonal on, in stripes that need not divide it."""
+    one, inputs = STATISTICS["gram"], torch.randn(3, 5, d_in)
+    gathered = one(d_in, 3, torch.device("cpu"))
+    for sample in range(3):
+        one.add(gathered, inputs[sample : sample + 1], slice(sample, sample + 1), 3)
+    gram, flat = one.finish(gathered), inputs.flatten(0, 1).double()
+    torch.testing.assert_close(gram.double(), 2 / 3 * flat.T @ flat, rtol=1e-5, atol=1e-5)
+
+
 def test_the_gram_is_accumulated_in_the_dtype_asked_for() -> None:
     x = samples()
     wide = gathered(GRAM, x, [slice(0, 5)], GramOptions("float64"))

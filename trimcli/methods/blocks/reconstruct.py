@@ -92,16 +92,17 @@ def reconstruct(
     of least error on `heldout` at any quarter of the steps, the first ones included: never worse than at the start.
     """
     with torch.inference_mode(False), torch.enable_grad():
-        masters = {name: layer.get_parameter(name).detach().float().clone().requires_grad_() for name in keep}
+        masters = {name: _masked(layer.get_parameter(name).detach().float().clone(), keep[name]) for name in keep}
+        masters = {name: one.requires_grad_() for name, one in masters.items()}
         dtypes = {name: layer.get_parameter(name).dtype for name in keep}
 
         def values() -> dict[str, Tensor]:
-            return {name: _under(one, keep[name]).to(dtypes[name]) for name, one in masters.items()}
+            return {name: one.to(dtypes[name]) for name, one in masters.items()}
 
         groups = [
             {"params": [one], "lr": rate} for one, rate in zip(masters.values(), _rates(masters, lr), strict=True)
         ]
-        optimizer = torch.optim.Adam(groups, betas=BETAS)
+        optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True)
         falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         best, before = (
             {name: one.detach().clone() for name, one in masters.items()},
@@ -111,14 +112,15 @@ def reconstruct(
         for step in range(1, steps + 1):
             optimizer.zero_grad(set_to_none=True)
             layer_error(layer, values(), next(order)).backward()
+            for name, one in masters.items():
+                if one.grad is not None:  # an expert that no token of this batch was sent to has none
+                    _masked(one.grad, keep[name])
             optimizer.step()
             falling.step()
             advance()
             if step % max(1, steps // 4) == 0 and (error := mean_error(layer, values(), heldout)) < least:
                 least, best = error, {name: one.detach().clone() for name, one in masters.items()}
-    with torch.no_grad():
-        final = {name: _under(one, keep[name]) for name, one in best.items()}
-    return Reconstructed(final, before, least)
+    return Reconstructed(best, before, least)
 
 
 def _rates(masters: Mapping[str, Tensor], lr: float) -> list[float]:
@@ -150,5 +152,6 @@ def mean_error(layer: nn.Module, values: Mapping[str, Tensor], batches: Sequence
         return float(torch.stack([layer_error(layer, values, batch) for batch in batches]).mean())
 
 
-def _under(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values * mask
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The same tensor, zero where the mask is; what Adam has no gradient of from the start, it leaves as it is."""
+    return values if mask is None else values.mul_(mask)

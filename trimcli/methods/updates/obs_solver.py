@@ -93,21 +93,25 @@ def prune_block(
     stays = keep[:, start:end].T.contiguous()
     corner = upper[start:end, start:end]
     errors = torch.empty_like(rows)
+    # Taken apart at once: on small matrices, picking a column takes as long as what is done to it.
+    columns, kept, off, steps, pivots = (
+        one.unbind() for one in (rows, stays, errors, corner.contiguous(), corner.diagonal())
+    )
     for i in range(end - start):
         if choice is not None and i % stride == 0:
             reached = slice(i, i + stride)
             stays[reached] = choice.of_columns(rows[reached].T, start + i).T
         if grid is None:
-            torch.div(rows[i].masked_fill(stays[i], 0.0), corner[i, i], out=errors[i])
+            torch.div(columns[i].masked_fill(kept[i], 0.0), pivots[i], out=off[i])
         else:
             group, place = divmod(start + i, grid.group_size)
             if place == 0:
                 here = updated[:, start : start + grid.group_size] if i == 0 else rows[i : i + grid.group_size].T
                 grid.fit(group, here)
-            rounded = grid.values(grid.nearest(rows[i], start + i), start + i).masked_fill_(~stays[i], 0.0)
-            torch.div(rows[i] - rounded, corner[i, i], out=errors[i])
+            rounded = grid.values(grid.nearest(columns[i], start + i), start + i).masked_fill_(~kept[i], 0.0)
+            torch.div(columns[i] - rounded, pivots[i], out=off[i])
             rows[i] = rounded
-        rows[i + 1 :].addr_(corner[i, i + 1 :], errors[i], alpha=-1)
+        rows[i + 1 :].addr_(steps[i][i + 1 :], off[i], alpha=-1)
     updated[:, start:end] = rows.masked_fill_(~stays, 0.0).T
     keep[:, start:end] = stays.T
     updated[:, end:].addmm_(errors.T, upper[start:end, end:], alpha=-1)
