@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.finetuned import assert_same, options, pruned_model, save_counting, tuned, weights
+from tests.several_ranks import torchrun
+from tests.sharded import SHARDED
 from tests.small_models import gpt2_config, llama_config, masks_for, random_model, save
 from tests.trim_cli import save_tokens, tree, trim_json, zeros
 from trimcli.commands.apply import apply_masks
@@ -179,6 +181,39 @@ def test_two_processes_train_as_one_with_twice_the_samples(mode: str, tmp_path: 
     assert done.stderr.count("step 4 of 4") == (mode == "full")
     verify(tmp_path / "two", VerifyOptions()).check()
     assert not [name for name in tree(tmp_path) if name.startswith(".")]
+
+
+def in_shards(states: str, output: Path, pruned: Path, *more: object) -> Any:
+    """The summary of two ranks that train a model in shards, checkpoints written as FSDP's state dict type says."""
+    command = ["finetune", pruned, "-o", output, "--tokens", pruned.parent / "tokens", "--device", "cpu", "--json"]
+    environment = {**SHARDED, "FSDP_STATE_DICT_TYPE": states}
+    done = torchrun(2, *command, "--batch-size", 2, *more, module="tests.sharded", **environment)
+    assert done.status == 0, done.err
+    return done.document
+
+
+@pytest.mark.parametrize(
+    ("mode", "states"),
+    [
+        ("full", "SHARDED_STATE_DICT"),
+        pytest.param("lora", "SHARDED_STATE_DICT", marks=pytest.mark.slow),
+        pytest.param("full", "FULL_STATE_DICT", marks=pytest.mark.slow),
+        pytest.param("lora", "FULL_STATE_DICT", marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_in_shards_trains_as_a_whole_one(mode: str, states: str, tmp_path: Path) -> None:
+    """Masks hold the shards; the best step's weights are gathered, and adapters merged whole."""
+    pruned = pruned_model(llama_config(), tmp_path)
+    shared = ("--mode", mode, "--steps", 4, "--lr", 1e-3)
+    sharded = in_shards(states, tmp_path / "shards", pruned, *shared)
+    command = ["finetune", pruned, "-o", tmp_path / "whole", "--tokens", tmp_path / "tokens", "--device", "cpu"]
+    whole = torchrun(2, *command, "--batch-size", 2, "--json", *shared)
+    assert whole.status == 0, whole.err
+    assert sharded["after"] == pytest.approx(whole.document["after"], rel=1e-5)
+    assert sharded["after"] < sharded["before"]
+    verify(tmp_path / "shards", VerifyOptions(masks=tmp_path / "masks")).check()
+    found, expected = weights(tmp_path / "shards"), weights(tmp_path / "whole")
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)
 
 
 # --- interrupted -----------------------------------------------------------------------------------------

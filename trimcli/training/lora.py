@@ -33,7 +33,7 @@ class MaskedLora(LoraLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The product s (B A) * keep, as the weight is stored: what the forward pass adds, and the merge."""
         delta = super().get_delta_weight(adapter)
-        return delta if self.gone is None else delta.masked_fill(self.gone, 0)
+        return delta if self.gone is None else delta.masked_fill(self.gone.to(delta.device), 0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's outputs and, unless merged or disabled, those of the adapters' masked products."""

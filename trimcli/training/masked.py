@@ -70,6 +70,14 @@ def whole(parameter: Tensor) -> Tensor:
     return values.detach().cpu()
 
 
+def gather(model: nn.Module) -> None:
+    """Put a model's sharded parameters whole on the CPU, if it has any: then every process has to ask."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                module._parameters[name] = nn.Parameter(whole(parameter), requires_grad=False)
+
+
 def check_held(skeleton: Skeleton, masks: Masks) -> None:
     """Raise MismatchError unless the model has the masks' matrices, with zeros wherever they take weights."""
     matrices, model = skeleton.matrices(masks.names), skeleton.checkpoint.id

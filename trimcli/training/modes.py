@@ -17,7 +17,7 @@ from trimcli.model.skeleton import Skeleton
 from trimcli.training.admm import STATE as SPLIT
 from trimcli.training.admm import Budget, Splitting
 from trimcli.training.lora import add_adapters
-from trimcli.training.masked import Held, KeepOf, whole
+from trimcli.training.masked import Held, KeepOf, gather, whole
 from trimcli.training.options import FinetuneOptions
 from trimcli.training.record import Record
 from trimcli.training.teacher import Teacher
@@ -92,6 +92,7 @@ def train_lora(task: Task, chosen: list[Matrix], keep_of: KeepOf) -> Outcome:
         model = add_adapters(task.skeleton.model, chosen, held, keep_of, options, base)
     run = Run("lora", task.steps, task.folder / "train")
     record = _run(task, model, run, prepare=lambda optimizer: None)
+    gather(model)
     if not record.best:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -77,11 +77,23 @@ class Watcher(TrainerCallback):
             self._announce(f"step {state.global_step} of {state.max_steps}: {found}")
 
 
+class Ready(TrainerCallback):
+    """Calls back when all is made that a run needs: by then a model is in shards where it is to be."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self._then = then
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Before the first step, and before the first look at held-out samples."""
+        self._then()
+
+
 class Finetuner(Trainer):
     """transformers' Trainer with a teacher, and with hooks on the optimizer that it makes.
 
-    Losses are means over the tokens of a pass, and the passes of a step count alike. prepare(optimizer): called once.
-    Checkpoints hold what is trained, by its name in the model, or a peft model's adapter.
+    Losses are means over the tokens of a pass, and the passes of a step count alike. prepare(optimizer): called before
+    the first step, when the model holds the parameters that the optimizer steps on. Checkpoints hold what is trained,
+    by its name in the model, or a peft model's adapter.
     """
 
     def __init__(
@@ -100,15 +112,13 @@ class Finetuner(Trainer):
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False
         self.samples = samples
-        self._prepare_optimizer, self._teacher, self._kl = prepare, teacher, kl
+        self._teacher, self._kl = teacher, kl
+        self.add_callback(Ready(lambda: prepare(self._plain_optimizer())))
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Trainer's, prepared."""
-        fresh = self.optimizer is None
-        found = super().create_optimizer(*args, **kwargs)
-        if fresh:
-            self._prepare_optimizer(found)
-        return found
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, which accelerate wraps."""
+        found: Any = self.optimizer
+        return getattr(found, "optimizer", found)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -118,6 +128,12 @@ class Finetuner(Trainer):
         if self._teacher is not None and model.training:
             loss = loss + self._kl * self._teacher.divergence(outputs.logits, inputs["input_ids"])
         return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """The folder is there when Trainer looks whether the best step's is, which shards are written into later."""
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """What `save_pretrained` writes has other names for some models, which loading does not translate back."""
@@ -229,7 +245,8 @@ def train(trainer: Finetuner, run: Run, checkpoint: Path | None, progress: Progr
 
     Raises TrimError where the loss is not finite.
     """
-    before = trainer.evaluate()["eval_loss"]
+    # Not before: a model that is sharded is so together with its optimizer. A run that goes on has had its first look.
+    trainer.args.eval_on_start = checkpoint is None
     with progress.task(f"training ({run.phase})", run.steps) as advance:
         trainer.add_callback(Watcher(advance, announce))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -238,14 +255,14 @@ def train(trainer: Finetuner, run: Run, checkpoint: Path | None, progress: Progr
     loss, heldout = curves(state.log_history, "loss"), curves(state.log_history, "eval_loss")
     if not all(value == value and abs(value) != float("inf") for _, value in [*loss, *heldout]):
         raise TrimError(f"the loss is not finite from step {loss[-1][0]} on; give a smaller --lr, or --dtype float32.")
-    best = state.global_step
+    best, before = state.global_step, heldout[0][1]
     if run.keep_best:
         better = state.best_metric is not None and state.best_metric < before
         best = int(state.best_global_step or 0) if better else 0
     each = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     tokens = state.global_step * each * width
     stopped = state.global_step < run.steps
-    return Record(run.phase, state.global_step, tokens, loss, [(0, before), *heldout], best, stopped)
+    return Record(run.phase, state.global_step, tokens, loss, heldout, best, stopped)
 
 
 def early_stop(options: FinetuneOptions) -> TrainerCallback:
