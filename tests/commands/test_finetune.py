@@ -411,10 +411,19 @@ def test_what_cannot_be_trained_is_told_and_leaves_nothing(case: str, home: Path
     assert tree(home) == before
 
 
-def test_sharded_matrices_have_no_projection(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "version", "message"),
+    [("admm", "2", "--mode admm does not go with FSDP"), ("full", "1", "FSDP 1 makes one flat .* --fsdp_version 2")],
+)
+def test_shards_that_masks_do_not_fit_are_refused(
+    mode: str, version: str, message: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(OptionError, match="--mode admm does not go with FSDP"):
-        tuned(home / "dense", home / "out", mode="admm", sparsity=0.5)
+    monkeypatch.setenv("FSDP_VERSION", version)
+    before = tree(home)
+    with pytest.raises(OptionError, match=message):
+        tuned(home / "pruned", home / "out", mode=mode)
+    assert tree(home) == before
 
 
 def test_a_manifest_that_no_longer_fits_the_weights_is_refused(home: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The finetune stage: a pruned model trained under its masks, or masks learned, to a pruned model directory."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -117,16 +118,22 @@ def finetune(
     )
 
 
+def _check_shards(options: FinetuneOptions) -> None:
+    if options.mode == "admm":
+        raise OptionError("--mode admm does not go with FSDP, where no process holds whole matrices; run it without.")
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        what = "FSDP 1 makes one flat parameter of a layer's, which no mask fits"
+        raise OptionError(f"{what}; give accelerate launch --fsdp_version 2.")
+
+
 class _Session:
     """One training: the model and its masks, the samples, the teacher, the plan."""
 
     def __init__(self, model: str, options: FinetuneOptions, progress: Progress, note: Note) -> None:
         self.options, self.progress, self.note = options, progress, note
         self.remarks: list[str] = []
-        if options.mode == "admm" and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-            raise OptionError(
-                "--mode admm does not go with FSDP, where no process holds whole matrices; run it without."
-            )
+        if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            _check_shards(options)
         # Where several processes train together, Trainer moves the model to the device of each.
         device = options.device if ranks() == 1 else "cpu"
         self.skeleton = open_model(model, replace(options, dtype="float32", device=device))
