@@ -215,6 +215,8 @@ def main() -> None:
         lines += [about, "", *table(columns, product_rows(given.shapes, given.repeat, copied, device)), ""]
         about = f"One input row is faster times keep bits, of {', '.join(f'{zeros:.0%}' for zeros in TRIED)}, from"
         lines += [about, "", *table(["matrix", "bfloat16", "float32"], even_rows(given.shapes, device)), ""]
+        if device.type == "cpu":
+            lines += (Path(__file__).parent / "bitmap-notes.md").read_text(encoding="utf-8").splitlines()
     if not given.no_models:
         about = f"Tokens per second at 70% zeros, prompts of {given.tokens} tokens and as many decoded; MiB of tensors."
         lines += [about, ""]
