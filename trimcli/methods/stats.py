@@ -45,7 +45,7 @@ class Statistic(Entry):
 
     add(gathered, inputs [n, L, D_in], samples, N): takes in a batch, `samples` its slice of 0..N-1. finish(gathered):
     what methods read. columns(tensor, slice): its part of some columns. nbytes(d_in, nsamples): memory, and `copies`
-    more of it while a matrix is pruned. stored: its name in `calibrate --stats`; None for what is only collected while
+    more of it while it is solved with. stored: its name in `calibrate --stats`; None for what is only collected while
     pruning. paired: `add` takes the dense model's inputs of the batch, too, as its last argument. dim: the dimension
     along which every sample has its own place; None where samples are added up. routed: how it is gathered for an
     expert, None where it cannot be.

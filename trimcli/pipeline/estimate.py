@@ -134,7 +134,9 @@ def pruning(
     a layer whose masks are rebuilt.
     """
     held = partial(gathered_bytes, recipe.needs, nsamples=nsamples, wide=_wide(recipe))
-    work = [{STATISTICS_OF: held(one.d_in, copies=True), MATRIX: WORKED * one.numel} for one in linears]
+    # Swaps read a Gram as it is; what inverts it, or solves with it, makes copies.
+    solves = recipe.updating.changes or GRAM.name in recipe.needs
+    work = [{STATISTICS_OF: held(one.d_in, copies=solves), MATRIX: WORKED * one.numel} for one in linears]
     if not (walks(recipe) or recipe.barber or calibrates):
         return peak_of(skeleton, work)
     tokens = batch_size * seqlen
