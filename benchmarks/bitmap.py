@@ -217,6 +217,7 @@ def main() -> None:
         lines += [about, "", *table(["matrix", "bfloat16", "float32"], even_rows(given.shapes, device)), ""]
         if device.type == "cpu":
             lines += (Path(__file__).parent / "bitmap-notes.md").read_text(encoding="utf-8").splitlines()
+        lines += [] if given.no_models else [""]
     if not given.no_models:
         about = f"Tokens per second at 70% zeros, prompts of {given.tokens} tokens and as many decoded; MiB of tensors."
         lines += [about, ""]

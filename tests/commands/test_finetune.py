@@ -166,19 +166,13 @@ def test_two_processes_train_as_one_with_twice_the_samples(mode: str, tmp_path: 
     """Each takes half of a step's samples; one speaks, and one writes."""
     pruned = pruned_model(llama_config(), tmp_path)
     shared = ["--tokens", tmp_path / "tokens", "--mode", mode, "--steps", 4, "--lr", 1e-3, "--device", "cpu", "--json"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "trimcli", "finetune", pruned, "-o", tmp_path / "two", *shared, "--batch-size", 2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    two, one = (
-        json.loads(done.stdout),
-        trim_json("finetune", pruned, "-o", tmp_path / "one", *shared, "--batch-size", 4),
-    )
+    done = torchrun(2, "finetune", pruned, "-o", tmp_path / "two", *shared, "--batch-size", 2)
+    assert done.status == 0, done.err
+    two, one = done.document, trim_json("finetune", pruned, "-o", tmp_path / "one", *shared, "--batch-size", 4)
     assert two["tokens"] == one["tokens"]
     assert two["zeros"] == one["zeros"] > 0
     assert two["after"] == pytest.approx(one["after"], rel=0.02)
-    assert done.stderr.count("step 4 of 4") == (mode == "full")
+    assert done.err.count("step 4 of 4") == (mode == "full")
     verify(tmp_path / "two", VerifyOptions()).check()
     assert not [name for name in tree(tmp_path) if name.startswith(".")]
 
