@@ -69,7 +69,9 @@ def test_what_is_printed_and_planned(nano_qwen2: Path, tokens: Path, tmp_path: P
     assert "swaps stands in 28 of 28 linears" in done.out
     wide = ("plan", DATA / "qwen2.5-3b", "--sparsity", 0.6, "--cache-dir", tmp_path / "cache", *COMPUTE)
     plain, planned = (trim_json(*wide, *more)["peak_host_bytes"] for more in ((), ("--refine", "swaps")))
-    assert planned - plain >= 2 * 4 * 11_008**2, "two Grams of the widest inputs"
+    assert planned - plain >= 4 * 11_008**2, (
+        "two Grams of the widest inputs, beyond what the peak without them has room for"
+    )
     refused = trim("prune", *shared, "-o", tmp_path / "n", "--refine", "swaps", "--no-propagate")
     assert (refused.status, "--no-propagate with --refine swaps" in refused.err) == (2, True)
 
