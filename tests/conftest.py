@@ -44,6 +44,14 @@ def nano_qwen2() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """What is synced, and when, test_atomic holds; thousands of small files need not wait for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _accelerator() -> None:
     """Autograd counts the devices that there are when it first runs: this one is there before any test."""
     from tests.simulated_device import simulated_device

@@ -91,7 +91,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-@pytest.mark.parametrize("section", TRIED.values(), ids=list(TRIED))
+@pytest.mark.parametrize(
+    "section",
+    [
+        pytest.param(text, id=title, marks=pytest.mark.slow if len(lines(text)) > 7 else ())
+        for title, text in TRIED.items()
+    ],
+)
 def test_every_line_does_what_it_says(section: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)
     for words in lines(section):

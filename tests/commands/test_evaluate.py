@@ -131,6 +131,7 @@ def test_masks_give_what_the_directories_give(base: Path, nano_qwen2: Path) -> N
     assert masked["sources"]["masks"]["path"] == str(base / "masks")
 
 
+@pytest.mark.slow
 def test_pruned_directories_load_where_trim_was_never_imported(base: Path, tmp_path: Path) -> None:
     names = ("pruned", "sparsegpt")
     found = subprocess.run(

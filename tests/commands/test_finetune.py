@@ -73,7 +73,7 @@ def test_patterns_stay(mode: str, tmp_path: Path) -> None:
     assert all(linear.pattern == (2, 4) for linear in report.linears)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "admm"])
+@pytest.mark.parametrize("mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("lora", "admm"))])
 def test_a_packed_model_stays_packed(mode: str, tmp_path: Path) -> None:
     pruned = pruned_model(llama_config(), tmp_path, format="packed", dtype=torch.bfloat16)
     summary = tuned(pruned, tmp_path / "out", **MODES[mode])
@@ -188,13 +188,9 @@ def in_shards(states: str, output: Path, pruned: Path, *more: object) -> Any:
 
 @pytest.mark.parametrize(
     ("mode", "states"),
-    [
-        ("full", "SHARDED_STATE_DICT"),
-        pytest.param("lora", "SHARDED_STATE_DICT", marks=pytest.mark.slow),
-        pytest.param("full", "FULL_STATE_DICT", marks=pytest.mark.slow),
-        pytest.param("lora", "FULL_STATE_DICT", marks=pytest.mark.slow),
-    ],
+    [(mode, states) for states in ("SHARDED_STATE_DICT", "FULL_STATE_DICT") for mode in ("full", "lora")],
 )
+@pytest.mark.slow
 def test_a_model_in_shards_trains_as_a_whole_one(mode: str, states: str, tmp_path: Path) -> None:
     """Masks hold the shards; the best step's weights are gathered, and adapters merged whole."""
     pruned = pruned_model(llama_config(), tmp_path)
@@ -230,7 +226,12 @@ def stopped_at(line: str, pruned: Path, output: Path, **fields: Any) -> None:
 
 @pytest.mark.parametrize(
     ("mode", "line"),
-    [("full", "step 4 of 6"), ("lora", "step 4 of 6"), ("admm", "step 4 of 6"), ("admm", "step 4 of 5")],
+    [
+        ("full", "step 4 of 6"),
+        ("lora", "step 4 of 6"),
+        pytest.param("admm", "step 4 of 6", marks=pytest.mark.slow),
+        ("admm", "step 4 of 5"),
+    ],
 )
 def test_a_run_that_goes_on_ends_as_one_that_was_never_stopped(mode: str, line: str, tmp_path: Path) -> None:
     """With dropout, a teacher, momentum and masks half learned: the same weights to the bit, and the same curves."""

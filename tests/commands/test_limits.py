@@ -258,6 +258,7 @@ def test_what_cannot_fit_is_refused_before_any_work(
     assert [path for path in tmp_path.glob("cache/**/*") if path.suffix in (".safetensors", ".json")] == []
 
 
+@pytest.mark.slow
 def test_perplexity_under_a_limit(base: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("Whatever is written down is read again one day. " * 400)
     given = ("eval", MODEL, "--ppl", tmp_path / "text.txt", "--seqlen", 64, "--cache-dir", tmp_path / "cache", *COMPUTE)
@@ -301,6 +302,7 @@ def test_hidden_states_that_no_file_takes(base: Path, tmp_path: Path) -> None:
     fit.hold(skeleton)
 
 
+@pytest.mark.slow
 def test_a_model_of_72_billion_weights_in_8_gibibytes(tmp_path: Path) -> None:
     config = json.loads((Path(__file__).parents[1] / "data" / "qwen2.5-3b" / "config.json").read_text())
     heads = {"num_hidden_layers": 80, "max_window_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}

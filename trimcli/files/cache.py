@@ -5,12 +5,12 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from trimcli.errors import TrimError
 from trimcli.files.documents import canonical_json, finite_or_none
+from trimcli.files.manifest import installed
 from trimcli.files.parts import Parts
 from trimcli.world import current
 
@@ -84,7 +84,7 @@ class Cache:
 
 def digest(key: Any) -> str:
     """Twenty hexadecimal digits for a JSON value under this version: another one may compute something else."""
-    text = canonical_json([version("trimcli"), finite_or_none(key)])
+    text = canonical_json([installed("trimcli"), finite_or_none(key)])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 

@@ -1,6 +1,7 @@
 """Manifests and fingerprints: what every file that `trim` leaves says of itself, and how a reader checks it."""
 
 import contextvars
+import functools
 import hashlib
 import math
 import platform
@@ -27,6 +28,12 @@ LIBRARIES = ("torch", "transformers")
 
 # The command line of the run, for provenance; None where the library was called. The command line sets it.
 COMMAND_LINE: contextvars.ContextVar[str | None] = contextvars.ContextVar("command_line", default=None)
+
+
+@functools.cache
+def installed(package: str) -> str:
+    """The version of an installed package; to read and parse what it says of itself takes milliseconds."""
+    return version(package)
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,13 @@ def manifest(
     made_from = {role: path for role, path in (sources or {}).items() if path}
     return {
         "schema": schema,
-        "trim": version("trimcli"),
+        "trim": installed("trimcli"),
         "command": command,
         "command_line": COMMAND_LINE.get(),
         "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
         "model": model.document() if model else None,
         "sources": {role: {"path": str(path), "sha256": file_digest(path)} for role, path in made_from.items()},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in LIBRARIES}},
         **fields,
     }
 

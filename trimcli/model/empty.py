@@ -1,5 +1,7 @@
 """Transformers models without weights: built on the meta device, filled and emptied in parts."""
 
+import contextlib
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,9 +26,11 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
             what = f"{checkpoint.directory / CONFIG} is of an encoder-decoder ({config.model_type})"
             raise InputError(f"{what}, whose decoder reads what its encoder made of other tokens; give a decoder.")
         make = partial(_kind_of(config).from_config, config, dtype=dtype, trust_remote_code=trust_remote_code)
-        _refuse_absurd(make, checkpoint)
-        with init_empty_weights(include_buffers=False):
-            model = make()
+        # What is drawn for weights that a checkpoint brings takes most of the time of making a model.
+        with _no_drawing():
+            _refuse_absurd(make, checkpoint)
+            with init_empty_weights(include_buffers=False):
+                model = make()
     except InputError:
         raise
     except Exception as problem:  # any library behind a config may raise anything
@@ -37,6 +41,15 @@ def build_empty(checkpoint: Checkpoint, dtype: torch.dtype, *, trust_remote_code
         raise InputError(f"{what} ({reason}); {hint}") from None
     model.tie_weights()
     return model.eval().requires_grad_(False)
+
+
+def _no_drawing() -> contextlib.AbstractContextManager[None]:
+    """While this lasts, transformers draws no weights for the models that it makes."""
+    try:
+        home: Any = importlib.import_module("transformers.initialization")
+    except ImportError:  # transformers 4
+        home = importlib.import_module("transformers.modeling_utils")
+    return home.no_init_weights()
 
 
 def _kind_of(config: Any) -> Any:

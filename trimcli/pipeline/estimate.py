@@ -21,10 +21,10 @@ LIBRARIES, WITH_DEVICE = 368 << 20, 4
 WORKED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
 REBUILT = 16
-# Bytes a weight of a layer while it is fitted: two float32 copies, the gradient, Adam's moments, the best so far (its
-# masks learned: dense and masked weights, importance, score, gradient, its mean and what moves, masks); and
-# what a batch's backward pass needs of its activations, by what a forward pass holds of them.
-FITTED, GRAPH = 28, 4
+# Bytes a weight of a layer while it is fitted: in float32 itself, the gradient, Adam's moments, the best so far, and in
+# another dtype what the layer is called with (its masks learned: dense and masked weights, importance, score, gradient
+# and its mean, masks); and what a batch's backward pass needs of its activations, by what a forward pass holds of them.
+FITTED, GRAPH = 22, 3
 # Copies of the logits held at a time while the last layer is fitted: both models', their logarithms, and gradients.
 PREDICTED = 6
 # Bytes of what is gathered at a time for a layer's experts; those beyond take another pass over the layer.

@@ -10,7 +10,6 @@ between layers, from stage to stage, is a part of their own forward pass.
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, TrimError, first_line
 from trimcli.files.cache import Cache
 from trimcli.files.documents import read_json, write_json
-from trimcli.files.manifest import LIBRARIES, is_intact, sealed
+from trimcli.files.manifest import LIBRARIES, installed, is_intact, sealed
 from trimcli.methods.masks import slices
 from trimcli.model.empty import empty
 from trimcli.model.forward import Forward, first_output, form_of, split_call
@@ -84,7 +83,7 @@ def _kept_at(skeleton: Skeleton, cache_dir: Path | None) -> Path | None:
     # Whatever its weights, a model of this structure is called alike; but of code that it brings nothing is known.
     if "auto_map" in skeleton.checkpoint.config_document:
         return None
-    key = [skeleton.fingerprint.structure, str(skeleton.dtype), skeleton.device.type, *map(version, LIBRARIES)]
+    key = [skeleton.fingerprint.structure, str(skeleton.dtype), skeleton.device.type, *map(installed, LIBRARIES)]
     with contextlib.suppress(OSError):  # a cache that cannot be used is no reason not to go on
         return Cache(cache_dir).file("proofs", key, ".json")
     return None

@@ -9,7 +9,6 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from trimcli.files.atomic import atomic_file
 from trimcli.files.cache import Cache, digest, spill_folder
 from trimcli.files.calibration import CalibrationFile
 from trimcli.files.documents import read_json, write_json
-from trimcli.files.manifest import manifest
+from trimcli.files.manifest import installed, manifest
 from trimcli.files.outputs import check_outputs, inputs_of
 from trimcli.files.tensors import TensorSpec, dtype_name, write_tensors
 from trimcli.methods.stats import stored_statistics
@@ -222,7 +221,7 @@ class _Measurer:
         self._cache = Cache(options.cache_dir)
         self._metrics = self._cache.file("metrics", skeleton.fingerprint.document(), ".json")
         self._key: dict[str, Any] = {
-            "trim": version("trimcli"),
+            "trim": installed("trimcli"),
             "model": [skeleton.fingerprint.structure, skeleton.fingerprint.content],
             "calibration": digest(CalibrationFile(calibration).tokens.tolist()),
             "heldout": digest(heldout.tolist()),

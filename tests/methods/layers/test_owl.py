@@ -37,7 +37,7 @@ def test_one_score_matrix_is_alive_at_a_time() -> None:
 
     def scores() -> Iterator[Tensor]:
         for _ in range(3):
-            gc.collect()
+            gc.collect(1)
             assert not [reference for reference in alive if reference() is not None]
             yield made()
 
