@@ -15,9 +15,9 @@ INCIDENTAL = {"--work", "--runs", "--shard"}
 
 
 def machine() -> str:
-    """Processor, its count, memory, the CUDA device where there is one, and torch's threads."""
+    """Processor, its widest vectors, count, memory, the CUDA device where there is one, and torch's threads."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    parts = [f"{_processor()}, {os.cpu_count()} CPUs, {memory:.0f} GiB"]
+    parts = [f"{_processor()} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} CPUs, {memory:.0f} GiB"]
     if torch.cuda.is_available():
         parts.append(torch.cuda.get_device_name(0))
     return "; ".join([*parts, f"torch threads: {torch.get_num_threads()}"])

@@ -299,7 +299,7 @@ TRIM_VBMI2 void row_vbmi2(
 #endif
 
 // What this processor has.
-inline Isa best_isa() {
+inline Isa widest_isa() {
 #if TRIM_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -310,6 +310,14 @@ inline Isa best_isa() {
     if (avx2) return Isa::avx2;
 #endif
     return Isa::portable;
+}
+
+// The quickest of it: a Zen 5 takes 1.3 to 2.3 times as long with AVX-512's expand as with AVX2 and a table.
+inline Isa best_isa() {
+#if TRIM_X86
+    if (widest_isa() > Isa::avx2 && __builtin_cpu_is("amd")) return Isa::avx2;
+#endif
+    return widest_isa();
 }
 
 // Where input `column` belongs in a row of `arranged`: of 32 inputs, VBMI2 takes the even ones first if in bfloat16.
