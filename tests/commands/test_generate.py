@@ -84,6 +84,10 @@ def test_values_stay_as_stored_and_the_model_computes_as_asked(nano: Path, compi
     model = load_sparse(nano / "packed", dtype=torch.bfloat16)
     assert {module.values.dtype for module in sparse_modules(model)} == {torch.bfloat16}
     assert load_sparse(nano / "packed").dtype == torch.float16
+    assert load_sparse(nano / "packed", dtype="auto").dtype == torch.float16
+    assert load_sparse(nano / "packed", dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(OptionError, match=r"'float23' is none of auto, float32, .*did you mean 'float32'"):
+        load_sparse(nano / "packed", dtype="float23")
 
 
 def test_it_generates_greedily_what_the_written_directory_does(nano: Path, compiled: Path) -> None:

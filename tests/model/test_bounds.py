@@ -1,5 +1,6 @@
 """A config.json of absurd sizes is refused before memory is taken."""
 
+import re
 import resource
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ ABSURD: dict[str, tuple[str, dict[str, Any], bool, str]] = {
     "hidden size": ("llama", {"hidden_size": 10**9}, False, "which is no model's"),
     "hidden size, with weights": ("llama", {"hidden_size": 10**8}, True, "which is no model's"),
     "vocabulary": ("llama", {"vocab_size": 10**12}, True, "which is no model's"),
-    "positions": ("gpt2", {"n_positions": 10**12}, True, "which is no model's"),
+    "positions": ("gpt2", {"n_positions": 10**12}, True, "which is no model's|fit into no memory"),
 }
 
 
@@ -41,7 +42,7 @@ def test_absurd_sizes(case: str, models: Path, tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError, match=r"(fetch it anew|check the config)") as raised:
         build_empty(Checkpoint.open(model, weights=weights), torch.float32)
-    assert said in str(raised.value)
+    assert re.search(said, str(raised.value))
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST
 
 

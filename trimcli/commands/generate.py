@@ -16,6 +16,7 @@ from trimcli.evaluation.perplexity import apply_masks
 from trimcli.files.checkpoint import Checkpoint
 from trimcli.files.tensors import dtype_name
 from trimcli.kernels.bitmap.model import MadeSparse, model_bytes, sparsify
+from trimcli.model.device import compute_dtype
 from trimcli.model.skeleton import Skeleton, open_model, refuse_other_kind
 from trimcli.pipeline.walk import max_positions
 from trimcli.text.encoding import Encoder
@@ -55,20 +56,22 @@ def load_sparse(
     directory: str | Path,
     *,
     masks: Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     cache_dir: Path | None = None,
 ) -> "PreTrainedModel":
     """A packed or pruned directory, or a model under masks, as transformers' model that holds it packed.
 
-    Its pruned linears are `SparseLinear`; the dense model is never in memory. dtype: of the computation, as stored if
-    not given. Where the products cannot be compiled for the device, a warning says so and the model is dense.
-    Raises InputError and MismatchError.
+    Its pruned linears are `SparseLinear`; the dense model is never in memory. dtype: of the computation, torch's or
+    by name, as stored if not given or `auto`. Where the products cannot be compiled for the device, a warning says so
+    and the model is dense. Raises InputError, MismatchError and OptionError.
     """
     checkpoint = Checkpoint.open(directory)
     refuse_other_kind(checkpoint, images=False)
     place = torch.device(device)
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else compute_dtype(dtype, checkpoint, place)
     if dtype is None:
         stored = [spec for spec in checkpoint.specs().values() if spec.dtype.is_floating_point]
         dtype = max(stored, key=lambda spec: spec.nbytes).dtype if stored else torch.float32

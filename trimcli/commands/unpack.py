@@ -39,7 +39,7 @@ def unpack(packed: Path, output: Path, *, force: bool = False, progress: Progres
 def load_packed(
     directory: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     trust_remote_code: bool = False,
     **options: Any,
