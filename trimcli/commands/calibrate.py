@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trimcli.commands.options import CalibrateOptions
+from trimcli.commands.options import SELF, CalibrateOptions
+from trimcli.commands.written import write_samples
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.cache import Cache, spill_folder
 from trimcli.files.manifest import CALIBRATION, manifest, sealed
@@ -58,7 +59,7 @@ def encoder_of(skeleton: Skeleton, options: CalibrateOptions) -> Encoder:
     return Encoder.of(tokenizer, options.bos, chat=options.chat)
 
 
-def _draw(skeleton: Skeleton, options: CalibrateOptions) -> Found:
+def _draw(skeleton: Skeleton, options: CalibrateOptions, progress: Progress) -> Found:
     """The samples `tokens`, int32 [nsamples, seqlen], and where BOS stands in them, None where they were given.
 
     Of an image classifier `pixels`, float32 [nsamples, C, H, W].
@@ -72,15 +73,12 @@ def _draw(skeleton: Skeleton, options: CalibrateOptions) -> Found:
     if options.tokens is not None:
         return Found({"tokens": read_tokens(options.tokens)}, None)
     encoder, seqlen = encoder_of(skeleton, options), options.seqlen or default_seqlen(skeleton.config)
+    drawn: dict[str, Any] = {"nsamples": options.nsamples, "seqlen": seqlen, "seed": options.seed}
+    if options.dataset == SELF:
+        drawn |= {"trust_remote_code": options.trust_remote_code, "progress": progress}
+        return Found({"tokens": write_samples(skeleton, encoder, **drawn)}, encoder.bos)
     tokens = calibration_tokens(
-        options.dataset,
-        encoder.tokenizer,
-        nsamples=options.nsamples,
-        seqlen=seqlen,
-        seed=options.seed,
-        bos=encoder.bos,
-        pack=options.pack,
-        chat=options.chat,
+        options.dataset, encoder.tokenizer, **drawn, bos=encoder.bos, pack=options.pack, chat=options.chat
     )
     return Found({"tokens": tokens}, encoder.bos)
 
@@ -105,7 +103,7 @@ def calibrate(
     with joined() as world:
         with PeakMemory() as memory:
             skeleton = open_model(model, options, images=options.images is not None)
-            drawn = world.first(lambda: _draw(skeleton, options))
+            drawn = world.first(lambda: _draw(skeleton, options, progress))
             kept = _kept_in_memory(skeleton, samples_of(drawn), options)
             if announce:
                 announce(kept)

@@ -39,6 +39,8 @@ REACH = (
     "untied head: for magnitude and the like, which read no inputs; at --sparsity, or the target of an allocation."
 )
 SKIP = "Leave linears that match this glob out (repeatable)."
+SELF = "self"
+OWN_TEXT = "Or self: samples that the dense model writes, all of it in memory (Ji et al. 2024)."
 BATCH = "Samples a batch; chosen if not given."
 PACK = "Join documents in random order, EOS between them, to full samples; else only those longer than one are drawn."
 SPARSE = "Hold the pruned matrices of all layers as keep bits and kept values, and multiply with those."
@@ -49,7 +51,7 @@ STATS = "What to keep: norms (wanda, OWL) and inputs (TRIM without propagation);
 class CalibrateOptions(WalkOptions):
     """What to calibrate on."""
 
-    dataset: str = option("c4", DATASET, panel=SAMPLES)
+    dataset: str = option("c4", f"{DATASET} {OWN_TEXT}", panel=SAMPLES)
     nsamples: int = option(256, "Calibration samples.", panel=SAMPLES, check=positive)
     seqlen: int | None = option(None, f"Tokens a sample; {SEQLEN}", panel=SAMPLES, check=at_least(2))
     tokens: Path | None = option(None, TOKENS, panel=SAMPLES)
@@ -69,6 +71,9 @@ class CalibrateOptions(WalkOptions):
         for flag, given in (("--bos", self.bos != "auto"), ("--pack", self.pack), ("--chat", self.chat)):
             if given and self.tokens is not None:
                 raise OptionError(f"{flag} with --tokens: they are samples already, and no text is read; drop one.")
+        for flag, given in (("--pack", self.pack), ("--chat", self.chat)):
+            if given and self.dataset == SELF:
+                raise OptionError(f"{flag} with --dataset {SELF}: the model writes whole samples; drop one.")
         if self.augment and self.images is None:
             raise OptionError("--augment does nothing without --images; give pictures or leave it out.")
         fresh = CalibrateOptions()

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from trimcli.commands.options import BATCH, ONLY, SKIP, AllocateOptions, CalibrateOptions, PruneOptions
+from trimcli.commands.options import BATCH, ONLY, SELF, SKIP, AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.errors import OptionError
 from trimcli.methods.layers.base import ALLOCATIONS
 from trimcli.methods.named import methods
@@ -75,6 +75,11 @@ class SweepOptions(WalkOptions):
                 raise OptionError(f"{what}; add it or leave {one.spelled} out.")
         if self.input_recalc and True not in self.trim:
             raise OptionError("--input-recalc does nothing without --trim on; add it or leave it out.")
+        if self.dataset == SELF:
+            once = f"trim calibrate --dataset {SELF} -o FILE, then --tokens FILE here"
+            raise OptionError(
+                f"--dataset {SELF} writes the samples of one stage, and a sweep measures on others: {once}."
+            )
         self.calibrate().check()
         for setting in settings_of(self):
             self.prune_options(setting, Path("calibration"), Path("model")).check()

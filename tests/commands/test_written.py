@@ -1,0 +1,104 @@
+"""Samples that the dense model writes itself."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.trim_cli import COMPUTE, trim, trim_json
+from trimcli import CalibrateOptions, calibrate
+from trimcli.commands.written import TOGETHER, write_samples
+from trimcli.errors import OptionError, ResourceError
+from trimcli.files.calibration import CalibrationFile
+from trimcli.files.checkpoint import Checkpoint
+from trimcli.model.skeleton import Skeleton
+from trimcli.text.encoding import Encoder
+from trimcli.text.tokens import load_tokenizer
+
+
+def written(model: Path, *, nsamples: int = 6, seqlen: int = 40, seed: int = 0, bos: str = "auto") -> torch.Tensor:
+    encoder = Encoder.of(load_tokenizer(model), bos)  # type: ignore[arg-type]
+    return write_samples(Skeleton(Checkpoint.open(model)), encoder, nsamples=nsamples, seqlen=seqlen, seed=seed)
+
+
+def surprise(model: Path, samples: torch.Tensor) -> float:
+    """Mean cross-entropy in nats, by transformers."""
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        return float(loaded(samples.long(), labels=samples.long()).loss)
+
+
+def test_they_are_what_the_model_expects(nano_qwen2: Path) -> None:
+    """No sample of the model's distribution surprises it as tokens in another order do."""
+    samples = written(nano_qwen2)
+    assert (samples.dtype, samples.shape) == (torch.int32, (6, 40))
+    assert not (samples == load_tokenizer(nano_qwen2).eos_token_id).any()
+    shuffled = samples[:, torch.randperm(40, generator=torch.Generator().manual_seed(0))]
+    assert surprise(nano_qwen2, samples) < surprise(nano_qwen2, shuffled) - 1
+
+
+def test_the_seed_draws_them_and_nothing_else_is_drawn(nano_qwen2: Path) -> None:
+    before = torch.random.get_rng_state()
+    one, again, other = (written(nano_qwen2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_in_several_batches(nano_qwen2: Path) -> None:
+    seqlen = 64
+    nsamples = TOGETHER // seqlen + 1
+    samples = written(nano_qwen2, nsamples=nsamples, seqlen=seqlen)
+    assert len(samples) == nsamples
+    assert len(samples.unique(dim=0)) == nsamples
+
+
+def test_bos_heads_every_sample_where_it_is_asked_for(nano_qwen2: Path) -> None:
+    bos = load_tokenizer(nano_qwen2).bos_token_id
+    assert (written(nano_qwen2, bos="each")[:, 0] == bos).all()
+    assert not (written(nano_qwen2, bos="none") == bos).any()
+
+
+def test_a_prune_is_that_of_the_calibrated_samples(nano_qwen2: Path, tmp_path: Path) -> None:
+    shared = ("--nsamples", 4, "--seqlen", 32, "--cache-dir", tmp_path / "cache", *COMPUTE)
+    trim_json("calibrate", nano_qwen2, "-o", tmp_path / "calib", "--dataset", "self", *shared)
+    recorded = CalibrationFile(tmp_path / "calib").manifest
+    assert recorded["options"]["dataset"] == "self"
+    how = ("prune", nano_qwen2, "--sparsity", 0.5, "--cache-dir", tmp_path / "cache", *COMPUTE)
+    trim_json(*how, "-o", tmp_path / "one", "--dataset", "self", "--nsamples", 4, "--seqlen", 32)
+    trim_json(*how, "-o", tmp_path / "other", "--tokens", tmp_path / "calib")
+    one, other = (load_file(tmp_path / name) for name in ("one", "other"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("prune", "--sparsity", 0.5, "--pack"), "--pack with --dataset self"),
+        (("prune", "--sparsity", 0.5, "--chat"), "--chat with --dataset self"),
+        (("sweep", "--sparsity", 0.5), "then --tokens FILE here"),
+    ],
+)
+def test_what_it_does_not_go_with(words: tuple[object, ...], said: str, nano_qwen2: Path, tmp_path: Path) -> None:
+    command, *more = words
+    done = trim(command, nano_qwen2, "-o", tmp_path / "out", "--dataset", "self", *more)
+    assert done.status == 2
+    assert said in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_with_neither_token_is_refused(nano_qwen2: Path) -> None:
+    encoder = Encoder.of(load_tokenizer(nano_qwen2))
+    encoder.tokenizer.bos_token = encoder.tokenizer.eos_token = None
+    with pytest.raises(OptionError, match="has neither; give a text"):
+        write_samples(Skeleton(Checkpoint.open(nano_qwen2)), encoder, nsamples=2, seqlen=16, seed=0)
+
+
+def test_a_limit_that_does_not_hold_the_model(nano_qwen2: Path, tmp_path: Path) -> None:
+    options = CalibrateOptions(dataset="self", nsamples=2, seqlen=16, cache_dir=tmp_path / "cache", max_memory="369MiB")
+    with pytest.raises(ResourceError, match=r"writing samples, for which all of .* is in memory, takes at least"):
+        calibrate(str(nano_qwen2), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
