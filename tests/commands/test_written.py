@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.small_models import NANO
 from tests.trim_cli import COMPUTE, trim, trim_json
 from trimcli import CalibrateOptions, calibrate
 from trimcli.commands.written import TOGETHER, write_samples
@@ -95,6 +96,13 @@ def test_a_tokenizer_with_neither_token_is_refused(nano_qwen2: Path) -> None:
     encoder.tokenizer.bos_token = encoder.tokenizer.eos_token = None
     with pytest.raises(OptionError, match="has neither; give a text"):
         write_samples(Skeleton(Checkpoint.open(nano_qwen2)), encoder, nsamples=2, seqlen=16, seed=0)
+
+
+def test_the_plan_holds_the_whole_model(tmp_path: Path) -> None:
+    """Of 3 billion weights in float32, though a prune holds one layer of them."""
+    plan = ("plan", NANO.with_name("qwen2.5-3b"), "--sparsity", 0.5, "--nsamples", 4, "--seqlen", 64, *COMPUTE)
+    plain, own = (trim_json(*plan, *more)["peak_host_bytes"] for more in ((), ("--dataset", "self")))
+    assert plain < 3e9 < 12e9 < own
 
 
 def test_a_limit_that_does_not_hold_the_model(nano_qwen2: Path, tmp_path: Path) -> None:

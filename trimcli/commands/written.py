@@ -17,6 +17,11 @@ from trimcli.text.encoding import Encoder
 TOGETHER = 1 << 14
 
 
+def written_at_once(nsamples: int, seqlen: int) -> int:
+    """How many of the samples are written together."""
+    return min(nsamples, max(1, TOGETHER // seqlen))
+
+
 def write_samples(
     skeleton: Skeleton,
     encoder: Encoder,
@@ -38,7 +43,7 @@ def write_samples(
     if start is None:
         lacks = f"--dataset self begins with BOS or EOS, and the tokenizer in {tokenizer.name_or_path} has neither"
         raise OptionError(f"{lacks}; give a text.")
-    together = min(nsamples, max(1, TOGETHER // seqlen))
+    together = written_at_once(nsamples, seqlen)
     words = f"writing samples, for which all of {skeleton.checkpoint.id} is in memory,"
     fit(skeleton, Work(words, lambda *_: whole_model(skeleton, together * seqlen), 1, 1, 1))
     # Another one than the walk's, whose layers are filled and emptied in turn.

@@ -133,13 +133,16 @@ def make_plan(
     seqlen: int,
     saves_model: bool = False,
     calibrates: bool = False,
+    writes: int = 0,
     trials: Trials | None = None,
     batch_size: int | None = None,
     spill: Path | None = None,
     otherwise: Path | None = None,
 ) -> Plan:
-    """The plan of a prune. calibrates: gathers statistics of the dense model first. trials: of its allocation.
+    """The plan of a prune.
 
+    calibrates: gathers statistics of the dense model first. writes: how many tokens at once the whole model writes
+    before that. trials: of its allocation.
     spill: the folder for hidden states, None for memory; `otherwise`, where that has not enough. Raises OptionError,
     and ResourceError where the skeleton's limits leave no way.
     """
@@ -152,7 +155,9 @@ def make_plan(
     known: dict[str, Any] = {"nsamples": nsamples, "seqlen": seqlen}
 
     def memory(batch_size: int, _: int | None) -> Memory:
-        return estimate.pruning(skeleton, linears, recipe, calibrates=calibrates, batch_size=batch_size, **known)
+        needed = estimate.pruning(skeleton, linears, recipe, calibrates=calibrates, batch_size=batch_size, **known)
+        written = estimate.whole_model(skeleton, writes) if writes else needed
+        return max(needed, written, key=lambda one: (one.device, one.host))
 
     where: dict[str, Any] = {"spill": spill, "otherwise": otherwise}
     work = Work(f"pruning {checkpoint.id}", memory, own_share(nsamples), seqlen, batch_size, **where)
