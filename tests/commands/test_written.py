@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.small_models import NANO
-from tests.trim_cli import COMPUTE, trim, trim_json
+from tests.trim_cli import COMPUTE, save_tokens, trim, trim_json
 from trimcli import CalibrateOptions, calibrate
 from trimcli.commands.written import TOGETHER, write_samples
 from trimcli.errors import OptionError, ResourceError
@@ -103,6 +103,8 @@ def test_the_plan_holds_the_whole_model(tmp_path: Path) -> None:
     plan = ("plan", NANO.with_name("qwen2.5-3b"), "--sparsity", 0.5, "--nsamples", 4, "--seqlen", 64, *COMPUTE)
     plain, own = (trim_json(*plan, *more)["peak_host_bytes"] for more in ((), ("--dataset", "self")))
     assert plain < 3e9 < 12e9 < own
+    tokens = save_tokens(tmp_path / "tokens", vocabulary=1000, seqlen=64)
+    assert trim_json(*plan, "--dataset", "self", "--tokens", tokens)["peak_host_bytes"] == plain
 
 
 def test_a_limit_that_does_not_hold_the_model(nano_qwen2: Path, tmp_path: Path) -> None:

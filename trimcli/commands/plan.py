@@ -51,7 +51,7 @@ def foreseen(skeleton: Skeleton, linears: list[Matrix], options: PruneOptions) -
         seqlen=seqlen,
         saves_model=options.save_model is not None,
         calibrates=options.calibrates,
-        writes=written_at_once(nsamples, seqlen) * seqlen if drawn.dataset == SELF else 0,
+        writes=written_at_once(nsamples, seqlen) * seqlen if drawn.dataset == SELF and not drawn.tokens else 0,
         trials=options.allocate.trials if options.allocate else None,
         batch_size=options.batch_size,
         spill=options.spill,
