@@ -54,7 +54,8 @@ def refused(words: list[str]) -> str:
 
 def commands(folder: Path, given: argparse.Namespace) -> Iterator[tuple[str, list[str]]]:
     """What is measured, in order: name and words."""
-    run = ["--cache-dir", str(folder / "cache"), "--device", "cpu", "--max-memory", given.limit, "--json"]
+    run = ["--cache-dir", str(folder / "cache"), "--device", "cpu", "--dtype", given.dtype]
+    run += ["--max-memory", given.limit, "--json"]
     (folder / "topics.txt").write_text(measurement_text())
     model, masks = str(model_in(folder)), str(folder / "masks.safetensors")
     tokens = str(tokens_in(folder, (given.samples, given.seqlen)))
@@ -77,6 +78,7 @@ def main() -> None:
     """Write the model, run the commands, write the table; status 1 where one took more than its limit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--limit", default="3GiB", help="--max-memory (default 3GiB)")
+    parser.add_argument("--dtype", default="float32", help="of the computation (default float32)")
     parser.add_argument("--samples", type=int, default=12, help="calibration samples (default 12)")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens of a sample or window (default 2048)")
     parser.add_argument("--windows", type=int, default=4, help="windows measured (default 4)")
@@ -97,8 +99,8 @@ def main() -> None:
             print(stages[-1], file=sys.stderr, flush=True)
     rows = [row(stage, limit) for stage in stages]
     facts = {
-        "model": "random weights, bfloat16: four decoder layers in the shape of Qwen2.5-7B, vocabulary 152064, untied; "
-        "computed in float32, in which a layer is 889 MiB and the embedding 2079 MiB",
+        "model": "random weights, bfloat16: four decoder layers in the shape of Qwen2.5-7B, vocabulary 152064, untied",
+        "computed in": f"{given.dtype}; in float32 a layer is 889 MiB, the embedding 2079 MiB",
         "calibration": f"{given.samples} samples of {given.seqlen} random tokens; wanda, 70%",
         "measured on": f"{given.windows} windows of {given.seqlen} tokens of Python's help topics",
         "the same with `--method sparsegpt`": f"refused before any work: {said}",

@@ -7,6 +7,7 @@ same tokens (through the layers; for perplexity with head and loss), a prune by 
 shards, copying the checkpoint. Figures go to benchmarks/results/MACHINE.json as they are found, and what is there is
 not measured again, so that a run can be cut short; the table of all of them is benchmarks/SPEED.md. Models are those
 named, the embedded one, and random weights in the shapes of Qwen2.5, cut to few layers, tokens and a small vocabulary.
+`--device cuda` takes more tokens (`--samples 128 --seqlen 512`), since a GPU is done with few before they are there.
 """
 
 import argparse
@@ -90,19 +91,20 @@ class Stage:
 
 
 class Bench:
-    """One model's stages. tokens: int64 [nsamples, seqlen]."""
+    """One model's stages. tokens: int64 [nsamples, seqlen]. how: device and dtype, by name."""
 
-    def __init__(self, name: str, directory: Path, samples: int, seqlen: int, folder: Path) -> None:
-        self.name, self.directory, self.folder = name, str(directory), folder
+    def __init__(self, directory: Path, shape: tuple[int, int], folder: Path, how: Mapping[str, str]) -> None:
+        self.directory, self.folder = str(directory), folder
         self.checkpoint = Checkpoint.open(directory)
-        shape, vocabulary = (samples, seqlen), self.checkpoint.config_document["vocab_size"]
+        vocabulary = self.checkpoint.config_document["vocab_size"]
         self.tokens = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
-        self.batch = max(1, 2048 // seqlen)
+        self.batch = max(1, (2048 if how["device"] == "cpu" else 1 << 14) // shape[1])
         file = folder / "tokens.safetensors"
         write_tensors(file, {"tokens": TensorSpec(torch.int32, shape)}, lambda _: self.tokens.int())
-        self.run: dict[str, Any] = {"device": "cpu", "dtype": "float32", "cache_dir": folder / "cache"}
+        self.run: dict[str, Any] = {**how, "cache_dir": folder / "cache"}
         self.calibrating = CalibrateOptions(tokens=file, **self.run)
-        self.own = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        own = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, how["dtype"]))
+        self.own = own.eval().to(torch.device(how["device"]))
 
     def stages(self) -> dict[str, Stage]:
         """By name."""
@@ -133,12 +135,12 @@ class Bench:
 
     @torch.no_grad()
     def _forward(self) -> None:
-        for batch in self.tokens.split(self.batch):
+        for batch in self.tokens.to(self.own.device).split(self.batch):
             self.own.base_model(input_ids=batch, use_cache=False)
 
     @torch.no_grad()
     def _losses(self) -> None:
-        for batch in self.tokens.split(self.batch):
+        for batch in self.tokens.to(self.own.device).split(self.batch):
             self.own(input_ids=batch, labels=batch, use_cache=False)
 
     def _perplexity(self) -> Any:
@@ -148,7 +150,7 @@ class Bench:
     def _product(self) -> None:
         for module in self.own.base_model.modules():
             if isinstance(module, torch.nn.Linear):
-                module.weight @ torch.ones(module.in_features, len(self.tokens))
+                module.weight @ module.weight.new_ones(module.in_features, len(self.tokens))
 
     def _read(self) -> None:
         for key in self.checkpoint.keys():  # noqa: SIM118 - no mapping
@@ -180,15 +182,17 @@ def measured(stage: Stage, repeats: int) -> dict[str, Any]:
 def _timed(work: Work) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def started(bench: Bench, repeats: int) -> dict[str, Any]:
     """From the shell to the first layer, beside importing torch and the model's class alone."""
     kind = bench.checkpoint.config_document["architectures"][0]
-    words = ["prune", bench.directory, "-o", str(bench.folder / "start"), "--sparsity", "0.5", "--device", "cpu"]
-    words += ["--dtype", "float32", "--calibration", str(bench.folder / "calibration")]
-    words += ["--cache-dir", str(bench.folder / "cache")]
+    words = ["prune", bench.directory, "-o", str(bench.folder / "start"), "--sparsity", "0.5"]
+    words += ["--calibration", str(bench.folder / "calibration")]
+    words += [word for name, value in bench.run.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
     def seconds(program: str, *given: str) -> float:
         command = [sys.executable, "-W", "ignore", "-c", program, str(time.time()), *given]
@@ -226,7 +230,7 @@ def tables(document: Mapping[str, Any]) -> Iterator[str]:
     """The lines of SPEED.md for one machine."""
     yield from (f"## {document['machine']}", "", f"{document['versions']}; the ratio is what tells.", "")
     for name, one in document["models"].items():
-        yield from (f"### {name}", "", f"{one['what']}; {one['samples']} x {one['seqlen']} tokens, float32.", "")
+        yield from (f"### {name}", "", f"{one['what']}; {one['samples']} x {one['seqlen']} tokens, {one['dtype']}.", "")
         rows = [
             (
                 stage,
@@ -251,8 +255,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a model (repeatable)")
     parser.add_argument("--only", default="", help="only models whose name holds this")
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples of whole models (default 64)")
+    parser.add_argument("--samples", type=int, help="calibration samples (default: 64, of the shapes as few as told)")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a sample (default 256)")
+    parser.add_argument("--device", default="cpu", help="where to compute (default cpu)")
+    parser.add_argument("--dtype", default="float32", help="of the computation (default float32)")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each stage (default 3)")
     parser.add_argument("--peer", type=Path, help="the interpreter of an environment with llm-compressor")
     parser.add_argument("--again", action="store_true", help="measure anew what is there")
@@ -264,23 +270,24 @@ def main() -> None:
     for folder in (work, given.results):
         folder.mkdir(parents=True, exist_ok=True)
     named = {name: Path(path) for name, _, path in (one.partition("=") for one in given.model)}
-    file = given.results / f"{re.sub(r'[^a-z0-9]+', '-', machine().lower()).strip('-')}.json"
+    how = {"device": given.device, "dtype": given.dtype}
+    file = given.results / f"{re.sub(r'[^a-z0-9]+', '-', f'{machine()} {given.dtype}'.lower()).strip('-')}.json"
     document = json.loads(file.read_text()) if file.is_file() else {"models": {}}
-    document |= {"machine": machine(), "versions": versions()}
+    document |= {"machine": f"{machine()}; computed in {given.dtype}", "versions": versions()}
     if given.peer:
         asked = [str(given.peer), "-c", "from importlib.metadata import version; print(version('llmcompressor'))"]
         document["llm-compressor"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     for name, (directory, samples, what) in models(named, work).items():
         if given.only not in name:
             continue
-        samples, seqlen = samples or given.samples, given.seqlen
+        samples, seqlen = given.samples or samples or 64, given.seqlen
         layers = Checkpoint.open(directory).config_document["num_hidden_layers"]
-        known = {"what": what, "samples": samples, "seqlen": seqlen, "layers": layers}
+        known = {"what": what, "samples": samples, "seqlen": seqlen, "layers": layers, **how}
         entry = document["models"].get(name, {})
         if given.again or {key: entry.get(key) for key in known} != known:
             entry = document["models"][name] = {**known, "stages": {}}
         with tempfile.TemporaryDirectory(dir=work) as folder:
-            bench = Bench(name, directory, samples, seqlen, Path(folder))
+            bench = Bench(directory, (samples, seqlen), Path(folder), how)
             stages = bench.stages()
             missing = [stage for stage in ("start-up", *stages) if stage not in entry["stages"]]
             if missing:

@@ -1,5 +1,8 @@
 """How samples and matrices are divided among ranks, and that one process alone needs nobody."""
 
+from functools import partial
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from tests.small_models import NANO, skeleton_of
 from trimcli.errors import OptionError
 from trimcli.model.device import compute_device
 from trimcli.pipeline.walk import own_samples
-from trimcli.world import Found, World, assigned, current, joined, ranks
+from trimcli.world import Found, Ranks, World, assigned, current, joined, ranks
 
 
 def world(rank: int, size: int) -> World:
@@ -90,3 +93,23 @@ def test_unshared_statistics_of_a_sample_say_where_it_lies() -> None:
         gathered = one(width, 5, torch.device("cpu"), options=options)
         assert (one.dim is None) == (5 not in gathered.shape), one.name
         assert one.dim is None or gathered.shape[one.dim] == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="nccl needs a CUDA GPU")
+def test_what_is_told_over_nccl_is_what_was_said(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        world = Ranks()
+        world.meet()
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int64):
+            tensor = torch.arange(6, device="cuda").view(2, 3).to(dtype)
+            assert torch.equal(world.summed(tensor.clone()), tensor)
+            assert torch.equal(world.whole(tensor.clone(), 1), tensor)
+            told = world.first(partial(Found, {"a": tensor.cpu()}, {"b": 1}))
+            assert (torch.equal(told.tensors["a"], tensor.cpu()), told.facts) == (True, {"b": 1})
+        assert [found.facts for _, found in world.divided([3, 1], lambda item: Found({}, item), float)] == [3, 1]
+        assert world.most({"cuda": 3}) == {"cuda": 3}
+    finally:
+        torch.distributed.destroy_process_group()

@@ -31,6 +31,15 @@ def test_what_is_named_is_taken(nano_qwen2: Path) -> None:
             compute_device(name)
 
 
+def test_a_cuda_device_without_a_number_is_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a device without an index, which torch sets no limit of memory for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [compute_device(name).index for name in ("cuda", "auto", "cuda:1")] == [0, 0, 1]
+    with pytest.raises(OptionError, match="--device 'cuda:2': this machine has 2 CUDA devices"):
+        compute_device("cuda:2")
+
+
 @pytest.mark.parametrize(
     ("stored", "units", "expected"),
     [

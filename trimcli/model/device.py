@@ -79,8 +79,8 @@ def compute_device(name: str) -> torch.device:
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if not re.fullmatch(r"cuda:\d+", name):
         one_of("--device", name, ("auto", "cpu", "cuda", "cuda:0"))
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    device = torch.device("cuda:0" if name == "cuda" else name)  # limits are set for one of a number
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
         raise OptionError(f"--device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices; give cpu.")
     if device.type == "cuda" and ranks() > 1:
         torch.cuda.set_device(device)  # where nccl then works for this process

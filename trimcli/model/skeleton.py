@@ -234,6 +234,14 @@ class Skeleton:
         """The checkpoint tensor that a parameter, by full name, alone is; None where several parameters use it."""
         return None if parameter in self._kept or parameter in self._tied else self._names.plain.get(parameter)
 
+    def borrows(self, module: nn.Module) -> bool:
+        """Whether the weight of a module outside the layers, once filled, is the checkpoint's own mapped memory."""
+        if self.device.type != "cpu" or not self.checkpoint.has_weights:
+            return False
+        name = next(f"{name}.weight" for name, one in self.model.named_modules() if one is module)
+        key = self._names.plain.get(self._tied.get(name, name))
+        return key is not None and name not in self._cover and self.checkpoint.spec(key).dtype == self.dtype
+
     def stored_parameters(self) -> dict[str, str]:
         """Checkpoint tensor -> the parameter that it alone makes, by full name; tensors of tied ones have one each."""
         made = {name for conversion in self._names.conversions for name in conversion.names}

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from torch import nn
+
 from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import GRAM, STATISTICS
@@ -76,14 +78,18 @@ def peak_of(skeleton: Skeleton, stages: Iterable[Parts], states: int = 0, pictur
 
 def embedding_bytes(skeleton: Skeleton) -> int:
     """Of the embedding in the compute dtype."""
-    if skeleton.images:
-        return 0
-    return int(skeleton.model.get_input_embeddings().weight.numel()) * skeleton.dtype.itemsize
+    return 0 if skeleton.images else _outside_bytes(skeleton, skeleton.model.get_input_embeddings())
 
 
 def head_bytes(skeleton: Skeleton) -> int:
     """Of the head in the compute dtype."""
-    return int(skeleton.model.get_output_embeddings().weight.numel()) * skeleton.dtype.itemsize
+    return _outside_bytes(skeleton, skeleton.model.get_output_embeddings())
+
+
+def _outside_bytes(skeleton: Skeleton, module: nn.Module) -> int:
+    """None where the weight stays in its file, whose pages the system takes back when it needs them."""
+    weights = sum(parameter.numel() for parameter in module.parameters())
+    return 0 if skeleton.borrows(module) else weights * skeleton.dtype.itemsize
 
 
 def layer_bytes(skeleton: Skeleton) -> int:
