@@ -132,10 +132,9 @@ def _plot(runs: Sequence[Facts], dense: Facts, text: str, out: Path) -> None:
         }
         order = sorted(points)
         left.plot(order, [mean(nats(points[at], dense, text)) for at in order], label=label, **style)
-        if 0.7 in points:
-            seconds = mean(run["seconds"] for run in points[0.7])
+        if timed := [run["seconds"] for run in points.get(0.7, []) if "seconds" in run]:
             middle = mean(nats(points[0.7], dense, text))
-            right.scatter([seconds], [middle], color=style["color"], marker=style["marker"])
+            right.scatter([mean(timed)], [middle], color=style["color"], marker=style["marker"])
     left.set(xlabel="sparsity", ylabel="nats above dense", yscale="log", title=text)
     right.set(xlabel="seconds of the prune, beside other work", xscale="log", yscale="log", title="at 70%")
     figure.legend(fontsize=8, loc="outside right upper")
