@@ -37,7 +37,7 @@ INTRODUCTION = """\
 Every directory has the zeros of its target, checked by `trim verify`. *Nats* is the mean cross-entropy above the dense
 model's; *left* is the share of the one-shot directory's nats that remain. Tokens are those trained on; `admm` starts
 from the dense model and spends half of them on learning the masks. Training samples come from the text that the
-one-shot directory is calibrated on, and no measured text is among them."""
+one-shot directory is calibrated on, and no measured text is among them. Seconds include other work on the machine."""
 
 
 def one_shot(study: Study, target: str, name: str) -> Path:
