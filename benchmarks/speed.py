@@ -7,7 +7,7 @@ same tokens (through the layers; for perplexity with head and loss), a prune by 
 shards, copying the checkpoint. Figures go to benchmarks/results/MACHINE.json as they are found, and what is there is
 not measured again, so that a run can be cut short; the table of all of them is benchmarks/SPEED.md. Models are those
 named, the embedded one, and random weights in the shapes of Qwen2.5, cut to few layers, tokens and a small vocabulary.
-`--device cuda` takes more tokens (`--samples 128 --seqlen 512`), since a GPU is done with few before they are there.
+Give `--device cuda` more tokens (`--samples 128 --seqlen 512`): of few, a GPU's time is that of starting its kernels.
 """
 
 import argparse
@@ -171,7 +171,8 @@ class Bench:
 
 def measured(stage: Stage, repeats: int) -> dict[str, Any]:
     """Seconds and processor seconds of a stage and its floor, the least of `repeats` turns, and its peak memory."""
-    peak = getattr(stage.work(), "peak_memory", {}).get("anonymous")  # the first use is nobody's
+    peaks = getattr(stage.work(), "peak_memory", {})  # the first use is nobody's
+    peak = peaks.get("cuda", peaks.get("anonymous"))
     stage.floor()
     turns = [(_timed(stage.floor), _timed(stage.work)) for _ in range(repeats)]
     (floor, floor_cpu), (seconds, cpu) = ([min(one[k][i] for one in turns) for i in (0, 1)] for k in (0, 1))
@@ -230,7 +231,7 @@ def tables(document: Mapping[str, Any]) -> Iterator[str]:
     """The lines of SPEED.md for one machine."""
     yield from (f"## {document['machine']}", "", f"{document['versions']}; the ratio is what tells.", "")
     for name, one in document["models"].items():
-        yield from (f"### {name}", "", f"{one['what']}; {one['samples']} x {one['seqlen']} tokens, {one['dtype']}.", "")
+        yield from (f"### {name}", "", f"{one['what']}; {one['samples']} x {one['seqlen']} tokens.", "")
         rows = [
             (
                 stage,
@@ -255,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", action="append", default=[], metavar="NAME=DIR", help="a model (repeatable)")
     parser.add_argument("--only", default="", help="only models whose name holds this")
-    parser.add_argument("--samples", type=int, help="calibration samples (default: 64, of the shapes as few as told)")
+    parser.add_argument("--samples", type=int, help="calibration samples (default: 64, and fewer of the shapes)")
     parser.add_argument("--seqlen", type=int, default=256, help="tokens of a sample (default 256)")
     parser.add_argument("--device", default="cpu", help="where to compute (default cpu)")
     parser.add_argument("--dtype", default="float32", help="of the computation (default float32)")
@@ -271,9 +272,10 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
     named = {name: Path(path) for name, _, path in (one.partition("=") for one in given.model)}
     how = {"device": given.device, "dtype": given.dtype}
-    file = given.results / f"{re.sub(r'[^a-z0-9]+', '-', f'{machine()} {given.dtype}'.lower()).strip('-')}.json"
+    where = f"{machine()}; computed in {given.dtype} on {given.device}"
+    file = given.results / f"{re.sub(r'[^a-z0-9]+', '-', where.lower()).strip('-')}.json"
     document = json.loads(file.read_text()) if file.is_file() else {"models": {}}
-    document |= {"machine": f"{machine()}; computed in {given.dtype}", "versions": versions()}
+    document |= {"machine": where, "versions": versions()}
     if given.peer:
         asked = [str(given.peer), "-c", "from importlib.metadata import version; print(version('llmcompressor'))"]
         document["llm-compressor"] = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()

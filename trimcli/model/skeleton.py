@@ -174,7 +174,7 @@ class Skeleton:
         several = any(len(conversion.converter.target_patterns) > 1 for conversion in self._names.conversions)
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
         for name, tensor in self.model.state_dict().items():
-            key = self._names.plain.get(self._tied.get(name, name))
+            key = self._key(name)
             if key is None:
                 if name in parameters and not several and name not in made and name not in self._tied:
                     raise InputError(f"{self.checkpoint.directory} lacks a tensor for {name}; fetch the model anew.")
@@ -230,6 +230,10 @@ class Skeleton:
         """Which model this is."""
         return fingerprint_of(self.checkpoint, self._shapes)
 
+    def _key(self, parameter: str) -> str | None:
+        """The checkpoint tensor that fills a parameter, which others may share."""
+        return self._names.plain.get(self._tied.get(parameter, parameter))
+
     def key_of(self, parameter: str) -> str | None:
         """The checkpoint tensor that a parameter, by full name, alone is; None where several parameters use it."""
         return None if parameter in self._kept or parameter in self._tied else self._names.plain.get(parameter)
@@ -239,7 +243,7 @@ class Skeleton:
         if self.device.type != "cpu" or not self.checkpoint.has_weights:
             return False
         name = next(f"{name}.weight" for name, one in self.model.named_modules() if one is module)
-        key = self._names.plain.get(self._tied.get(name, name))
+        key = self._key(name)
         return key is not None and name not in self._cover and self.checkpoint.spec(key).dtype == self.dtype
 
     def stored_parameters(self) -> dict[str, str]:
@@ -276,7 +280,7 @@ class Skeleton:
             full = dotted + name
             if parameter.device.type != "meta":
                 continue
-            key = self._names.plain.get(self._tied.get(full, full))
+            key = self._key(full)
             if key is None and full not in made:
                 raise InputError(f"{self.checkpoint.directory} lacks a tensor for {full}; fetch the model anew.")
             stored = made[full] if key is None else self.checkpoint.load(key)
