@@ -77,6 +77,7 @@ def train(study: Study, target: str, mode: str, steps: int, given: argparse.Name
         sparsity=float(target) if mode == "admm" else None,
         teacher=str(study.model) if MODES[mode].get("kl", 1.0) else None,
         resume=True,
+        dtype=study.compute,
         seed=study.seed,
         **MODES[mode],
     )
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--accumulate", type=int, default=2, help="passes a step")
     parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate")
     parser.add_argument("--interval", type=int, default=8, help="steps between projections of admm")
-    parser.add_argument("--dtype", default="auto", help="of what is measured")
+    parser.add_argument("--dtype", default="auto", help="of what is computed: auto trains in float32")
     parser.add_argument("--render", action="store_true", help="write tables of what was noted, run nothing")
     add_arguments(parser)
     given = parser.parse_args()

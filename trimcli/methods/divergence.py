@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from trimcli.methods.masks import slices
+
+# So many logits at a time, on a CPU and elsewhere: a piece stays in a CPU's cache through all that is done with it,
+# and an accelerator has enough to do.
+PIECE, DEVICE_PIECE = 1 << 20, 1 << 27
+
 
 def divergence(sure: Tensor, given: Tensor) -> Tensor:
     """KL divergence of the predictions of logits `given` from those of `sure`, in nats: float32 [...].
@@ -18,17 +24,26 @@ def divergence(sure: Tensor, given: Tensor) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
-    """With its gradient as it is known, softmax(given) - softmax(sure): fewer passes than autograd takes."""
+    """With its gradient as it is known, softmax(given) - softmax(sure), which is all that is kept until it is asked."""
 
     @staticmethod
     def forward(ctx: Any, sure: Tensor, given: Tensor) -> Tensor:
-        wanted, found = (logits.float().log_softmax(dim=-1) for logits in (sure, given))
-        ctx.save_for_backward(wanted, found)
-        ctx.dtype = given.dtype
-        return torch.where(wanted.isneginf(), 0.0, wanted.exp() * (wanted - found)).sum(dim=-1)
+        found = torch.empty(given.shape[:-1], dtype=torch.float32, device=given.device)
+        gap = torch.empty(given.shape, dtype=given.dtype, device=given.device) if ctx.needs_input_grad[1] else None
+        vocabulary = given.shape[-1]
+        pair = [logits.reshape(-1, vocabulary) for logits in (sure, given)]
+        for rows in slices(len(pair[0]), max(1, (PIECE if given.device.type == "cpu" else DEVICE_PIECE) // vocabulary)):
+            wanted, other = (logits[rows].float().log_softmax(dim=-1) for logits in pair)
+            share = wanted.exp()
+            if gap is not None:
+                gap.view(-1, vocabulary)[rows] = other.exp().sub_(share)
+            terms = share.mul_(wanted - other).masked_fill_(wanted.isneginf(), 0)
+            found.view(-1)[rows] = terms.sum(dim=-1)
+        ctx.save_for_backward(gap)
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
-        wanted, found = ctx.saved_tensors
-        return None, found.exp().sub_(wanted.exp()).mul_(gradient[..., None]).to(ctx.dtype)
+        (gap,) = ctx.saved_tensors
+        return None, gap.mul_(gradient[..., None])

@@ -28,7 +28,7 @@ class Teacher:
         """
         with torch.no_grad():
             theirs = self.model(input_ids=tokens, use_cache=False).logits
-        return divergence(theirs[:, :-1], logits[:, :-1]).mean()
+        return divergence(theirs, logits)[:, :-1].mean()
 
 
 def at_hand(mark: Mapping[str, Any], **how: Any) -> Skeleton | None:
