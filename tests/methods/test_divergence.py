@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trimcli.methods.divergence import divergence
+from trimcli.methods.divergence import PIECE, divergence
 
 
 def defined(sure: Tensor, given: Tensor) -> Tensor:
@@ -38,3 +38,23 @@ def test_gradients_have_the_dtype_of_what_was_given() -> None:
     divergence(sure, given).sum().backward()
     assert given.grad is not None
     assert given.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_logits_are_taken_piece_by_piece(learns: bool) -> None:
+    torch.manual_seed(0)
+    tokens, vocabulary = 5, PIECE // 2 - 1
+    sure, given = torch.randn(2, 1, vocabulary, tokens).transpose(-1, -2)
+    given = given.detach().requires_grad_(learns)
+    found = divergence(sure, given)
+    if learns:
+        found.sum().backward()
+    for token in range(tokens):
+        one = given[:, token].detach().double().requires_grad_()
+        wanted = defined(sure[:, token].double(), one)
+        wanted.backward()
+        assert found[0, token].item() == pytest.approx(wanted.item(), rel=1e-5)
+        if learns:
+            assert given.grad is not None
+            assert one.grad is not None
+            torch.testing.assert_close(given.grad[:, token], one.grad.float(), rtol=1e-4, atol=1e-9)
