@@ -12,7 +12,7 @@ from trimcli.methods.blocks.options import BarberOptions
 from trimcli.methods.choice import Choice, Target
 from trimcli.methods.heldout import Judged
 from trimcli.methods.named import Method, method_called, methods
-from trimcli.methods.refine.swaps import swapped
+from trimcli.methods.refine.swaps import WORKING, swapped
 from trimcli.methods.rows.base import ROWS, RowAllocation, Rows
 from trimcli.methods.scores import SCORES, Score
 from trimcli.methods.stats import AIMING, FITTING, HELDOUT, SQNORM, STATISTICS, LinearStats
@@ -296,6 +296,12 @@ class Recipe:
         update = "none" if self.updating.needs & missing else self.update
         refine = "none" if self.refine == "swaps" and HELDOUT.name in missing else self.refine
         return replace(self, rows=rows, update=update, refine=refine)
+
+    @property
+    def working(self) -> int:
+        """Bytes a weight of the matrix that is worked on, beside the float32 weight and its statistics."""
+        swaps = WORKING if self.refine == "swaps" else 0
+        return max(self.allocating.working, self.updating.working, swaps)
 
     def choose(self, weight: Tensor, stats: LinearStats, target: Target, *, keep_zeros: bool = False) -> Outcome:
         """The mask and, where the update changes them, the new weights of one matrix [D_out, D_in], any float dtype.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from trimcli.methods.layers.base import Trials
@@ -19,8 +20,10 @@ from trimcli.world import current
 
 # What the interpreter and the libraries hold before any tensor is read; with those of an accelerator, so many times.
 LIBRARIES, WITH_DEVICE = 368 << 20, 4
-# Bytes a weight while a matrix is worked on: weight and scores in float32, what a selection sorts, masks.
-WORKED = 24
+# Bytes of a matrix's blocks of rows on their way through a selection, and a weight of it in float32.
+BLOCKS, CONVERTED = 48 << 20, 4
+# Bytes a weight of the largest matrix while an allocation tries candidates: scores, what is sorted, masks.
+TRIED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
 REBUILT = 16
 # Bytes a weight of a layer while it is fitted: in float32 itself, the gradient, Adam's moments, the best so far, and in
@@ -142,8 +145,12 @@ def pruning(
     held = partial(gathered_bytes, recipe.needs, nsamples=nsamples, wide=_wide(recipe))
     # Swaps read a Gram as it is; what inverts it, or solves with it, makes copies.
     solves = recipe.updating.changes or GRAM.name in recipe.needs
-    work = [{STATISTICS_OF: held(one.d_in, copies=solves), MATRIX: WORKED * one.numel} for one in linears]
-    if not (walks(recipe) or recipe.barber or calibrates):
+    walking = walks(recipe) or recipe.barber or calibrates
+    # A loaded layer holds its weights in the compute dtype; what is not loaded is read as it is stored.
+    as_is = walking and skeleton.dtype == torch.float32
+    each = recipe.working + (0 if as_is else CONVERTED)
+    work = [{STATISTICS_OF: held(one.d_in, copies=solves), MATRIX: BLOCKS + each * one.numel} for one in linears]
+    if not walking:
         return peak_of(skeleton, work)
     tokens = batch_size * seqlen
     chosen = {linear.name for linear in linears}
@@ -188,7 +195,7 @@ def trying(skeleton: Skeleton, trials: Trials, *, nsamples: int, seqlen: int, ba
     activations = activation_bytes(skeleton, batch_size * seqlen)
     stages = [
         {EMBEDDING: embedding_bytes(skeleton)},
-        {LAYER: 2 * layer + bits, MATRIX: WORKED * largest},
+        {LAYER: 2 * layer + bits, MATRIX: TRIED * largest},
         {LAYER: 2 * layer + bits, ACTIVATIONS: activations},
         {HEAD: head_bytes(skeleton), LOGITS: logits},
     ]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from trimcli.methods.choice import Choice
 
+# Bytes a weight of the matrix at the peak, beside the float32 weight.
+WORKING = 27
+
 
 def swapped(weight: Tensor, choice: Choice) -> tuple[Choice, Judged]:
     """A choice of as many weights of every row, or every group of an N:M pattern, and what held-out samples say of it.

@@ -47,9 +47,13 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class RowAllocation(Entry):
-    """A row allocation: function(weight float32 [D_out, D_in], choice[, options]) gives Rows. only: the one score."""
+    """A row allocation: function(weight float32 [D_out, D_in], choice[, options]) gives Rows. only: the one score.
+
+    working: bytes a weight of the matrix at its peak, beside the float32 weight: scores, what is sorted, masks.
+    """
 
     only: str | None = None
+    working: int = 16
 
 
 ROWS = Registry("row allocation", "--rows", RowAllocation)

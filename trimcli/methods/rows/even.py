@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trimcli.methods.choice import Choice
 
 
-@row_allocation("even", source="Sun et al. 2023, section 3")
+@row_allocation("even", source="Sun et al. 2023, section 3", working=8)
 def even(weight: Tensor, choice: Choice) -> Rows:
     """The score's comparison group decides: every row loses alike, or the lowest of the matrix go."""
     return Rows()

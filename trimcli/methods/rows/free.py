@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trimcli.methods.choice import Choice
 
 
-@row_allocation("free", title="free rows", source="Frantar & Alistarh 2023, section 3")
+@row_allocation("free", title="free rows", source="Frantar & Alistarh 2023, section 3", working=8)
 def free(weight: Tensor, choice: Choice) -> Rows:
     """The lowest of the whole matrix go, whatever the score's comparison group."""
     return Rows(compare="matrix")

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from trimcli.methods.choice import Choice
 
 
-@row_allocation("trim", needs={INPUTS}, title="TRIM", source="Beck et al. 2025, section 3", options=TrimOptions)
+@row_allocation(
+    "trim", needs={INPUTS}, title="TRIM", source="Beck et al. 2025, section 3", options=TrimOptions, working=10
+)
 def trim(weight: Tensor, choice: Choice, options: TrimOptions) -> Rows:
     """Rows whose outputs suffer little lose more, rows that suffer much lose fewer, by iterative search."""
     from trimcli.methods.rows.search import search_rows

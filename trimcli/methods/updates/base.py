@@ -33,12 +33,14 @@ class Update(Entry):
     """An update: function(weight float32 [D_out, D_in], choice[, options]) gives Updated.
 
     changes: the kept weights. chooses: which ones, too, so that a mask refined beforehand would be lost. aims: at the
-    dense model's own outputs, where statistics tell of its inputs.
+    dense model's own outputs, where statistics tell of its inputs. working: bytes a weight of the matrix at its peak,
+    beside the float32 weight and what is made of statistics.
     """
 
     changes: bool = True
     chooses: bool = False
     aims: bool = False
+    working: int = 42
 
 
 UPDATES = Registry("update", "--update", Update)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trimcli.methods.choice import Choice
 
 
-@update("none", source="Sun et al. 2023, section 3", changes=False)
+@update("none", source="Sun et al. 2023, section 3", changes=False, working=8)
 def none(weight: Tensor, choice: Choice) -> Updated:
     """The kept weights stay as they are."""
     return Updated(choice.of_matrix(weight))
