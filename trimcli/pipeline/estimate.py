@@ -20,8 +20,9 @@ from trimcli.world import current
 
 # What the interpreter and the libraries hold before any tensor is read; with those of an accelerator, so many times.
 LIBRARIES, WITH_DEVICE = 368 << 20, 4
-# Bytes of a matrix's blocks of rows on their way through a selection, and a weight of it in float32.
-BLOCKS, CONVERTED = 48 << 20, 4
+# Bytes a weight of a matrix that is read as it is stored or held in another dtype: itself in float32. Bytes a weight of
+# the rows that are selected from at a time, and at most how many weights those are.
+CONVERTED, SELECTED, TOGETHER = 4, 12, 1 << 22
 # Bytes a weight of the largest matrix while an allocation tries candidates: scores, what is sorted, masks.
 TRIED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.
@@ -149,7 +150,10 @@ def pruning(
     # A loaded layer holds its weights in the compute dtype; what is not loaded is read as it is stored.
     as_is = walking and skeleton.dtype == torch.float32
     each = recipe.working + (0 if as_is else CONVERTED)
-    work = [{STATISTICS_OF: held(one.d_in, copies=solves), MATRIX: BLOCKS + each * one.numel} for one in linears]
+    work = [
+        {STATISTICS_OF: held(one.d_in, copies=solves), MATRIX: each * one.numel + SELECTED * min(one.numel, TOGETHER)}
+        for one in linears
+    ]
     if not walking:
         return peak_of(skeleton, work)
     tokens = batch_size * seqlen

@@ -53,7 +53,7 @@ class RowAllocation(Entry):
     """
 
     only: str | None = None
-    working: int = 16
+    working: int = 20
 
 
 ROWS = Registry("row allocation", "--rows", RowAllocation)
