@@ -78,6 +78,7 @@ METHODS = [
     Method("learned masks, search", ORIGINAL, False, {"refine": "learned"}, {}, "search"),
     *(_preset(name) for name in ("fast", "balanced", "best")),
     _preset("balanced", ", then 64 steps of reconstruction", reconstruct="layer", reconstruct_steps=64),
+    _preset("best", ", 192 steps", reconstruct_steps=192),
     _preset("best", ", 512 steps of 32 samples", reconstruct_steps=512, reconstruct_batch=32),
 ]
 
