@@ -22,7 +22,7 @@ from trimcli.world import current
 LIBRARIES, WITH_DEVICE = 368 << 20, 4
 # Bytes a weight of a matrix that is read as it is stored or held in another dtype: itself in float32. Bytes a weight of
 # the rows that are selected from at a time, and at most how many weights those are.
-CONVERTED, SELECTED, TOGETHER = 4, 12, 1 << 22
+CONVERTED, SELECTED, TOGETHER = 4, 18, 1 << 22
 # Bytes a weight of the largest matrix while an allocation tries candidates: scores, what is sorted, masks.
 TRIED = 24
 # Bytes a weight of a layer while its masks are rebuilt: dense weights, their float32 copies, gradients and their sums.

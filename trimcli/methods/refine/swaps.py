@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from trimcli.methods.choice import Choice
 
 # Bytes a weight of the matrix at the peak, beside the float32 weight.
-WORKING = 27
+WORKING = 24
 
 
 def swapped(weight: Tensor, choice: Choice) -> tuple[Choice, Judged]:

@@ -34,7 +34,7 @@ class FitOptions:
     "cg",
     needs={FITTING, HELDOUT},
     title="CG",
-    working=30,
+    working=27,
     source="Hestenes & Stiefel 1952; Meng et al. 2024",
     options=FitOptions,
     aims=True,

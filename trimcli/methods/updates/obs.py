@@ -81,7 +81,7 @@ def obs_scores(weight: Tensor, stats: LinearStats, options: ObsOptions) -> Tenso
     "obs",
     needs={GRAM},
     title="OBS",
-    working=12,
+    working=10,
     source="Frantar & Alistarh 2023, section 3, algorithm 1",
     options=ObsOptions,
     chooses=True,
