@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--limit", default="3GiB", help="--max-memory (default 3GiB)")
     parser.add_argument("--dtype", default="float32", help="of the computation (default float32)")
-    parser.add_argument("--samples", type=int, default=12, help="calibration samples (default 12)")
+    parser.add_argument("--samples", type=int, default=24, help="calibration samples (default 24)")
     parser.add_argument("--seqlen", type=int, default=2048, help="tokens of a sample or window (default 2048)")
     parser.add_argument("--windows", type=int, default=4, help="windows measured (default 4)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
