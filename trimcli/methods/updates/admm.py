@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     "admm",
     needs={FITTING, HELDOUT},
     title="ADMM",
-    working=39,
+    working=32,
     source="Boža 2024; Meng et al. 2024, section 3",
     options=FitOptions,
     chooses=True,

@@ -40,7 +40,7 @@ class Update(Entry):
     changes: bool = True
     chooses: bool = False
     aims: bool = False
-    working: int = 39
+    working: int = 32
 
 
 UPDATES = Registry("update", "--update", Update)
