@@ -29,7 +29,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sure: Tensor, given: Tensor) -> Tensor:
         found = torch.empty(given.shape[:-1], dtype=torch.float32, device=given.device)
-        gap = torch.empty(given.shape, dtype=given.dtype, device=given.device) if ctx.needs_input_grad[1] else None
+        gap = torch.empty(given.shape, dtype=torch.float32, device=given.device) if ctx.needs_input_grad[1] else None
         vocabulary = given.shape[-1]
         pair = [logits.reshape(-1, vocabulary) for logits in (sure, given)]
         for rows in slices(len(pair[0]), max(1, (PIECE if given.device.type == "cpu" else DEVICE_PIECE) // vocabulary)):
@@ -40,10 +40,11 @@ class _Divergence(torch.autograd.Function):
             terms = share.mul_(wanted - other).masked_fill_(wanted.isneginf(), 0)
             found.view(-1)[rows] = terms.sum(dim=-1)
         ctx.save_for_backward(gap)
+        ctx.dtype = given.dtype
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
         (gap,) = ctx.saved_tensors
-        return None, gap.mul_(gradient[..., None])
+        return None, gap.mul_(gradient[..., None]).to(ctx.dtype)
