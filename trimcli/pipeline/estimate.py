@@ -146,15 +146,15 @@ def pruning(
     held = partial(gathered_bytes, recipe.needs, nsamples=nsamples, wide=_wide(recipe))
     # Swaps read a Gram as it is; what inverts it, or solves with it, makes copies.
     solves = recipe.updating.changes or GRAM.name in recipe.needs
-    walking = walks(recipe) or recipe.barber or calibrates
+    loads = walks(recipe) or recipe.barber or calibrates
     # A loaded layer holds its weights in the compute dtype; what is not loaded is read as it is stored.
-    as_is = walking and skeleton.dtype == torch.float32
+    as_is = loads and skeleton.dtype == torch.float32
     each = recipe.working + (0 if as_is else CONVERTED)
     work = [
         {STATISTICS_OF: held(one.d_in, copies=solves), MATRIX: each * one.numel + SELECTED * min(one.numel, TOGETHER)}
         for one in linears
     ]
-    if not walking:
+    if not loads:
         return peak_of(skeleton, work)
     tokens = batch_size * seqlen
     chosen = {linear.name for linear in linears}
