@@ -32,7 +32,7 @@ ORIGINAL, UPDATED = "original weights", "updated weights"
 class Method:
     """A row of the tables. weights: its class. published: whether it is others'. recipe: fields of a Recipe.
 
-    whole: fields that an N:M pattern rules out, as it does an allocation.
+    whole: fields that an N:M pattern rules out, as it does an allocation. own: of the samples, what the model writes.
     """
 
     label: str
@@ -41,6 +41,7 @@ class Method:
     recipe: dict[str, Any] = field(default_factory=dict)
     whole: dict[str, Any] = field(default_factory=dict)
     alloc: str | None = None
+    own: float = 0.0
 
     def options(self, target: str, study: Study) -> PruneOptions:
         """The options of `trim prune` at a target, a sparsity or N:M."""
@@ -56,7 +57,7 @@ class Method:
             sparsity=sparsity,
             sparsity_type=target if pattern else "unstructured",
             allocate=allocate,
-            calibration=study.calibration(),
+            calibration=study.calibration(self.own),
             **run,
         )
 
@@ -66,7 +67,13 @@ def _preset(name: str, besides: str = "", **more: Any) -> Method:
     return Method(f"preset {name}{besides}", UPDATED, False, {**one.fields, **more}, dict(one.whole), one.alloc)
 
 
-METHODS = [
+def _half_own(label: str) -> Method:
+    """A row again, half of whose samples the dense model writes."""
+    one = next(method for method in ROWS if method.label == label)
+    return replace(one, label=f"{label}, half the samples the model's own", own=0.5)
+
+
+ROWS = [
     Method("magnitude", ORIGINAL, True, {"method": "magnitude"}),
     Method("wanda", ORIGINAL, True),
     Method("wanda + TRIM", ORIGINAL, True, whole={"rows": "trim"}),
@@ -81,6 +88,8 @@ METHODS = [
     _preset("best", ", 192 steps", reconstruct_steps=192),
     _preset("best", ", 512 steps of 32 samples", reconstruct_steps=512, reconstruct_batch=32),
 ]
+HALF_OWN = ["SparseGPT", "SparseGPT + OWL", "preset balanced, then 64 steps of reconstruction", "preset best"]
+METHODS = [*ROWS, *map(_half_own, HALF_OWN)]
 
 
 def run(study: Study, method: Method, target: str) -> dict[str, Any]:
@@ -107,7 +116,8 @@ def cases(given: argparse.Namespace, draws: list[Study]) -> Iterator[tuple[Study
 def key(study: Study, method: Method, target: str) -> dict[str, Any]:
     """What a run is found again by."""
     recipe = Recipe(**method.recipe, **({} if ":" in target else method.whole)).document()
-    return {**study.key, "draw": study.seed, "target": target, "recipe": recipe, "alloc": method.alloc}
+    own = {"self_share": method.own} if method.own else {}
+    return {**study.key, "draw": study.seed, "target": target, "recipe": recipe, "alloc": method.alloc, **own}
 
 
 def main() -> None:

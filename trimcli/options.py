@@ -240,6 +240,12 @@ def fraction(option: str, value: float) -> None:
         raise OptionError(f"{option} {value} is outside [0, 1); it is the fraction to prune, such as 0.7.")
 
 
+def share(option: str, value: float) -> None:
+    """Raise OptionError unless the value is a part of a whole, in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise OptionError(f"{option} {value:g} is outside [0, 1]; it is a part of the whole, such as 0.5.")
+
+
 def at_least(least: int) -> Check:
     """A check that a number is not smaller."""
 

@@ -84,14 +84,15 @@ class Study:
         """The stage cache of the study's runs."""
         return self.folder / "cache"
 
-    def calibration(self) -> Path:
-        """The calibration file, made the first time."""
-        path = self.folder / "calibration.safetensors"
+    def calibration(self, self_share: float = 0.0) -> Path:
+        """The calibration file, made the first time. self_share: of the samples, what the dense model writes."""
+        path = self.folder / f"calibration{f'-own-{self_share:g}' if self_share else ''}.safetensors"
         tokens = self.source if self.fixed else None
         options = CalibrateOptions(
             dataset=str(self.source),
             tokens=tokens,
             nsamples=self.nsamples,
+            self_share=self_share,
             seqlen=self.seqlen,
             seed=self.seed,
             dtype=self.compute,

@@ -140,6 +140,8 @@ def test_values_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
         ({"tokens": Path("t"), "bos": "each"}, "--bos with --tokens: they are samples already"),
         ({"tokens": Path("t"), "pack": True}, "--pack with --tokens"),
         ({"tokens": Path("t"), "chat": True}, "--chat with --tokens"),
+        ({"tokens": Path("t"), "self_share": 0.5}, "--self-share with --tokens"),
+        ({"images": Path("t"), "self_share": 0.5}, "--self-share with --images"),
         ({"tokens": Path("-"), "dataset": "-"}, "- is named twice"),
     ):
         with pytest.raises(OptionError, match=message):

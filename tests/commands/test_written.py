@@ -1,6 +1,7 @@
 """Samples that the dense model writes itself."""
 
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from trimcli.files.checkpoint import Checkpoint
 from trimcli.model.skeleton import Skeleton
 from trimcli.text.encoding import Encoder
 from trimcli.text.tokens import load_tokenizer
+
+TOPICS = [topics[name] for name in sorted(topics)[:8]]
 
 
 def written(model: Path, *, nsamples: int = 6, seqlen: int = 40, seed: int = 0, bos: str = "auto") -> torch.Tensor:
@@ -75,9 +78,40 @@ def test_a_prune_is_that_of_the_calibrated_samples(nano_qwen2: Path, tmp_path: P
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_share_of_them_beside_a_text(nano_qwen2: Path, tmp_path: Path) -> None:
+    """Each kind as if it were asked for alone, evenly from the first sample to the last."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TOPICS))
+    shared = ("--seqlen", 16, "--stats", "norms", "--cache-dir", tmp_path / "cache", *COMPUTE)
+
+    def samples(*words: object) -> torch.Tensor:
+        path = tmp_path / "-".join(map(str, words[1:])).replace("/", "_")
+        trim_json("calibrate", nano_qwen2, "-o", path, "--dataset", *words, *shared)
+        return CalibrationFile(path).samples
+
+    both = samples(text, "--nsamples", 6, "--self-share", 0.3)
+    own, drawn = samples("self", "--nsamples", 2), samples(text, "--nsamples", 4)
+    assert both.tolist() == torch.stack([drawn[0], own[0], drawn[1], drawn[2], own[1], drawn[3]]).tolist()
+    assert torch.equal(samples(text, "--nsamples", 3, "--self-share", 1), samples("self", "--nsamples", 3))
+
+
+def test_a_prune_in_one_go_takes_the_share_along(nano_qwen2: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(TOPICS))
+    shared = ("--dataset", text, "--nsamples", 4, "--seqlen", 16, "--cache-dir", tmp_path / "cache", *COMPUTE)
+    trim_json("calibrate", nano_qwen2, "-o", tmp_path / "calib", "--self-share", 0.5, *shared)
+    how = ("prune", nano_qwen2, "--sparsity", 0.5, *COMPUTE)
+    trim_json(*how, "-o", tmp_path / "one", "--self-share", 0.5, *shared)
+    trim_json(*how, "-o", tmp_path / "other", "--tokens", tmp_path / "calib", "--cache-dir", tmp_path / "cache")
+    one, other = (load_file(tmp_path / name) for name in ("one", "other"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("prune", "--sparsity", 0.5, "--self-share", 0.5), "--self-share with --dataset self"),
+        (("calibrate", "--self-share", 1.5), "--self-share 1.5 is outside [0, 1]"),
         (("prune", "--sparsity", 0.5, "--pack"), "--pack with --dataset self"),
         (("prune", "--sparsity", 0.5, "--chat"), "--chat with --dataset self"),
         (("sweep", "--sparsity", 0.5), "then --tokens FILE here"),
@@ -101,8 +135,9 @@ def test_a_tokenizer_with_neither_token_is_refused(nano_qwen2: Path) -> None:
 def test_the_plan_holds_the_whole_model(tmp_path: Path) -> None:
     """Of 3 billion weights in float32, though a prune holds one layer of them."""
     plan = ("plan", NANO.with_name("qwen2.5-3b"), "--sparsity", 0.5, "--nsamples", 4, "--seqlen", 64, *COMPUTE)
-    plain, own = (trim_json(*plan, *more)["peak_host_bytes"] for more in ((), ("--dataset", "self")))
-    assert plain < 3e9 < 12e9 < own
+    shares = (), ("--self-share", 0.5), ("--dataset", "self")
+    plain, half, own = (trim_json(*plan, *more)["peak_host_bytes"] for more in shares)
+    assert plain < 3e9 < 12e9 < half <= own
     tokens = save_tokens(tmp_path / "tokens", vocabulary=1000, seqlen=64)
     assert trim_json(*plan, "--dataset", "self", "--tokens", tokens)["peak_host_bytes"] == plain
 

@@ -24,7 +24,7 @@ from trimcli.registry import option_types
 from trimcli.sweep.grid import GRID, SweepOptions, axes
 
 ONE_GO = "In one go (no --calibration)"
-DRAWN = ("dataset", "nsamples", "seqlen", "tokens", "bos", "pack", "chat", "images", "augment")
+DRAWN = ("dataset", "nsamples", "seqlen", "tokens", "bos", "self_share", "pack", "chat", "images", "augment")
 
 
 def _method_options() -> list[type[Any]]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from trimcli.commands.options import SELF, CalibrateOptions
-from trimcli.commands.written import write_samples
+from trimcli.commands.options import CalibrateOptions
+from trimcli.commands.written import spread, write_samples
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.files.cache import Cache, spill_folder
 from trimcli.files.manifest import CALIBRATION, manifest, sealed
@@ -73,14 +73,23 @@ def _draw(skeleton: Skeleton, options: CalibrateOptions, progress: Progress) -> 
     if options.tokens is not None:
         return Found({"tokens": read_tokens(options.tokens)}, None)
     encoder, seqlen = encoder_of(skeleton, options), options.seqlen or default_seqlen(skeleton.config)
-    drawn: dict[str, Any] = {"nsamples": options.nsamples, "seqlen": seqlen, "seed": options.seed}
-    if options.dataset == SELF:
-        drawn |= {"trust_remote_code": options.trust_remote_code, "progress": progress}
-        return Found({"tokens": write_samples(skeleton, encoder, **drawn)}, encoder.bos)
-    tokens = calibration_tokens(
-        options.dataset, encoder.tokenizer, **drawn, bos=encoder.bos, pack=options.pack, chat=options.chat
-    )
-    return Found({"tokens": tokens}, encoder.bos)
+    shared: dict[str, Any] = {"seqlen": seqlen, "seed": options.seed}
+    kinds: list[Tensor] = []
+    if text := options.nsamples - options.written:
+        reading: dict[str, Any] = {"bos": encoder.bos, "pack": options.pack, "chat": options.chat}
+        kinds.append(calibration_tokens(options.dataset, encoder.tokenizer, nsamples=text, **shared, **reading))
+    if options.written:
+        kinds.append(
+            write_samples(
+                skeleton,
+                encoder,
+                nsamples=options.written,
+                trust_remote_code=options.trust_remote_code,
+                progress=progress,
+                **shared,
+            )
+        )
+    return Found({"tokens": spread(kinds)}, encoder.bos)
 
 
 def calibrate(

@@ -25,6 +25,7 @@ from trimcli.options import (
     one_of,
     option,
     positive,
+    share,
     words,
 )
 from trimcli.registry import misplaced
@@ -41,6 +42,7 @@ REACH = (
 SKIP = "Leave linears that match this glob out (repeatable)."
 SELF = "self"
 OWN_TEXT = "Or self: samples that the dense model writes, all of it in memory (Ji et al. 2024)."
+SELF_SHARE = "Part of the samples that the dense model writes, as under --dataset self; the rest is of the dataset."
 BATCH = "Samples a batch; chosen if not given."
 PACK = "Join documents in random order, EOS between them, to full samples; else only those longer than one are drawn."
 SPARSE = "Hold the pruned matrices of all layers as keep bits and kept values, and multiply with those."
@@ -56,6 +58,7 @@ class CalibrateOptions(WalkOptions):
     seqlen: int | None = option(None, f"Tokens a sample; {SEQLEN}", panel=SAMPLES, check=at_least(2))
     tokens: Path | None = option(None, TOKENS, panel=SAMPLES)
     bos: Bos = option("auto", f"{BOS} Under prune --numerics reference, auto is once.", panel=SAMPLES)
+    self_share: float = option(0.0, SELF_SHARE, panel=SAMPLES, check=share)
     pack: bool = option(False, PACK, panel=SAMPLES)
     chat: bool = option(False, CHAT, panel=SAMPLES)
     images: Path | None = option(None, IMAGES, panel=SAMPLES)
@@ -65,21 +68,31 @@ class CalibrateOptions(WalkOptions):
     only: tuple[str, ...] = option((), ONLY, repeated=True)
     skip: tuple[str, ...] = option((), SKIP, repeated=True)
 
+    @property
+    def written(self) -> int:
+        """How many of the samples the dense model writes itself."""
+        if self.tokens is not None or self.images is not None:
+            return 0
+        return self.nsamples if self.dataset == SELF else round(self.self_share * self.nsamples)
+
     def check(self) -> None:
         """Raise OptionError for values and combinations that cannot be used."""
         super().check()
-        for flag, given in (("--bos", self.bos != "auto"), ("--pack", self.pack), ("--chat", self.chat)):
+        shared = ("--self-share", self.self_share != 0)
+        for flag, given in (("--bos", self.bos != "auto"), ("--pack", self.pack), ("--chat", self.chat), shared):
             if given and self.tokens is not None:
                 raise OptionError(f"{flag} with --tokens: they are samples already, and no text is read; drop one.")
-        for flag, given in (("--pack", self.pack), ("--chat", self.chat)):
+        for flag, given in (("--pack", self.pack), ("--chat", self.chat), shared):
             if given and self.dataset == SELF:
                 raise OptionError(f"{flag} with --dataset {SELF}: the model writes whole samples; drop one.")
         if self.augment and self.images is None:
             raise OptionError("--augment does nothing without --images; give pictures or leave it out.")
         fresh = CalibrateOptions()
-        for name in ("dataset", "seqlen", "tokens", "bos", "pack", "chat"):
+        for name in ("dataset", "seqlen", "tokens", "bos", "self_share", "pack", "chat"):
             if self.images is not None and getattr(self, name) != getattr(fresh, name):
-                raise OptionError(f"--{name} with --images: pictures are no text; drop one of the two.")
+                raise OptionError(
+                    f"--{name.replace('_', '-')} with --images: pictures are no text; drop one of the two."
+                )
         check_stdin((self.dataset, self.tokens))
 
     def under(self, numerics: Numerics) -> CalibrateOptions:
@@ -246,6 +259,7 @@ def prune_words(options: PruneOptions) -> list[str]:
         found += ["--dataset", calibrate.dataset, "--nsamples", str(calibrate.nsamples)]
         found += ["--seqlen", str(calibrate.seqlen)] if calibrate.seqlen is not None else []
         found += ["--bos", calibrate.bos] if calibrate.bos != "auto" else []
+        found += ["--self-share", f"{calibrate.self_share:g}"] if calibrate.self_share else []
         found += [flag for flag, given in (("--pack", calibrate.pack), ("--chat", calibrate.chat)) if given]
     return found
 

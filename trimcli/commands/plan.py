@@ -1,6 +1,6 @@
 """`plan` without a run: targets from the options and whatever files they name, nothing computed and nothing written."""
 
-from trimcli.commands.options import SELF, CalibrateOptions, PruneOptions
+from trimcli.commands.options import CalibrateOptions, PruneOptions
 from trimcli.commands.resolve import matrices_of, refuse_samples_of_other_kind, targets_of
 from trimcli.commands.written import written_at_once
 from trimcli.console import NO_PROGRESS, Progress
@@ -51,7 +51,7 @@ def foreseen(skeleton: Skeleton, linears: list[Matrix], options: PruneOptions) -
         seqlen=seqlen,
         saves_model=options.save_model is not None,
         calibrates=options.calibrates,
-        writes=written_at_once(nsamples, seqlen) * seqlen if drawn.dataset == SELF and not drawn.tokens else 0,
+        writes=written_at_once(drawn.written, seqlen) * seqlen,
         trials=options.allocate.trials if options.allocate else None,
         batch_size=options.batch_size,
         spill=options.spill,

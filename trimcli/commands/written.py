@@ -1,5 +1,6 @@
 """Calibration samples that the dense model writes itself, where no text like its training data is at hand."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ TOGETHER = 1 << 14
 def written_at_once(nsamples: int, seqlen: int) -> int:
     """How many of the samples are written together."""
     return min(nsamples, max(1, TOGETHER // seqlen))
+
+
+def spread(kinds: Sequence[Tensor]) -> Tensor:
+    """Samples [n, L] of several kinds as one, each kind evenly from first to last: the last ones are held out."""
+    places = torch.cat([(torch.arange(len(kind)) + 0.5) / len(kind) for kind in kinds])
+    return torch.cat(list(kinds))[places.argsort(stable=True)]
 
 
 def write_samples(
