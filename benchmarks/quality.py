@@ -151,6 +151,7 @@ def main() -> None:
             continue
         made = run(study, method, target)
         named = {"label": method.label, "weights": method.weights, "published": method.published, "target": target}
+        named |= {"self_share": method.own} if method.own else {}
         ledger.add(wanted, {**about, **named, "draw": study.seed, **made})
         values = ", ".join(f"{value:.2f}" for value in made["perplexity"].values())
         print(

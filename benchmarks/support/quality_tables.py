@@ -15,8 +15,8 @@ INTRODUCTION = """\
 Every figure is at the same count of zeros, calibrated on one text and measured on others. *Nats* is the mean
 cross-entropy above the dense model's: 0 is no damage, and it adds up where perplexities multiply. Each is the mean over
 calibration draws, with the largest distance from it. *Of the best published* compares with the lowest published nats of
-the same class at the same target. *Original weights*: only the mask is chosen. *Updated weights*: kept weights change,
-from calibration samples alone, layer by layer."""
+the same class at the same target, on samples of the same origin. *Original weights*: only the mask is chosen. *Updated
+weights*: kept weights change, from calibration samples alone, layer by layer."""
 
 
 def render(entries: Sequence[Mapping[str, Any]], out: Path | None) -> list[str]:
@@ -65,6 +65,7 @@ def _table(runs: Sequence[Facts], dense: Facts, text: str) -> list[str]:
     lines: list[str] = []
     for weights in dict.fromkeys(run["weights"] for run in runs if run["label"] != "dense"):
         labels = {run["label"]: run["published"] for run in runs if run.get("weights") == weights}
+        own = {run["label"]: run.get("self_share") for run in runs}
         worst = {
             label: max(mean(nats(found, dense, text)) for (one, _), found in cells.items() if one == label)
             for label in labels
@@ -78,7 +79,7 @@ def _table(runs: Sequence[Facts], dense: Facts, text: str) -> list[str]:
                 others = [
                     mean(nats(cells[one, target], dense, text))
                     for one, theirs in labels.items()
-                    if theirs and (one, target) in cells
+                    if theirs and (one, target) in cells and own[one] == own[label]
                 ]
                 row.append(_cell(found, min(others, default=None), dense["perplexity"][text], published))
             rows.append(row)
