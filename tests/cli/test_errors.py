@@ -308,6 +308,7 @@ OPTIONS: list[tuple[str, Args]] = [
     ("--use-trim with an N:M pattern", ("--use-trim", "--sparsity-type", "2:4")),
     ("--use-variant with --use-trim", ("--use-variant", "--use-trim", *S)),
     ("--stats-out without --use-trim", ("--stats-out", "rows.json", *S)),
+    ("--stats-out without --use-trim", ("--rows", "free", "--stats-out", "rows.json", *S)),
     ("--method sparsegpt without --save-model", ("--method", "sparsegpt", *S)),
     ("--calibration with --nsamples", ("--calibration", "c", "--nsamples", 3, *S)),
 ]

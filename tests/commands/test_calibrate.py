@@ -142,6 +142,7 @@ def test_values_that_cannot_be_used(base: Path, tmp_path: Path) -> None:
         ({"tokens": Path("t"), "chat": True}, "--chat with --tokens"),
         ({"tokens": Path("t"), "self_share": 0.5}, "--self-share with --tokens"),
         ({"images": Path("t"), "self_share": 0.5}, "--self-share with --images"),
+        ({"self_share": 0.1, "nsamples": 4}, "--self-share 0.1 of --nsamples 4 is not one sample"),
         ({"tokens": Path("-"), "dataset": "-"}, "- is named twice"),
     ):
         with pytest.raises(OptionError, match=message):

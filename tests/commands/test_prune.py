@@ -462,6 +462,13 @@ def test_what_trim_found(base: Path, tmp_path: Path) -> None:
         assert tensors[f"{name}.row_quality_after"].shape == sparsity.shape
 
 
+@pytest.mark.parametrize(("rows", "told"), [("trim", True), ("even", False), ("free", False), ("variant", False)])
+def test_only_a_search_tells_what_it_improved(rows: str, told: bool, base: Path, tmp_path: Path) -> None:
+    options = options_for(base, tmp_path, sparsity=0.7, recipe=Recipe(rows=rows))
+    found = prune(str(base / "model"), tmp_path / "masks", options).rows_improved
+    assert (found is not None) == told
+
+
 def test_outputs_that_would_meet_are_refused(base: Path, tmp_path: Path) -> None:
     for fields in (
         {"stats_out": tmp_path / "masks.json", "recipe": Recipe(**TRIM)},  # its rows go to masks.safetensors

@@ -93,6 +93,9 @@ class CalibrateOptions(WalkOptions):
                 raise OptionError(
                     f"--{name.replace('_', '-')} with --images: pictures are no text; drop one of the two."
                 )
+        if self.self_share and not self.written:
+            few = f"--self-share {self.self_share:g} of --nsamples {self.nsamples} is not one sample"
+            raise OptionError(f"{few}; give a larger share or leave it out.")
         check_stdin((self.dataset, self.tokens))
 
     def under(self, numerics: Numerics) -> CalibrateOptions:
@@ -213,7 +216,10 @@ class PruneOptions(WalkOptions):
             (self.ratios and self.allocate, "--ratios with --alloc: the ratios file is an allocation"),
             (pattern and self.allocate, f"--alloc with {kind}: each says what goes"),
             (self.calibration and self.calibrate, "--calibration with --dataset, --tokens and the like"),
-            (self.stats_out and self.recipe.rows == "even", "--stats-out without --use-trim: it holds what TRIM found"),
+            (
+                self.stats_out and not self.recipe.allocating.searches,
+                "--stats-out without --use-trim: it holds what TRIM found",
+            ),
             (
                 self.recipe.changes_weights and not self.save_model,
                 f"{_changing(self.recipe)} without --save-model: it changes the kept weights, so masks alone do "

@@ -299,7 +299,7 @@ class _Run:
             return Grid(rounded, obs.group_size, *found) if rounded else None
 
         facts = {name: row for found in first for name, row in found["rows"].items()}
-        improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.rows != "even" else None
+        improved = sum(fact["step"] != 0 for fact in facts.values()) if self.recipe.allocating.searches else None
         with all_or_none():  # where it fails, the same command writes them from the part files, which stay
             complete = write_masks(output, document, shapes, keep, grid, force=force)
             if options.save_model:

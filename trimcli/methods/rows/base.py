@@ -49,10 +49,12 @@ class Rows:
 class RowAllocation(Entry):
     """A row allocation: function(weight float32 [D_out, D_in], choice[, options]) gives Rows. only: the one score.
 
-    working: bytes a weight of the matrix at its peak, beside the float32 weight: scores, what is sorted, masks.
+    searches: whether its Rows tell what was found. working: bytes a weight of the matrix at its peak, beside the
+    float32 weight: scores, what is sorted, masks.
     """
 
     only: str | None = None
+    searches: bool = False
     working: int = 20
 
 

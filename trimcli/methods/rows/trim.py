@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 @row_allocation(
-    "trim", needs={INPUTS}, title="TRIM", source="Beck et al. 2025, section 3", options=TrimOptions, working=10
+    "trim",
+    needs={INPUTS},
+    title="TRIM",
+    source="Beck et al. 2025, section 3",
+    options=TrimOptions,
+    searches=True,
+    working=10,
 )
 def trim(weight: Tensor, choice: Choice, options: TrimOptions) -> Rows:
     """Rows whose outputs suffer little lose more, rows that suffer much lose fewer, by iterative search."""
