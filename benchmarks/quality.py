@@ -109,6 +109,7 @@ def cases(given: argparse.Namespace, draws: list[Study]) -> Iterator[tuple[Study
         for target in given.targets:
             for method in METHODS:
                 skipped = ":" in target and (method.alloc or method.whole) and method.published
+                skipped = bool(skipped or (method.own and study.fixed))
                 if not skipped and (not given.methods or method.label in given.methods):
                     yield study, method, target
 

@@ -265,7 +265,7 @@ def prune_words(options: PruneOptions) -> list[str]:
         found += ["--dataset", calibrate.dataset, "--nsamples", str(calibrate.nsamples)]
         found += ["--seqlen", str(calibrate.seqlen)] if calibrate.seqlen is not None else []
         found += ["--bos", calibrate.bos] if calibrate.bos != "auto" else []
-        found += ["--self-share", f"{calibrate.self_share:g}"] if calibrate.self_share else []
+        found += ["--self-share", str(calibrate.self_share)] if calibrate.self_share else []
         found += [flag for flag, given in (("--pack", calibrate.pack), ("--chat", calibrate.chat)) if given]
     return found
 
