@@ -139,18 +139,34 @@ def test_matrices_left_dense_are_listed(tmp_path: Path) -> None:
         (Recipe(barber=BarberOptions(metric="W")), 2.5),
         (Recipe(barber=BarberOptions()), 4.5),
         (Recipe(update="obs", propagate=True), 1.75),
-        (Recipe(method="magnitude", reconstruct="layer", reconstruct_steps=8), 0.75 + 1 + 24),
-        (Recipe(reconstruct="layer", reconstruct_steps=8), 1.75 + 1 + 24),
+        (Recipe(method="magnitude", reconstruct="layer", reconstruct_steps=8), 0.75 + 1.75 + 24),
+        (Recipe(reconstruct="layer", reconstruct_steps=8), 1.75 + 1.75 + 24),
+        (Recipe(reconstruct="layer", reconstruct_steps=8, reconstruct_blend=0), 1.75 + 1 + 24),
         (Recipe(update="cg"), 1.75),
         (Recipe(update="cg", target="dense"), 1.75 + 2),
-        (Recipe(reconstruct="halves", reconstruct_steps=8), 1.75 + 2 + 48),
+        (Recipe(reconstruct="halves", reconstruct_steps=8), 1.75 + 2.75 + 48),
         (Recipe(refine="learned", refine_steps=8), 1.75 + 1 + 24),
-        (Recipe(refine="learned", refine_steps=8, reconstruct="layer", reconstruct_steps=2), 1.75 + 1 + 30),
+        (Recipe(refine="learned", refine_steps=8, reconstruct="layer", reconstruct_steps=2), 1.75 + 1.75 + 30),
         (Recipe(rows="trim", propagate=False), 0),
     ],
 )
 def test_forward_passes(recipe: Recipe, passes: float) -> None:
     assert forward_passes(recipe, 4) == passes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "seqlen", "training"),
+    [
+        (Recipe(reconstruct="layer", reconstruct_steps=8), 256, 24 * 2 / 64),
+        (Recipe(reconstruct="layer", reconstruct_steps=8), 4096, 24 / 64),
+        (Recipe(reconstruct="layer", reconstruct_steps=8, reconstruct_batch=5), 256, 24 * 5 / 64),
+        (Recipe(refine="learned", refine_steps=8), 256, 24 * 8 / 64),
+        (Recipe(refine="learned", refine_steps=8), 16, 24),
+    ],
+)
+def test_a_step_of_training_is_a_part_of_the_samples(recipe: Recipe, seqlen: int, training: float) -> None:
+    without = 1.75 + 1 + 0.75 * (recipe.reconstruct == "layer")
+    assert forward_passes(recipe, 4, nsamples=64, seqlen=seqlen) == pytest.approx(without + training)
 
 
 def test_ratios_and_allocations_are_foreseen(base: Path, tmp_path: Path) -> None:

@@ -89,9 +89,9 @@ def test_counts_of_rows_and_of_groups_hold(
 
 
 def test_the_weights_are_fitted_under_the_learned_masks(home: Path, tmp_path: Path) -> None:
-    steps = ("--reconstruct", "layer", "--reconstruct-steps", 8, "--save-model", tmp_path / "model")
+    steps = ("--reconstruct", "layer", "--reconstruct-steps", 8, "--reconstruct-blend", 0)
     pruned(home, "nano", tmp_path / "alone", "--sparsity", 0.6, *LEARNED)
-    pruned(home, "nano", tmp_path / "masks", "--sparsity", 0.6, *LEARNED, *steps)
+    pruned(home, "nano", tmp_path / "masks", "--sparsity", 0.6, *LEARNED, *steps, "--save-model", tmp_path / "model")
     manifest = read_manifest(tmp_path / "masks")
     assert manifest["changes_weights"]
     first = min(manifest["refinement"])
@@ -131,13 +131,13 @@ def test_both_forms_of_the_walk_learn_the_same(home: Path) -> None:
     def learned(form: Any, batch: int | None) -> list[torch.Tensor]:
         skeleton = skeleton_of(home / "nano")
         walk, dense = (Walk(skeleton, tokens, form=form, batch_size=4) for _ in range(2))
-        guide = Guide(dense, halves=False)
         layers = walk.layers()
         layer = next(layers)
-        guide.advance(layer, finished=False)
         weights = {one.name: one.weight.clone() for one in layer.linears}
         pruned = {name: (one, one.abs() > one.abs().median(), one.abs()) for name, one in weights.items()}
         recipe = Recipe(refine="learned", refine_steps=40, refine_lr=0.01, reconstruct_batch=batch)
+        guide = Guide(dense, recipe)
+        guide.advance(layer, walk)
         targets = dict.fromkeys(pruned, Target(0.5))
         keep, made = learn_layer(walk, guide, layer, pruned, targets, recipe)
         assert made.after < made.before

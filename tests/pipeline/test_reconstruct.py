@@ -19,6 +19,8 @@ from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import read_manifest
 from trimcli.methods.blocks.reconstruct import Batch, prediction_error, reconstruct
 from trimcli.methods.stats import fitting_samples
+from trimcli.pipeline.reconstruct import Guide
+from trimcli.pipeline.walk import Walk
 
 REC: tuple[object, ...] = ("--reconstruct", "layer", "--reconstruct-steps", 16, "--reconstruct-lr", 0.002)
 
@@ -195,6 +197,35 @@ def test_an_interrupted_run_ends_in_the_same_bytes(unit: Any, home: Path, tmp_pa
     assert run("cut").read_bytes() == expected.read_bytes()
 
 
+@pytest.mark.parametrize("form", ["recorded", "suspended"])
+@pytest.mark.parametrize("blend", [0.0, 0.25, 1.0])
+def test_targets_are_what_the_dense_layer_makes_of_a_mixture(blend: float, form: Any, home: Path) -> None:
+    """By hand: the hidden states of both models, mixed and handed to the dense model's layer; but for the last one."""
+    tokens = load_file(home / "tokens")["tokens"]
+    skeleton, rows = skeleton_of(home / "nano"), slice(2, 3)
+    walk, dense = (Walk(skeleton, tokens, form=form, batch_size=4) for _ in range(2))
+    guide = Guide(dense, Recipe(reconstruct="halves", reconstruct_blend=blend))
+    model = AutoModelForCausalLM.from_pretrained(home / "nano", dtype=torch.float32).model.requires_grad_(False)
+    mine = model.embed_tokens(tokens[rows].long())
+    theirs, last = mine.clone(), len(model.layers) - 1
+    places = {"position_embeddings": model.rotary_emb(mine, torch.arange(mine.shape[1])[None])}
+    for layer, oracle in zip(walk.layers(), model.layers, strict=True):
+        guide.advance(layer, walk)
+        given = theirs if layer.index == last else torch.lerp(theirs, mine, blend)
+        between = given + oracle.self_attn(oracle.input_layernorm(given), attention_mask=None, **places)[0]
+        torch.testing.assert_close(guide.halfway(rows), between)
+        torch.testing.assert_close(guide.target(rows), oracle(given, **places))
+        theirs = oracle(theirs, **places)
+        torch.testing.assert_close(guide.dense(rows), theirs)
+        for linear in layer.linears:
+            linear.write(None, linear.weight.abs() > linear.weight.abs().median())
+            weight = oracle.get_submodule(linear.name.removeprefix(f"{layer.name}.")).weight
+            weight.copy_(weight * (weight.abs() > weight.abs().median()))
+        mine = oracle(mine, **places)
+        walk.advance(layer)
+    assert not torch.allclose(mine, theirs)
+
+
 def test_what_does_not_go_with_it_is_refused(home: Path, tmp_path: Path) -> None:
     base = ("prune", home / "llama", "-o", tmp_path / "m", "--sparsity", 0.5, "--reconstruct", "layer")
     for more, sentence in (
@@ -203,6 +234,7 @@ def test_what_does_not_go_with_it_is_refused(home: Path, tmp_path: Path) -> None
         (("--save-model", tmp_path / "d", "--prune-barber"), "--prune-barber with --reconstruct"),
         (("--save-model", tmp_path / "d", "--reconstruct-batch", 0), "--reconstruct-batch 0 must be at least 1"),
         (("--save-model", tmp_path / "d", "--reconstruct-lr", 2), "--reconstruct-lr 2 is no learning rate"),
+        (("--save-model", tmp_path / "d", "--reconstruct-blend", 1.5), "--reconstruct-blend 1.5 is no share"),
     ):
         done = trim(*base, *more)
         assert done.status == 2

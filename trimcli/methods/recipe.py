@@ -28,14 +28,20 @@ if TYPE_CHECKING:
 
 
 REFINEMENT = "Refinement"
-# Tokens that a step of learning or training sees, unless it is said how many samples: on every device the same.
-STEP_TOKENS = 2048
+# Tokens that a step of learning masks sees, and one of reconstruction, unless it is said how many samples: on every
+# device the same. Reconstruction makes more of as many tokens in smaller steps.
+LEARNING_TOKENS, RECONSTRUCTION_TOKENS = 2048, 512
 RECONSTRUCTION = "Reconstruction"
 
 
 def _rate(flag: str, value: float) -> None:
     if not 0 < value < 1:
-        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.02.")
+        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.01.")
+
+
+def _share(flag: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise OptionError(f"{flag} {value:g} is no share; give a number from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -101,15 +107,23 @@ class Recipe:
         "hands to the MLP, then its MLP.",
         panel=RECONSTRUCTION,
     )
-    reconstruct_steps: int = option(64, "Steps of Adam, for each layer or half.", panel=RECONSTRUCTION, check=positive)
+    reconstruct_steps: int = option(256, "Steps of Adam, for each layer or half.", panel=RECONSTRUCTION, check=positive)
     reconstruct_lr: float = option(
-        0.02, "Their first learning rate, as a part of each parameter's size.", panel=RECONSTRUCTION, check=_rate
+        0.01, "Their first learning rate, as a part of each parameter's size.", panel=RECONSTRUCTION, check=_rate
     )
     reconstruct_batch: int | None = option(
         None,
-        f"Samples a step, of --refine learned too (default: about {STEP_TOKENS:,} tokens).",
+        f"Samples a step (default: about {RECONSTRUCTION_TOKENS:,} tokens; of --refine learned, which it holds for, "
+        f"too, {LEARNING_TOKENS:,}).",
         panel=RECONSTRUCTION,
         check=positive,
+    )
+    reconstruct_blend: float = option(
+        0.5,
+        "What the dense layer is given to make its outputs of: 0, the dense model's hidden states; 1, the pruned "
+        "model's; between, so much of these. The last layer follows the dense model's predictions all the same.",
+        panel=RECONSTRUCTION,
+        check=_share,
     )
     min_expert_tokens: int = option(
         1, "Experts that fewer tokens reached are pruned by magnitude.", panel="Mixtures of experts", check=positive
@@ -191,9 +205,18 @@ class Recipe:
         """Whether whole layers are worked on towards the dense model's hidden states."""
         return self.reconstructs or self.refine == "learned"
 
-    def step_samples(self, seqlen: int) -> int:
-        """Samples of `seqlen` tokens that a step of learning or training sees."""
-        return self.reconstruct_batch or max(1, STEP_TOKENS // seqlen)
+    @property
+    def blends(self) -> bool:
+        """Whether what layers are fitted to is made of a mixture of both models' hidden states."""
+        return self.reconstructs and self.reconstruct_blend > 0
+
+    def learning_samples(self, seqlen: int) -> int:
+        """Samples of `seqlen` tokens that a step of learning masks sees."""
+        return self.reconstruct_batch or max(1, LEARNING_TOKENS // seqlen)
+
+    def reconstruction_samples(self, seqlen: int) -> int:
+        """Samples of `seqlen` tokens that a step of reconstruction sees."""
+        return self.reconstruct_batch or max(1, RECONSTRUCTION_TOKENS // seqlen)
 
     def document(self) -> dict[str, Any]:
         """The choices as a manifest records them, each with the options that it was given."""
@@ -224,7 +247,7 @@ class Recipe:
         if not self.reconstructs:
             return None
         steps = {"steps": self.reconstruct_steps, "lr": self.reconstruct_lr, "batch": self.reconstruct_batch}
-        return {"unit": self.reconstruct, **steps}
+        return {"unit": self.reconstruct, **steps, "blend": self.reconstruct_blend}
 
     def check(self, *, pattern: bool = False) -> None:
         """Raise OptionError for choices that do not go together. pattern: whether an N:M pattern is asked for."""

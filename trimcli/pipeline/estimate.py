@@ -166,11 +166,13 @@ def pruning(
         inside.append({REBUILDING: REBUILT * sum(one.numel for one in skeleton.layers[0].linears)})
     if recipe.follows_dense:
         weights = max(sum(one.numel for one in layer.linears) for layer in skeleton.layers)
-        graph = GRAPH * activation_bytes(skeleton, recipe.step_samples(seqlen) * seqlen)
+        learned = recipe.learning_samples(seqlen) if recipe.refine == "learned" else 0
+        trained = recipe.reconstruction_samples(seqlen) if recipe.reconstructs else 0
+        graph = GRAPH * activation_bytes(skeleton, max(learned, trained) * seqlen)
         logits = PREDICTED * 4 * fitted_logits(skeleton.device)
         inside.append({FITTING: FITTED * weights + graph, HEAD: head_bytes(skeleton), LOGITS: logits})
     stages = [{EMBEDDING: embedding_bytes(skeleton)}, *({LAYER: layer_bytes(skeleton), **one} for one in inside)]
-    streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves")
+    streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves") + recipe.blends
     count = own_share(nsamples)
     return peak_of(skeleton, stages, streams * state_bytes(skeleton, count * seqlen), count)
 

@@ -94,11 +94,11 @@ class Passes:
         with self.progress.task(title, total) as step:
             walk, guide = self._walk(), None
             if self.recipe.needs_dense_walk:
-                guide = Guide(self._walk(), halves=self.recipe.reconstruct == "halves")
+                guide = Guide(self._walk(), self.recipe)
             for layer in walk.layers():
                 if layer.index < done:
                     if guide is not None:
-                        guide.advance(layer, finished=True)
+                        guide.advance(layer)
                     self._replay(layer, parts.read(layer.index))
                 else:
                     work(walk, layer, guide).finish(parts, layer)
@@ -144,7 +144,7 @@ class Passes:
         pruned: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         if not self.mine(layer):
             if guide is not None:
-                guide.advance(layer, finished=True)
+                guide.advance(layer)
             return writer
         if self.recipe.barber and layer.index == 0:
             blocks_of(walk, layer)  # what the second pass cannot work on is refused before the first one is done
@@ -154,7 +154,7 @@ class Passes:
         for place, part in enumerate(parts):
             stats = self._collect(walk, layer, part, self.recipe.needs, guide.walk if guide else None)
             if guide is not None and not place:
-                guide.advance(layer, finished=False)  # before anything in it is pruned
+                guide.advance(layer, walk)  # before anything in it is pruned
             for number, stage in enumerate([[group] for group in part] if again else [part]):
                 if again and number:
                     self._recalculate(walk, layer, stage[0], stats)

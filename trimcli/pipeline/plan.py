@@ -162,7 +162,7 @@ def make_plan(
     where: dict[str, Any] = {"spill": spill, "otherwise": otherwise}
     work = Work(f"pruning {checkpoint.id}", memory, own_share(nsamples), seqlen, batch_size, **where)
     trial = fit_trials(skeleton, trials, **known, **where) if trials is not None and nsamples else None
-    passes = forward_passes(recipe, len(skeleton.layers), nsamples / recipe.step_samples(seqlen))
+    passes = forward_passes(recipe, len(skeleton.layers), **known)
     if walks(recipe) and not recipe.input_recalc:
         passes += _further_passes(skeleton, linears, recipe, nsamples)
     if trials is not None and nsamples:
@@ -243,10 +243,10 @@ def refuse_experts(linears: Sequence[Matrix], needs: Collection[str], recipe: Re
         )
 
 
-def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
+def forward_passes(recipe: Recipe, layers: int, *, nsamples: int = 1, seqlen: int = 1) -> float:
     """Forward passes through the model that the recipe needs: two a layer when propagating, but one in the last.
 
-    A step of training counts as three of its batch. steps: in which all samples are seen once.
+    A step of learning or training counts as three of its batch.
     """
     passes = (1 if recipe.needs else 0) + 1 - 1 / layers if walks(recipe) else 0.0
     if recipe.input_recalc:
@@ -255,10 +255,13 @@ def forward_passes(recipe: Recipe, layers: int, steps: float = 1.0) -> float:
         passes += 3 - 1 / layers if recipe.barber.needs_gradients else 1 - 1 / layers
     if recipe.needs_dense_walk:
         passes += 1 + (recipe.target == "dense") + (recipe.reconstruct == "halves")
-    if recipe.follows_dense:
-        taken = recipe.refine_steps if recipe.refine == "learned" else 0
-        taken += recipe.reconstruct_steps * {"none": 0, "layer": 1, "halves": 2}[recipe.reconstruct]
-        passes += 3 * taken / max(1.0, steps)
+    if recipe.blends:
+        passes += 1 - 1 / layers
+    if recipe.refine == "learned":
+        passes += 3 * recipe.refine_steps * min(1.0, recipe.learning_samples(seqlen) / nsamples)
+    if recipe.reconstructs:
+        taken = recipe.reconstruct_steps * (2 if recipe.reconstruct == "halves" else 1)
+        passes += 3 * taken * min(1.0, recipe.reconstruction_samples(seqlen) / nsamples)
     return passes
 
 

@@ -10,7 +10,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from trimcli.files.spilled import Spilled
 from trimcli.methods.blocks.learn import Counts, Learnable, Learned, learn_masks
 from trimcli.methods.blocks.reconstruct import (
     Batch,
@@ -30,6 +29,7 @@ from trimcli.model.device import held_logits
 from trimcli.model.matrix import Matrix
 from trimcli.model.skeleton import DecoderLayer
 from trimcli.pipeline.rebuild import blocks_of
+from trimcli.pipeline.recorded import state_buffer
 from trimcli.pipeline.walk import Walk
 
 
@@ -41,43 +41,58 @@ def fitted_logits(device: torch.device) -> int:
 class Guide:
     """The dense model's walk beside the pruned one's. walk: past the layer that is worked on.
 
-    blocks: that layer's attention and MLP, and between: the hidden states [N, L, H] between them, by rows of samples;
-    where `halves` asks for them.
+    blocks: that layer's attention and MLP, where its halves are fitted one after the other.
     """
 
-    def __init__(self, walk: Walk, *, halves: bool) -> None:
+    def __init__(self, walk: Walk, recipe: Recipe) -> None:
         self.walk = walk
-        self._halves = halves
         self.blocks: list[Block] = []
-        self.between: Tensor | None = None
+        self._halves, self._blends, self._blend = (
+            recipe.reconstruct == "halves",
+            recipe.blends,
+            recipe.reconstruct_blend,
+        )
+        self._blended = False
+        self._kept: dict[str, Tensor] = {}
 
-    def advance(self, layer: DecoderLayer, *, finished: bool) -> None:
-        """Go past a loaded, dense layer. finished: whether nothing is left to be done with it. OptionError."""
-        if self._halves and not finished:
-            self.blocks = blocks_of(self.walk, layer, "--reconstruct halves")
-            with self.blocks[1].silenced():  # what remains is the residual stream
-                self._keep_between(layer)
+    def advance(self, layer: DecoderLayer, pruned: Walk | None = None) -> None:
+        """Go past a loaded, dense layer. Raises OptionError where that has no halves and is to be fitted by them.
+
+        pruned: the pruned model's walk, which is at the layer; None where nothing is left to be done with that.
+        """
+        if pruned is not None:
+            self._blended = self._blends and layer.index + 1 < len(self.walk.skeleton.layers)
+            given = partial(self._mixture, pruned) if self._blended else self.walk.states
+            if self._halves:
+                self.blocks = blocks_of(self.walk, layer, "--reconstruct halves")
+                with self.blocks[1].silenced():  # what remains is the residual stream
+                    self.walk.outputs(layer, given, partial(self._keep, "halfway"))
+            if self._blended:
+                self.walk.outputs(layer, given, partial(self._keep, "outputs"))
         self.walk.advance(layer)
 
-    def _keep_between(self, layer: DecoderLayer) -> None:
-        for sample in range(self.walk.nsamples):
-            rows = slice(sample, sample + 1)
-            states = self.walk.states(rows)
-            if self.between is None:
-                shape, spill = (self.walk.nsamples, *states.shape[1:]), self.walk.skeleton.spill
-                self.between = (
-                    Spilled(spill, shape, states.dtype).tensor if spill else states.new_empty(shape, device="cpu")
-                )
-            self.between[rows] = self.walk.call(layer, rows).cpu()
+    def _mixture(self, pruned: Walk, rows: slice) -> Tensor:
+        return self.walk.states(rows).lerp(pruned.states(rows), self._blend)
 
-    def target(self, rows: slice) -> Tensor:
-        """What the dense layer gives for samples `rows`, [b, L, H]."""
+    def _keep(self, what: str, rows: slice, states: Tensor) -> None:
+        if what not in self._kept:
+            self._kept[what], _ = state_buffer(self.walk.skeleton, states, self.walk.nsamples)
+        self._kept[what][rows] = states.to(self._kept[what].device)
+
+    def _read(self, what: str, rows: slice) -> Tensor:
+        return self._kept[what][rows].to(self.walk.skeleton.device)
+
+    def dense(self, rows: slice) -> Tensor:
+        """What the dense layer gives for the dense model's samples `rows`, [b, L, H]."""
         return self.walk.states(rows)
 
+    def target(self, rows: slice) -> Tensor:
+        """What the dense layer gives for what --reconstruct-blend says of samples `rows`, [b, L, H]."""
+        return self._read("outputs", rows) if self._blended else self.dense(rows)
+
     def halfway(self, rows: slice) -> Tensor:
-        """What the dense layer hands from its attention to its MLP, [b, L, H]."""
-        assert self.between is not None, "advance has been past a layer"
-        return self.between[rows].to(self.walk.skeleton.device)
+        """What the dense layer then hands from its attention to its MLP, [b, L, H]."""
+        return self._read("halfway", rows)
 
 
 def learn_layer(
@@ -103,7 +118,8 @@ def learn_layer(
         matrices.append(Learnable(name, linear.inside, weight.to(linear.parameter), keep, importance, counts))
     title = f"layer {layer.index + 1}/{len(walk.skeleton.layers)} learn masks"
     with _measured(walk, layer) as error, walk.progress.task(title, recipe.refine_steps) as advance:
-        training, heldout = _batches(walk, layer, recipe, guide.target, error)
+        size = recipe.learning_samples(walk.seqlen)
+        training, heldout = _batches(walk, layer, size, guide.dense, error)
         steps, lr = recipe.refine_steps, recipe.refine_lr
         learned = learn_masks(layer.module, matrices, training, heldout, steps=steps, lr=lr, advance=advance)
     return {linear.name: keep for linear, keep in zip(mine, learned.keep, strict=True)}, learned
@@ -130,11 +146,12 @@ def reconstruct_layer(
         and parameter.ndim == 1
         and parameter.is_floating_point()
     ]
+    size = recipe.reconstruction_samples(walk.seqlen)
     number = f"layer {layer.index + 1}/{len(walk.skeleton.layers)}"
 
     def fit(title: str, target: Callable[[slice], Tensor], among: Collection[str], error: Error) -> Reconstructed:
         fitted = {name: held for name, held in masked.items() if name in among} | dict.fromkeys(vectors)
-        training, heldout = _batches(walk, layer, recipe, target, error)
+        training, heldout = _batches(walk, layer, size, target, error)
         with walk.progress.task(f"{number} reconstruct{title}", recipe.reconstruct_steps) as advance:
             steps, lr = recipe.reconstruct_steps, recipe.reconstruct_lr
             return reconstruct(layer.module, fitted, training, heldout, steps=steps, lr=lr, advance=advance)
@@ -143,7 +160,7 @@ def reconstruct_layer(
         if recipe.reconstruct == "layer":
             return fit("", guide.target, masked, error)
         start = {name: layer.module.get_parameter(name).detach().float() for name in [*masked, *vectors]}
-        before = mean_error(layer.module, {}, _batches(walk, layer, recipe, guide.target, error)[1])
+        before = mean_error(layer.module, {}, _batches(walk, layer, size, guide.target, error)[1])
         attention, mlp = (
             [parameter_inside(layer, linear) for linear in layer.linears if linear.name in block.linears]
             for block in guide.blocks
@@ -176,12 +193,12 @@ def parameter_inside(layer: DecoderLayer, linear: Matrix) -> str:
 
 
 def _batches(
-    walk: Walk, layer: DecoderLayer, recipe: Recipe, target: Callable[[slice], Tensor], error: Error
+    walk: Walk, layer: DecoderLayer, size: int, target: Callable[[slice], Tensor], error: Error
 ) -> tuple[list[Batch], list[Batch]]:
-    """The layer's batches, a step each, for training and held out; a lone sample is both."""
+    """The layer's batches of `size` samples, a step each, for training and held out; a lone sample is both."""
     rest = fitting_samples(walk.nsamples)
     held = walk.nsamples - rest or 1
-    size = min(recipe.step_samples(walk.seqlen), walk.nsamples)
+    size = min(size, walk.nsamples)
 
     def parted(size: int) -> tuple[list[slice], list[slice]]:
         first = walk.nsamples - held

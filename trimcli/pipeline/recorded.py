@@ -51,25 +51,12 @@ class Recorded(Stream):
                 states, recording = embed(self._samples[rows])
                 self._keep_recording(rows, recording)
                 if hidden is None:
-                    hidden = self._buffer(states)
+                    hidden, self._spilled = state_buffer(self.skeleton, states, count)
                 hidden[rows] = states.to(hidden.device)
                 advance(rows.stop - rows.start)
         if hidden is None:
             raise InputError("there are no calibration samples; give at least one.")
         return hidden
-
-    def _buffer(self, states: Tensor) -> Tensor:
-        shape = (len(self._samples), *states.shape[1:])
-        if self.skeleton.spill is not None:
-            self._spilled = Spilled(self.skeleton.spill, shape, states.dtype)
-            return self._spilled.tensor
-        size = states[0].numel() * len(self._samples) * states.element_size()
-        on_host = self.skeleton.on_host
-        if states.device.type != "cpu" and on_host is None:
-            on_host = size > SHARE * free_bytes(states.device)
-        if states.device.type != "cpu" and on_host:
-            return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda")
-        return torch.empty(shape, dtype=states.dtype, device=states.device)
 
     def _keep_recording(self, rows: slice, recording: Recording) -> None:
         """Batches of one size are called alike; where the calls depend on the samples, each batch keeps its own."""
@@ -136,6 +123,20 @@ class Recorded(Stream):
         """From other hidden states [b, L, H] after the last layer their logits, loaded on use and dropped after."""
         with self.forward.head() as head:
             yield head
+
+
+def state_buffer(skeleton: Skeleton, states: Tensor, count: int) -> tuple[Tensor, Spilled | None]:
+    """Room for hidden states [count, L, H] like these [b, L, H]: the device's, the host's, or a file's."""
+    shape = (count, *states.shape[1:])
+    if skeleton.spill is not None:
+        spilled = Spilled(skeleton.spill, shape, states.dtype)
+        return spilled.tensor, spilled
+    on_host = skeleton.on_host
+    if states.device.type != "cpu" and on_host is None:
+        on_host = states[0].numel() * count * states.element_size() > SHARE * free_bytes(states.device)
+    if states.device.type != "cpu" and on_host:
+        return torch.empty(shape, dtype=states.dtype, pin_memory=states.device.type == "cuda"), None
+    return torch.empty(shape, dtype=states.dtype, device=states.device), None
 
 
 def _alike(one: Any, other: Any, device: torch.device) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from trimcli.console import Progress
 from trimcli.errors import TrimError
 from trimcli.methods.masks import slices
-from trimcli.model.forward import call_model, called_with, split_call
+from trimcli.model.forward import call_model, called_with, first_output, split_call
 from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.stream import Logits, Stream
 
@@ -73,7 +73,9 @@ class Suspended(Stream):
         return call
 
     def states(self, rows: slice) -> Tensor:
-        """The hidden states [b, L, H] of the samples `rows`."""
+        """The hidden states [b, L, H] of the samples `rows`; past the last layer its outputs, until they are taken."""
+        if rows.start in self._ends:
+            return first_output(self._ends[rows.start])
         _, args, kwargs = self._calls[rows.start]
         hidden: Tensor = split_call(args, kwargs)[0]
         return hidden

@@ -1,6 +1,6 @@
 """Hidden states through the decoder layers, one layer resident, batch by batch."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -107,8 +107,26 @@ class Walk:
         with nullcontext() if collector is None else collector.watching():
             self._pass(layer, collector, advance=True, rows=rows)
 
+    def outputs(
+        self, layer: DecoderLayer, hidden: Callable[[slice], Tensor], take: Callable[[slice, Tensor], object]
+    ) -> None:
+        """Hand `take` the layer's outputs [b, L, H] for other hidden states, batch by batch; the samples' own stay."""
+
+        def visit(rows: slice) -> Any:
+            result = self.stream.run(layer, rows, hidden(rows))
+            take(rows, first_output(result))
+            return result
+
+        self._pass(layer, None, advance=False, visit=visit)
+
     def _pass(
-        self, layer: DecoderLayer, collector: Collector | None, *, advance: bool, rows: slice | None = None
+        self,
+        layer: DecoderLayer,
+        collector: Collector | None,
+        *,
+        advance: bool,
+        rows: slice | None = None,
+        visit: Callable[[slice], Any] | None = None,
     ) -> None:
         verb = "forward" if collector is None else "collect"
         title = f"layer {layer.index + 1}/{len(self.skeleton.layers)} {verb}"
@@ -121,7 +139,7 @@ class Walk:
             position = start
             while position < end:
                 batch = slice(position, min(position + self.batch_size, end))
-                if not self._fits(layer, batch, sound, collector, advance=advance):
+                if not self._fits(layer, batch, sound, collector, advance=advance, visit=visit):
                     # A Gram has already taken in what it saw of the failed batch; a pass that advances has none.
                     if collector is not None and not advance:
                         collector.reset()
@@ -135,15 +153,23 @@ class Walk:
             raise not_finite(layer)
 
     def _fits(
-        self, layer: DecoderLayer, rows: slice, sound: Tensor, collector: Collector | None, *, advance: bool
+        self,
+        layer: DecoderLayer,
+        rows: slice,
+        sound: Tensor,
+        collector: Collector | None,
+        *,
+        advance: bool,
+        visit: Callable[[slice], Any] | None,
     ) -> bool:
         """Run samples `rows`, and let them advance if asked to; False where memory ran out on the way."""
         try:
             with nullcontext() if collector is None else collector.batch(rows):
-                result = self.stream.run(layer, rows)
-                if advance:
+                result = self.stream.run(layer, rows) if visit is None else visit(rows)
+                if collector is None or advance:
                     for extreme in torch.aminmax(first_output(result)):
                         sound &= torch.isfinite(extreme)
+                if advance:
                     self.stream.put(layer, rows, result)
         except RuntimeError as problem:
             if not _out_of_memory(problem):
