@@ -36,7 +36,7 @@ RECONSTRUCTION = "Reconstruction"
 
 def _rate(flag: str, value: float) -> None:
     if not 0 < value < 1:
-        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.01.")
+        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.007.")
 
 
 def _share(flag: str, value: float) -> None:
@@ -109,7 +109,7 @@ class Recipe:
     )
     reconstruct_steps: int = option(256, "Steps of Adam, for each layer or half.", panel=RECONSTRUCTION, check=positive)
     reconstruct_lr: float = option(
-        0.01, "Their first learning rate, as a part of each parameter's size.", panel=RECONSTRUCTION, check=_rate
+        0.007, "Their first learning rate, as a part of each parameter's size.", panel=RECONSTRUCTION, check=_rate
     )
     reconstruct_batch: int | None = option(
         None,
