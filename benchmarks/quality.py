@@ -73,6 +73,8 @@ def _half_own(label: str) -> Method:
     return replace(one, label=f"{label}, half the samples the model's own", own=0.5)
 
 
+# How reconstruction trained before its rate, its steps and its target were measured, on samples of 256 tokens.
+AT_FIRST = {"reconstruct_lr": 0.02, "reconstruct_batch": 8, "reconstruct_blend": 0.0}
 ROWS = [
     Method("magnitude", ORIGINAL, True, {"method": "magnitude"}),
     Method("wanda", ORIGINAL, True),
@@ -84,11 +86,21 @@ ROWS = [
     Method("swaps on wanda + OWL + TRIM", ORIGINAL, False, {"refine": "swaps"}, {"rows": "trim"}, "owl"),
     Method("learned masks, search", ORIGINAL, False, {"refine": "learned"}, {}, "search"),
     *(_preset(name) for name in ("fast", "balanced", "best")),
-    _preset("balanced", ", then 64 steps of reconstruction", reconstruct="layer", reconstruct_steps=64),
-    _preset("best", ", 192 steps", reconstruct_steps=192),
-    _preset("best", ", 512 steps of 32 samples", reconstruct_steps=512, reconstruct_batch=32),
+    _preset("balanced", ", then reconstruction", reconstruct="layer"),
+    _preset("balanced", " at first, then 64 steps", reconstruct="layer", reconstruct_steps=64, **AT_FIRST),
+    _preset("best", " at first, 152 steps", reconstruct_steps=152, **AT_FIRST),
+    _preset("best", " at first, 192 steps", reconstruct_steps=192, **AT_FIRST),
+    _preset(
+        "best", " at first, 512 steps of 32 samples", reconstruct_steps=512, **AT_FIRST | {"reconstruct_batch": 32}
+    ),
 ]
-HALF_OWN = ["SparseGPT", "SparseGPT + OWL", "preset balanced, then 64 steps of reconstruction", "preset best"]
+HALF_OWN = [
+    "SparseGPT",
+    "SparseGPT + OWL",
+    "preset balanced at first, then 64 steps",
+    "preset best at first, 152 steps",
+    "preset best",
+]
 METHODS = [*ROWS, *map(_half_own, HALF_OWN)]
 
 
