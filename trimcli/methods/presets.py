@@ -53,7 +53,7 @@ PRESETS: Mapping[str, Preset] = {
     "best": Preset(
         "the same, layers by --method search, and every layer trained towards the dense one's outputs",
         "benchmarks/QUALITY.md",
-        {"method": "admm", "reconstruct": "layer", "reconstruct_steps": 608},
+        {"method": "admm", "reconstruct": "layer", "reconstruct_steps": 512},
         {"rows": "free"},
         "search",
     ),
