@@ -47,11 +47,7 @@ class Guide:
     def __init__(self, walk: Walk, recipe: Recipe) -> None:
         self.walk = walk
         self.blocks: list[Block] = []
-        self._halves, self._blends, self._blend = (
-            recipe.reconstruct == "halves",
-            recipe.blends,
-            recipe.reconstruct_blend,
-        )
+        self._recipe = recipe
         self._blended = False
         self._kept: dict[str, Tensor] = {}
 
@@ -61,9 +57,9 @@ class Guide:
         pruned: the pruned model's walk, which is at the layer; None where nothing is left to be done with that.
         """
         if pruned is not None:
-            self._blended = self._blends and layer.index + 1 < len(self.walk.skeleton.layers)
+            self._blended = self._recipe.blends and layer.index + 1 < len(self.walk.skeleton.layers)
             given = partial(self._mixture, pruned) if self._blended else self.walk.states
-            if self._halves:
+            if self._recipe.reconstruct == "halves":
                 self.blocks = blocks_of(self.walk, layer, "--reconstruct halves")
                 with self.blocks[1].silenced():  # what remains is the residual stream
                     self.walk.outputs(layer, given, partial(self._keep, "halfway"))
@@ -72,7 +68,7 @@ class Guide:
         self.walk.advance(layer)
 
     def _mixture(self, pruned: Walk, rows: slice) -> Tensor:
-        return self.walk.states(rows).lerp(pruned.states(rows), self._blend)
+        return self.walk.states(rows).lerp(pruned.states(rows), self._recipe.reconstruct_blend)
 
     def _keep(self, what: str, rows: slice, states: Tensor) -> None:
         if what not in self._kept:
