@@ -234,7 +234,7 @@ def test_what_does_not_go_with_it_is_refused(home: Path, tmp_path: Path) -> None
         (("--save-model", tmp_path / "d", "--prune-barber"), "--prune-barber with --reconstruct"),
         (("--save-model", tmp_path / "d", "--reconstruct-batch", 0), "--reconstruct-batch 0 must be at least 1"),
         (("--save-model", tmp_path / "d", "--reconstruct-lr", 2), "--reconstruct-lr 2 is no learning rate"),
-        (("--save-model", tmp_path / "d", "--reconstruct-blend", 1.5), "--reconstruct-blend 1.5 is no share"),
+        (("--save-model", tmp_path / "d", "--reconstruct-blend", 1.5), "--reconstruct-blend 1.5 is outside [0, 1]"),
     ):
         done = trim(*base, *more)
         assert done.status == 2

@@ -18,7 +18,7 @@ from trimcli.methods.scores import SCORES, Score
 from trimcli.methods.stats import AIMING, FITTING, HELDOUT, SQNORM, STATISTICS, LinearStats
 from trimcli.methods.updates.base import UPDATES, Update, Updated
 from trimcli.methods.updates.obs import ObsOptions
-from trimcli.options import Numerics, check_fields, option, positive
+from trimcli.options import Numerics, check_fields, option, positive, share
 from trimcli.registry import Entry, misplaced
 
 if TYPE_CHECKING:
@@ -37,11 +37,6 @@ RECONSTRUCTION = "Reconstruction"
 def _rate(flag: str, value: float) -> None:
     if not 0 < value < 1:
         raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.007.")
-
-
-def _share(flag: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise OptionError(f"{flag} {value:g} is no share; give a number from 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -123,7 +118,7 @@ class Recipe:
         "What the dense layer is given to make its outputs of: 0, the dense model's hidden states; 1, the pruned "
         "model's; between, so much of these. The last layer follows the dense model's predictions all the same.",
         panel=RECONSTRUCTION,
-        check=_share,
+        check=share,
     )
     min_expert_tokens: int = option(
         1, "Experts that fewer tokens reached are pruned by magnitude.", panel="Mixtures of experts", check=positive

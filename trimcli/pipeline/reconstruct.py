@@ -58,7 +58,7 @@ class Guide:
         """
         if pruned is not None:
             self._blended = self._recipe.blends and layer.index + 1 < len(self.walk.skeleton.layers)
-            given = partial(self._mixture, pruned) if self._blended else self.walk.states
+            given = partial(self._mixture, pruned, self._recipe.reconstruct_blend if self._blended else 0.0)
             if self._recipe.reconstruct == "halves":
                 self.blocks = blocks_of(self.walk, layer, "--reconstruct halves")
                 with self.blocks[1].silenced():  # what remains is the residual stream
@@ -67,8 +67,9 @@ class Guide:
                 self.walk.outputs(layer, given, partial(self._keep, "outputs"))
         self.walk.advance(layer)
 
-    def _mixture(self, pruned: Walk, rows: slice) -> Tensor:
-        return self.walk.states(rows).lerp(pruned.states(rows), self._recipe.reconstruct_blend)
+    def _mixture(self, pruned: Walk, blend: float, rows: slice) -> Tensor:
+        # Never the states themselves: a layer that adds to what it is given would change the dense model's.
+        return self.walk.states(rows).lerp(pruned.states(rows), blend)
 
     def _keep(self, what: str, rows: slice, states: Tensor) -> None:
         if what not in self._kept:
