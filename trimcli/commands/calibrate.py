@@ -180,7 +180,7 @@ def _gather(
                 for layer in walk.layers():
                     if layer.index >= done:
                         collector = Collector(walk.groups(layer), needs, len(samples), walk.tokens, skeleton.device)
-                        last = layer.index + 1 == len(skeleton.layers)
+                        last = skeleton.is_last(layer)
                         # What experts gather is a sum, which a batch that ran out of memory would leave its part in.
                         apart = any(group.routed for group in collector.groups)
                         (walk.collect if last or apart else walk.advance)(layer, collector)

@@ -119,6 +119,14 @@ class Skeleton:
         """Whether it classifies images; else it reads text."""
         return classifies_images(self.checkpoint.config_document)
 
+    def is_last(self, layer: DecoderLayer) -> bool:
+        """Whether no decoder layer comes after it."""
+        return layer.index + 1 == len(self.layers)
+
+    def place(self, layer: DecoderLayer) -> str:
+        """Which of the decoder layers it is, as progress says it."""
+        return f"layer {layer.index + 1}/{len(self.layers)}"
+
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Full module name -> (D_out, D_in) of every linear."""

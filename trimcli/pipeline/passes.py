@@ -102,7 +102,7 @@ class Passes:
                     self._replay(layer, parts.read(layer.index))
                 else:
                     work(walk, layer, guide).finish(parts, layer)
-                if layer.index + 1 < total:
+                if not self.skeleton.is_last(layer):
                     walk.advance(layer)
                 step()
         return done

@@ -57,7 +57,7 @@ class Guide:
         pruned: the pruned model's walk, which is at the layer; None where nothing is left to be done with that.
         """
         if pruned is not None:
-            self._blended = self._recipe.blends and layer.index + 1 < len(self.walk.skeleton.layers)
+            self._blended = self._recipe.blends and not self.walk.skeleton.is_last(layer)
             given = partial(self._mixture, pruned, self._recipe.reconstruct_blend if self._blended else 0.0)
             if self._recipe.reconstruct == "halves":
                 self.blocks = blocks_of(self.walk, layer, "--reconstruct halves")
@@ -113,7 +113,7 @@ def learn_layer(
         counts: Counts = pattern[1] if pattern else "matrix" if recipe.refine_rows == "free" else "row"
         name = parameter_inside(layer, linear)
         matrices.append(Learnable(name, linear.inside, weight.to(linear.parameter), keep, importance, counts))
-    title = f"layer {layer.index + 1}/{len(walk.skeleton.layers)} learn masks"
+    title = f"{walk.skeleton.place(layer)} learn masks"
     with _measured(walk, layer) as error, walk.progress.task(title, recipe.refine_steps) as advance:
         size = recipe.learning_samples(walk.seqlen)
         training, heldout = _batches(walk, layer, size, guide.dense, error)
@@ -144,13 +144,12 @@ def reconstruct_layer(
         and parameter.is_floating_point()
     ]
     size = recipe.reconstruction_samples(walk.seqlen)
-    number = f"layer {layer.index + 1}/{len(walk.skeleton.layers)}"
 
     def fit(title: str, target: Callable[[slice], Tensor], among: Collection[str], error: Error) -> Reconstructed:
         fitted = {name: held for name, held in masked.items() if name in among} | dict.fromkeys(vectors)
         training, heldout = _batches(walk, layer, size, target, error)
-        with walk.progress.task(f"{number} reconstruct{title}", recipe.reconstruct_steps) as advance:
-            steps, lr = recipe.reconstruct_steps, recipe.reconstruct_lr
+        steps, lr = recipe.reconstruct_steps, recipe.reconstruct_lr
+        with walk.progress.task(f"{walk.skeleton.place(layer)} reconstruct{title}", steps) as advance:
             return reconstruct(layer.module, fitted, training, heldout, steps=steps, lr=lr, advance=advance)
 
     with _measured(walk, layer) as error:
@@ -175,7 +174,7 @@ def reconstruct_layer(
 @contextmanager
 def _measured(walk: Walk, layer: DecoderLayer) -> Iterator[Error]:
     """How far a layer's hidden states are from the dense one's; the last one's count by what the model predicts."""
-    if layer.index + 1 < len(walk.skeleton.layers):
+    if not walk.skeleton.is_last(layer):
         yield relative_error
         return
     vocabulary = walk.skeleton.model.get_output_embeddings().weight.shape[0]

@@ -97,10 +97,10 @@ class Suspended(Stream):
     def put(self, layer: DecoderLayer, rows: slice, result: Any) -> None:
         """Let the samples `rows` go on to the next layer with `result`, all that this one returned for them."""
         forward = self._passes[rows.start]
-        if layer.index + 1 < len(self.skeleton.layers):
-            self._calls[rows.start] = self._arrived(forward, layer.index + 1, result)
-        else:
+        if self.skeleton.is_last(layer):
             self._ends[rows.start] = result
+        else:
+            self._calls[rows.start] = self._arrived(forward, layer.index + 1, result)
 
     @property
     def divides(self) -> bool:

@@ -129,7 +129,7 @@ class Walk:
         visit: Callable[[slice], Any] | None = None,
     ) -> None:
         verb = "forward" if collector is None else "collect"
-        title = f"layer {layer.index + 1}/{len(self.skeleton.layers)} {verb}"
+        title = f"{self.skeleton.place(layer)} {verb}"
         if collector is not None:
             collector.reset()
         sound = torch.ones((), dtype=torch.bool, device=self.skeleton.device)
