@@ -86,6 +86,7 @@ ROWS = [
     Method("swaps on wanda + OWL + TRIM", ORIGINAL, False, {"refine": "swaps"}, {"rows": "trim"}, "owl"),
     Method("learned masks, search", ORIGINAL, False, {"refine": "learned"}, {}, "search"),
     *(_preset(name) for name in ("fast", "balanced", "best")),
+    _preset("best", ", 3,072 steps", reconstruct_steps=3072),
     _preset("balanced", ", then reconstruction", reconstruct="layer"),
     _preset("balanced", " at first, then 64 steps", reconstruct="layer", reconstruct_steps=64, **AT_FIRST),
     _preset("best", " at first, 152 steps", reconstruct_steps=152, **AT_FIRST),
