@@ -22,6 +22,8 @@ Check = Callable[[str, Any], object]
 
 Numerics = Literal["exact", "reference"]
 RUN = "Run"
+# Factors and rates beyond this are taken for slips.
+LARGEST = 1e6
 # Options that say where things lie on the way and what memory they may take, and shape no result.
 UNRECORDED = ("cache_dir", "spill", "max_memory", "max_device_memory")
 
@@ -260,15 +262,15 @@ positive = at_least(1)
 
 
 def above_zero(option: str, value: float) -> None:
-    """Raise OptionError unless the value is a finite number above 0."""
-    if not (math.isfinite(value) and value > 0):
-        raise OptionError(f"{option} {value:g} must be a positive number, such as 0.01.")
+    """Raise OptionError unless the value is above 0, and no larger than arithmetic in float32 bears."""
+    if not 0 < value <= LARGEST:
+        raise OptionError(f"{option} {value:g} must be a positive number up to {LARGEST:g}, such as 0.01.")
 
 
 def not_negative(option: str, value: float) -> None:
-    """Raise OptionError unless the value is a finite number from 0 on."""
-    if not (math.isfinite(value) and value >= 0):
-        raise OptionError(f"{option} {value:g} is not usable; give a number that is not negative.")
+    """Raise OptionError unless the value is 0 or above, and no larger than arithmetic in float32 bears."""
+    if not 0 <= value <= LARGEST:
+        raise OptionError(f"{option} {value:g} is not usable; give a number from 0 to {LARGEST:g}.")
 
 
 def selected(name: str, only: Iterable[str], skip: Iterable[str]) -> bool:

@@ -402,6 +402,27 @@ def test_the_saved_model_is_what_apply_masks_writes(base: Path, tmp_path: Path) 
         assert torch.equal(saved[name], applied[name])
 
 
+def test_earlier_zeros_stay_in_a_layer_that_a_mixed_pattern_leaves_whole(base: Path, tmp_path: Path) -> None:
+    run(base, tmp_path, "first", sparsity_type="2:4", save_model=tmp_path / "pruned")
+    ratios = json.loads((base / "uniform.json").read_text())
+    ratios["pattern"] = {name: [1, 4] if "layers.0" in name else [4, 4] for name in ratios["sparsity"]}
+    ratios["sparsity"] = {name: 1 - kept / 4 for name, (kept, _) in ratios["pattern"].items()}
+    ratios["model"]["content"] = None
+    (tmp_path / "ratios.json").write_text(json.dumps(ratios))
+    options = PruneOptions(
+        **RUN, cache_dir=tmp_path / "cache", calibrate=CalibrateOptions(tokens=base / "tokens.safetensors", **RUN),
+        recipe=Recipe(reconstruct="layer", reconstruct_steps=8), ratios=tmp_path / "ratios.json",
+        save_model=tmp_path / "again",
+    )  # fmt: skip
+    prune(str(tmp_path / "pruned"), tmp_path / "masks", options)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "again"))
+    for name in ratios["sparsity"]:
+        one, other = before[f"{name}.weight"], after[f"{name}.weight"]
+        assert not other[one == 0].any(), name
+        assert not torch.equal(one, other)
+    trim_json("verify", tmp_path / "again", "--masks", tmp_path / "masks")
+
+
 def test_sparsegpt_writes_its_weights(base: Path, tmp_path: Path) -> None:
     found = run(base, tmp_path, sparsity=0.5, recipe=RECIPES["sparsegpt"], save_model=tmp_path / "saved")
     saved, dense = (load_file(path / "model.safetensors") for path in (tmp_path / "saved", base / "model"))

@@ -66,6 +66,19 @@ def test_a_pattern_fixes_the_counts(nano_qwen2: Path, text: Path, tmp_path: Path
     assert found["allocate"] is None
 
 
+def test_mixed_patterns_fix_the_counts_too(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    """Those of a ratios file, and of an allocation in one go."""
+    base = ("prune", nano_qwen2, "--preset", "fast", "--dataset", text, *DRAWN)
+    mixed = ("--alloc", "owl", "--sparsity", 0.5, "--group", 8)
+    assert trim(*base, "-o", tmp_path / "one", *mixed, "--save-model", tmp_path / "a").status == 0
+    ratios = tmp_path / "ratios.json"
+    drawn = ("--calibration", tmp_path / "calib", "--method", "owl", "--sparsity", 0.5, "--group", 8)
+    assert trim("calibrate", nano_qwen2, "-o", tmp_path / "calib", "--dataset", text, *DRAWN).status == 0
+    assert trim("alloc-layers", nano_qwen2, "-o", ratios, *drawn).status == 0
+    assert trim(*base, "-o", tmp_path / "two", "--ratios", ratios, "--save-model", tmp_path / "b").status == 0
+    assert recorded(tmp_path / "one")["rows"] == recorded(tmp_path / "two")["rows"] == "even"
+
+
 def test_reference_is_the_published_arithmetic(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:
     base = ("prune", nano_qwen2, "--sparsity", 0.5, "--dataset", text, *DRAWN)
     plain, preset = tmp_path / "plain.safetensors", tmp_path / "preset.safetensors"

@@ -292,6 +292,16 @@ REFUSED: list[tuple[dict[str, Any], bool, str]] = [
         "--mask-update block with --method wanda: it belongs to obs, as in sparsegpt",
     ),
     (
+        {"method": "sparsegpt", "update": "cg", "options": (ObsOptions(mask_score="wanda"),)},
+        False,
+        "--mask-score wanda with --update cg: only the update obs reads it",
+    ),
+    (
+        {"method": "sparsegpt", "update": "none", "options": (ObsOptions(mask_update="once"),)},
+        False,
+        "--mask-update once with --update none: only the update obs reads it",
+    ),
+    (
         {"method": "sparsegpt", "rows": "trim", "options": (ObsOptions(mask_update="block"),)},
         False,
         "--use-trim with --mask-update block",

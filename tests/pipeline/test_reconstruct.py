@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OlmoConfig
 
 from tests.families import several_forms
 from tests.interrupt import InterruptAt
@@ -17,7 +17,7 @@ from trimcli import PruneOptions, Recipe, prune
 from trimcli.errors import OptionError
 from trimcli.files.masks import MaskFile
 from trimcli.files.tensors import read_manifest
-from trimcli.methods.blocks.reconstruct import Batch, prediction_error, reconstruct
+from trimcli.methods.blocks.reconstruct import Batch, looks, prediction_error, reconstruct
 from trimcli.methods.stats import fitting_samples
 from trimcli.pipeline.reconstruct import Guide
 from trimcli.pipeline.walk import Walk
@@ -133,6 +133,26 @@ def test_it_is_never_worse_than_its_start() -> None:
     assert made.after <= made.before
     if made.after == made.before:
         assert torch.equal(made.values["linear.weight"], pruned.linear.weight)
+
+
+@pytest.mark.parametrize(("steps", "asked"), [(1, {1}), (3, {1, 2, 3}), (8, {2, 4, 6, 8}), (255, {64, 128, 192, 255})])
+def test_the_last_step_is_always_looked_at(steps: int, asked: set[int]) -> None:
+    assert looks(steps) == asked
+
+
+def test_small_gradients_are_not_lost_in_float16() -> None:
+    """Of a wide layer's relative error, whose gradient by a hidden state is below what float16 holds."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Linear(512, 512, bias=False, dtype=torch.float16)
+    dense = torch.randn(512, 512, generator=generator) / 512**0.5
+    keep = torch.rand(512, 512, generator=generator) > 0.5
+    layer.weight.data = (dense * keep).half()
+    inputs = 1000 * torch.randn(2, 1024, 512, generator=generator)
+    batches = [Batch(lambda one=one: ((one[None].half(),), {}), lambda one=one: one[None] @ dense.T) for one in inputs]
+    made = reconstruct(layer, {"weight": keep}, batches, batches, steps=8, lr=0.02)
+    moved = (made.values["weight"] != layer.weight.float())[keep]
+    assert moved.float().mean() > 0.95
+    assert made.after < 0.98 * made.before
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +302,19 @@ def test_halves_are_never_worse_than_their_start(home: Path, tmp_path: Path) -> 
     assert all(after <= before for before, after in pairs)
     if all(after == before for before, after in pairs):
         assert all(torch.equal(one, plain[key]) for key, one in after.items())
+
+
+@pytest.mark.parametrize("half", ["--only", "--skip"])
+def test_half_a_layer_may_have_nothing_to_learn(half: str, home: Path, tmp_path: Path) -> None:
+    """OLMo's layers have neither biases nor norms with weights."""
+    config = OlmoConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(home / "olmo")
+    manifest, _ = fitted(home, "olmo", tmp_path / "one", "--reconstruct", "halves", *REC[2:], half, "*mlp*")
+    assert all(after < before for before, after in manifest["reconstruction"].values())
 
 
 def test_halves_of_a_layer_without_them_are_refused(home: Path, tmp_path: Path) -> None:

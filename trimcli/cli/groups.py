@@ -1,6 +1,7 @@
 """The option groups that are made of several classes: a command's own, and those of all methods that there are."""
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_origin
@@ -8,6 +9,7 @@ from typing import Any, get_origin
 from trimcli.cli.options import Group, Values, chosen_options, fields_of, flag, parameters, several
 from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.errors import OptionError
+from trimcli.files.ratios import LayerSparsity
 from trimcli.methods.blocks.options import PANEL as BARBER
 from trimcli.methods.blocks.options import BarberOptions
 from trimcli.methods.choice import parse_pattern
@@ -87,17 +89,24 @@ def _prune(values: Values) -> PruneOptions:
     elif drawn:
         named = ", ".join(f"--{name}" for name in drawn)
         raise OptionError(f"--calibration with {named}: the calibration file holds its samples; drop {named}.")
-    preset, pattern = _preset(values), parse_pattern(values["sparsity_type"]) is not None
-    recipe, alloc = _recipe(values, preset, pattern=pattern), values["alloc"]
+    preset, alloc, own = _preset(values), values["alloc"], chosen_options(_allocation_options(), values)
+    pattern = parse_pattern(values["sparsity_type"]) is not None
+    recipe = _recipe(values, preset, pattern=pattern or (preset is not None and _mixed(values, own)))
     if alloc is None and preset is not None and not pattern and values["ratios"] is None:
         alloc = preset.alloc
     if alloc is not None:
         shared = {name: values[name] for name in ("sparsity", "metrics_cache")}
-        own = chosen_options(_allocation_options(), values)
         linears: dict[str, Any] = {name: tuple(values[name] or ()) for name in ("only", "skip")}
         shared |= {"numerics": recipe.numerics}
         allocate = AllocateOptions(**run, **shared, **linears, method=alloc, options=own)
     return PruneOptions(**fields_of(PruneOptions, values), recipe=recipe, calibrate=calibrate, allocate=allocate)
+
+
+def _mixed(values: Values, own: Iterable[Any]) -> bool:
+    """Whether every layer is to have an N:M pattern of its own, by the ratios or by an allocation's `own` options."""
+    if values["ratios"] is not None:
+        return LayerSparsity.load(values["ratios"]).pattern is not None
+    return values["alloc"] is not None and any(getattr(one, "group", None) for one in own)
 
 
 def _preset(values: Values) -> Preset | None:

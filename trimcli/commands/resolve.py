@@ -65,7 +65,10 @@ def refuse_samples_of_other_kind(skeleton: Skeleton, options: PruneOptions) -> N
         f"--alloc {allocation}": allocation,
     }
     if flag := next((flag for flag, given in wrong.items() if given), None):
-        raise OptionError(f"{flag} works on text, and {skeleton.checkpoint.id} is an image classifier; leave it out.")
+        raise OptionError(
+            f"{flag} works on text, and {skeleton.checkpoint.id} is an image classifier; leave it out, or "
+            f"replace it where a preset brings it, as by --alloc owl."
+        )
     reads = (recipe.needs or (options.allocate and options.allocate.allocating.needs)) and options.calibration is None
     if reads and (drawn is None or drawn.images is None):
         what = f"{skeleton.checkpoint.id} is an image classifier, and --method {recipe.method} reads activations"

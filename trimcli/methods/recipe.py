@@ -292,6 +292,9 @@ class Recipe:
         quantized = f"--wbits {self.obs.wbits}"
         not_obs = self.obs.wbits and self.updating.options is not ObsOptions
         refuse(not_obs, f"{quantized} with --update {self.updating.name}: only the update obs rounds what stays")
+        for flag, value in (("--mask-score", self.obs.mask_score), ("--mask-update", self.obs.mask_update)):
+            unread = value and self.updating.options is not ObsOptions
+            refuse(unread, f"{flag} {value} with --update {self.updating.name}: only the update obs reads it")
         other = "it gives what was rounded other values"
         refuse(self.obs.wbits and self.barber, f"{quantized} with --prune-barber: {other}")
         refuse(self.obs.wbits and self.reconstructs, f"{quantized} with --reconstruct: {other}")
@@ -334,12 +337,12 @@ class Recipe:
             reached = f"{stats.tokens:,} tokens" if stats.tokens else "no token"
             return replace(made, fewer=f"{reached} reached it, so it is pruned {_without(self, fewer)}")
         weight = weight.float()
+        free = weight != 0 if keep_zeros and (self.updating.changes or self.reconstructs) else None
         if target.pattern and target.pattern[0] == target.pattern[1]:
             # A mixed N:M allocation may leave a layer whole.
-            return Outcome(torch.ones_like(weight, dtype=torch.bool))
+            return Outcome(torch.ones_like(weight, dtype=torch.bool) if free is None else free)
         choice = Choice(self.scoring, stats, target, self.numerics, self.options_of(self.scoring))
         rows: Rows = self.allocating(weight, choice, options=self.options_of(self.allocating))
-        free = weight != 0 if keep_zeros and (self.updating.changes or self.reconstructs) else None
         choice = replace(choice, keep=rows.keep, free=free, compare=self.group or rows.compare)
         refined: tuple[Judged, ...] = ()
         if self.refine == "swaps":

@@ -168,7 +168,7 @@ def pruning(
         weights = max(sum(one.numel for one in layer.linears) for layer in skeleton.layers)
         learned = recipe.learning_samples(seqlen) if recipe.refine == "learned" else 0
         trained = recipe.reconstruction_samples(seqlen) if recipe.reconstructs else 0
-        graph = GRAPH * activation_bytes(skeleton, max(learned, trained) * seqlen)
+        graph = GRAPH * activation_bytes(skeleton, min(max(learned, trained), nsamples) * seqlen)
         logits = PREDICTED * 4 * fitted_logits(skeleton.device)
         inside.append({FITTING: FITTED * weights + graph, HEAD: head_bytes(skeleton), LOGITS: logits})
     stages = [{EMBEDDING: embedding_bytes(skeleton)}, *({LAYER: layer_bytes(skeleton), **one} for one in inside)]

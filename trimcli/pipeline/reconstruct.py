@@ -148,6 +148,9 @@ def reconstruct_layer(
     def fit(title: str, target: Callable[[slice], Tensor], among: Collection[str], error: Error) -> Reconstructed:
         fitted = {name: held for name, held in masked.items() if name in among} | dict.fromkeys(vectors)
         training, heldout = _batches(walk, layer, size, target, error)
+        if not fitted:  # half a layer of which nothing is pruned, in a model without biases and norms that learn
+            there = mean_error(layer.module, {}, heldout)
+            return Reconstructed({}, there, there)
         steps, lr = recipe.reconstruct_steps, recipe.reconstruct_lr
         with walk.progress.task(f"{walk.skeleton.place(layer)} reconstruct{title}", steps) as advance:
             return reconstruct(layer.module, fitted, training, heldout, steps=steps, lr=lr, advance=advance)

@@ -57,6 +57,17 @@ def test_it_tries_as_many_as_asked_for_and_checks_two(evaluations: int) -> None:
         assert 0 <= float(candidate.min()) <= float(candidate.max()) <= 0.99
 
 
+@pytest.mark.parametrize(("samples", "fit", "check"), [(6, (0, 3), (3, 6)), (3, (0, 1), (2, 3)), (1, (0, 1), (0, 1))])
+def test_few_samples_are_shared_between_trying_and_checking(
+    samples: int, fit: tuple[int, int], check: tuple[int, int]
+) -> None:
+    survey = made()
+    survey.samples = samples
+    searched(survey, search_evaluations=9)
+    asked = [samples for _, samples in survey.tried]
+    assert asked == [slice(*fit)] * 9 + [slice(*check)] * 2
+
+
 def test_the_seed_is_all_that_chance_has() -> None:
     assert torch.equal(searched(made()).sparsity, searched(made()).sparsity)
     assert not torch.equal(searched(made()).sparsity, searched(made(seed=4)).sparsity)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trimcli.methods import masks
-from trimcli.methods.blocks.reconstruct import Batch, layer_error, mean_error, shuffled
+from trimcli.methods.blocks.reconstruct import Batch, layer_error, looks, mean_error, shuffled
 
 Counts = Literal["row", "matrix"] | int
 
@@ -86,7 +86,7 @@ def learn_masks(
                     one.move(gradient, lr * (1 - (step - 1) / steps))
             keep = [one.select() for one in learned]
             advance()
-            if step % max(1, steps // 4) == 0 and (error := mean_error(layer, under(keep), heldout)) < least:
+            if step in looks(steps) and (error := mean_error(layer, under(keep), heldout)) < least:
                 least, best = error, keep
     return Learned(best, before, least)
 

@@ -30,7 +30,7 @@ class SearchOptions:
         panel=PANEL, check=at_least(len(CHEAP) + len(SCALES) + 1),
     )  # fmt: skip
     search_samples: int = option(
-        8, "Try on the first so many calibration samples, check on as many of the last.",
+        8, "Try on the first so many calibration samples, at most half of them; check on as many of the last.",
         panel=PANEL, check=positive,
     )  # fmt: skip
     search_step: float = option(
@@ -58,8 +58,8 @@ def search(survey: Survey, target: float, options: SearchOptions) -> Allocation:
     """Evolves the best cheap allocation by moves between matrices, layers and shapes, under wanda masks."""
     from trimcli.methods.layers.projection import settle
 
-    fit = slice(0, min(options.search_samples, survey.samples))
-    check = slice(max(0, survey.samples - options.search_samples), survey.samples)
+    count = min(options.search_samples, max(1, survey.samples // 2))
+    fit, check = slice(0, count), slice(survey.samples - count, survey.samples)
     tried = try_all(survey, target, CHEAP, fit)
     start = tried[0]
     best, loss = start.sparsity, start.loss

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     aims=True,
 )
 def admm(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
-    """Mask and weights together, by alternating directions; then the weights by conjugate gradients."""
+    """Mask and weights together, by alternating directions; then the weights by conjugate gradients.
+
+    Held-out samples compare them with dense weights under the score's own mask.
+    """
     from trimcli.methods.updates.admm_solver import alternated
 
     keep, start = alternated(weight, choice, ridge=options.ridge, steps=options.admm_steps)
-    return never_worse("admm", weight, keep, choice.stats, options, start)
+    return never_worse("admm", weight, keep, choice.stats, options, start, choice.of_matrix(weight))
 
 
 method(

@@ -10,6 +10,8 @@ from trimcli.methods.stats import FITTING, LinearStats
 
 # rho grows by so much when this share of the support changed since the last look (Meng et al. 2024, section 3.2).
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+# By then the two are one in float32, and more would leave its range.
+LARGEST_RHO = 1e6
 
 
 @dataclass(frozen=True)
@@ -59,5 +61,5 @@ def alternated(weight: Tensor, choice: Choice, *, ridge: float, steps: int) -> t
         dual += found - sparse
         if step > ramp:
             changed = float((before != keep).sum()) / max(1, int(keep.sum()))
-            rho *= next(growth for least, growth in GROWTH if changed >= least)
+            rho = min(LARGEST_RHO, rho * next(growth for least, growth in GROWTH if changed >= least))
     return keep, sparse / spectrum.scale

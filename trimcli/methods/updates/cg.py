@@ -45,11 +45,18 @@ def cg(weight: Tensor, choice: Choice, options: FitOptions) -> Updated:
 
 
 def never_worse(
-    step: str, weight: Tensor, keep: Tensor, stats: LinearStats, options: FitOptions, start: Tensor | None = None
+    step: str,
+    weight: Tensor,
+    keep: Tensor,
+    stats: LinearStats,
+    options: FitOptions,
+    start: Tensor | None = None,
+    instead: Tensor | None = None,
 ) -> Updated:
-    """The weights fitted under `keep`, or as they were there where that is better on held-out samples.
+    """The weights fitted under `keep`, or as they were under the mask before where that is better on held-out samples.
 
-    start: where the fit begins. Where the statistics tell of the dense model's inputs, its own outputs are aimed at.
+    start: where the fit begins. instead: the mask before, where `keep` is a new one. Where the statistics tell of the
+    dense model's inputs, its own outputs are aimed at.
     """
     from trimcli.methods.updates.aim import aimed
     from trimcli.methods.updates.cg_solver import fitted
@@ -57,9 +64,12 @@ def never_worse(
     def fit(target: Tensor, start: Tensor | None) -> Tensor:
         return fitted(target, keep, stats[FITTING], ridge=options.ridge, steps=options.cg_steps, start=start)
 
-    found, before, judged = fit(weight, start), weight * keep, list[Judged]()
+    instead = keep if instead is None else instead
+    found, before, judged = fit(weight, start), weight * instead, list[Judged]()
     if CROSS in stats:
         found, chosen = aimed(weight, found, stats, options.ridge, lambda target: fit(target, found))
         judged.append(chosen)
     judged.append(judge(step, weight, before, found, stats))
-    return Updated(keep, found if judged[-1].better else before, judged=tuple(judged))
+    if judged[-1].better:
+        return Updated(keep, found, judged=tuple(judged))
+    return Updated(instead, before, judged=tuple(judged))
