@@ -274,6 +274,14 @@ def test_outputs_that_cannot_be_written_are_refused_at_once(made: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("folder", [".", "./", "/", ""])
+def test_a_folder_without_a_name_is_refused_at_once(folder: str, work: Path) -> None:
+    pruning = ("prune", work / "model", "--calibration", work / "calib", "--sparsity", 0.5, "--save-model", folder)
+    for more in ((), ("-o", work / "m"), ("--force",)):
+        refused(2, "is a folder without a name of its own; name a file or directory", *pruning, *more)
+
+
+@pytest.mark.usefixtures("no_work")
 def test_a_file_in_the_place_of_a_directory_is_refused_at_once(work: Path) -> None:
     pruning = ("prune", work / "model", "--calibration", work / "calib", "--sparsity", 0.5, "--force")
     refused(

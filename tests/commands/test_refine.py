@@ -44,6 +44,13 @@ def test_swaps_change_masks_and_no_row_count(rows: Args, nano_qwen2: Path, token
     assert all(pair[1] < pair[0] < 1 for steps in document["heldout"].values() for pair in steps.values())
 
 
+def test_what_barber_throws_away_is_not_told_of(nano_qwen2: Path, tokens: Path, tmp_path: Path) -> None:
+    more = ("--method", "admm", "--prune-barber")
+    found = run(nano_qwen2, tokens, tmp_path / "one", *more, "--save-model", tmp_path / "a")
+    kept = run(nano_qwen2, tokens, tmp_path / "two", *more, "--retain-reconstruction", "--save-model", tmp_path / "b")
+    assert (found["heldout"], set(kept["heldout"])) == ({}, {"admm"})
+
+
 def test_swaps_then_cg(nano_qwen2: Path, tokens: Path, tmp_path: Path) -> None:
     more = ("--refine", "swaps", "--update", "cg")
     found = run(nano_qwen2, tokens, tmp_path / "one", *more, "--save-model", tmp_path / "model")

@@ -125,6 +125,15 @@ def test_what_it_does_not_go_with(words: tuple[object, ...], said: str, nano_qwe
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("more", [("--dataset", "self"), ("--self-share", 0.5)])
+def test_more_tokens_than_positions_are_refused_before_any_is_written(
+    more: tuple[object, ...], nano_qwen2: Path, tmp_path: Path
+) -> None:
+    done = trim("calibrate", nano_qwen2, "-o", tmp_path / "out", "--seqlen", 513, "--nsamples", 2, *more)
+    assert (done.status, "samples of 513 tokens are longer than the 512 positions" in done.err) == (2, True)
+    assert "writing samples" not in done.err
+
+
 def test_a_tokenizer_with_neither_token_is_refused(nano_qwen2: Path) -> None:
     encoder = Encoder.of(load_tokenizer(nano_qwen2))
     encoder.tokenizer.bos_token = encoder.tokenizer.eos_token = None

@@ -46,6 +46,14 @@ def test_best_is_all_that_is_typed(nano_qwen2: Path, text: Path, tmp_path: Path)
     assert found["reconstruct"]["steps"] == 2
     assert found["allocate"]["method"] == PRESETS["best"].alloc
     assert trim("verify", saved).status == 0
+    some, of = document["layers_bettered"]["reconstruction"]
+    assert (0 < some <= of, of) == (True, 4)
+    assert document["heldout"]["admm"][1] == 28
+    card = (saved / "README.md").read_text()
+    assert "Norms and biases of the decoder layers were trained along" in card
+    assert [line for line in card.splitlines() if line.startswith("trim ")] == [
+        line for line in card.splitlines() if "--preset best" in line
+    ]
 
 
 def test_what_is_given_replaces_its_part(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:
@@ -64,6 +72,31 @@ def test_a_pattern_fixes_the_counts(nano_qwen2: Path, text: Path, tmp_path: Path
     found = recorded(masks)
     assert found["rows"] == "even"
     assert found["allocate"] is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [
+        ("balanced", ("--reconstruct-steps", 9)),
+        ("fast", ("--reconstruct-blend", 0.1)),
+        ("best", ("--refine-steps", 9)),
+        ("fast", ("--search-evaluations", 20)),
+        ("balanced", ("--search-evaluations", 20)),
+    ],
+)
+def test_what_would_do_nothing_beside_it_is_refused(
+    preset: str, given: tuple[object, ...], nano_qwen2: Path, text: Path, tmp_path: Path
+) -> None:
+    base = ("prune", nano_qwen2, "--dataset", text, *DRAWN, "--sparsity", 0.5, "--save-model", tmp_path / "saved")
+    done = trim(*base, "--preset", preset, *given)
+    assert (done.status, f"{given[0]} {given[1]} does nothing beside --preset {preset}" in done.err) == (2, True)
+
+
+def test_what_belongs_to_an_allocation_needs_one(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:
+    base = ("prune", nano_qwen2, "--dataset", text, *DRAWN, "--sparsity", 0.5, "-o", tmp_path / "masks")
+    for given, owner in ((("--group", 8), "owl"), (("--metrics-cache", tmp_path / "m"), "alpha")):
+        done = trim(*base, *given)
+        assert (done.status, f"add --alloc {owner}" in done.err) == (2, True)
 
 
 def test_mixed_patterns_fix_the_counts_too(nano_qwen2: Path, text: Path, tmp_path: Path) -> None:

@@ -148,7 +148,10 @@ def test_small_gradients_are_not_lost_in_float16() -> None:
     keep = torch.rand(512, 512, generator=generator) > 0.5
     layer.weight.data = (dense * keep).half()
     inputs = 1000 * torch.randn(2, 1024, 512, generator=generator)
-    batches = [Batch(lambda one=one: ((one[None].half(),), {}), lambda one=one: one[None] @ dense.T) for one in inputs]
+    batches = [
+        Batch(lambda one=one: ((one[None].half(),), {}), lambda one=one: one[None] @ dense.T)  # type: ignore[misc]
+        for one in inputs
+    ]
     made = reconstruct(layer, {"weight": keep}, batches, batches, steps=8, lr=0.02)
     moved = (made.values["weight"] != layer.weight.float())[keep]
     assert moved.float().mean() > 0.95

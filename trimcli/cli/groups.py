@@ -22,7 +22,7 @@ from trimcli.methods.scores import SCORES
 from trimcli.methods.stats import STATISTICS
 from trimcli.methods.updates.base import UPDATES
 from trimcli.options import WalkOptions, declared, option
-from trimcli.registry import option_types
+from trimcli.registry import misplaced, option_types
 from trimcli.sweep.grid import GRID, SweepOptions, axes
 
 ONE_GO = "In one go (no --calibration)"
@@ -87,19 +87,48 @@ def _prune(values: Values) -> PruneOptions:
     if values["calibration"] is None:
         calibrate = CalibrateOptions(**run, **drawn, batch_size=values["batch_size"])
     elif drawn:
-        named = ", ".join(f"--{name}" for name in drawn)
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in drawn)
         raise OptionError(f"--calibration with {named}: the calibration file holds its samples; drop {named}.")
     preset, alloc, own = _preset(values), values["alloc"], chosen_options(_allocation_options(), values)
     pattern = parse_pattern(values["sparsity_type"]) is not None
     recipe = _recipe(values, preset, pattern=pattern or (preset is not None and _mixed(values, own)))
     if alloc is None and preset is not None and not pattern and values["ratios"] is None:
         alloc = preset.alloc
+    if alloc is None:
+        for spelled, value, owner in misplaced(own, ()):
+            what = f"{spelled} {value} is an option of the allocation {owner}"
+            raise OptionError(f"{what}; add --alloc {owner}, or leave it out.")
+        if values["metrics_cache"] is not None:
+            raise OptionError("--metrics-cache is an option of the allocation alpha; add --alloc alpha.")
+    if preset is not None:
+        _refuse_idle(values, recipe, alloc, own)
     if alloc is not None:
         shared = {name: values[name] for name in ("sparsity", "metrics_cache")}
         linears: dict[str, Any] = {name: tuple(values[name] or ()) for name in ("only", "skip")}
         shared |= {"numerics": recipe.numerics}
         allocate = AllocateOptions(**run, **shared, **linears, method=alloc, options=own)
     return PruneOptions(**fields_of(PruneOptions, values), recipe=recipe, calibrate=calibrate, allocate=allocate)
+
+
+def _refuse_idle(values: Values, recipe: Recipe, alloc: str | None, own: Iterable[Any]) -> None:
+    """Raise OptionError for what was given beside a preset and does nothing there."""
+    name = f"--preset {values['preset']}"
+    for prefix, does, remedy in (
+        ("reconstruct_", recipe.follows_dense, "--reconstruct layer"),
+        ("refine_", recipe.refine == "learned", "--refine learned"),
+    ):
+        for given in fields_of(Recipe, values):
+            if given.startswith(prefix) and not does:
+                spelled = f"--{given.replace('_', '-')} {values[given]}"
+                raise OptionError(f"{spelled} does nothing beside {name}; add {remedy}, or leave it out.")
+    kind = None if alloc is None else ALLOCATIONS[alloc].options
+    for options in own:
+        if type(options) is not kind:
+            one = next(one for one in declared(type(options)) if getattr(options, one.field) != one.default)
+            spelled = f"{one.spelled} {getattr(options, one.field)}"
+            raise OptionError(
+                f"{spelled} does nothing beside {name}; choose its allocation by --alloc, or leave it out."
+            )
 
 
 def _mixed(values: Values, own: Iterable[Any]) -> bool:

@@ -75,7 +75,8 @@ def head(plan: "Plan") -> str:
     if plan.device_bytes:
         memory = f"{size(plan.device_bytes)} on {plan.device}, {memory} on the host"
     spilled = f", hidden states ({size(plan.spill_bytes)}) in {plan.spill}" if plan.spill is not None else ""
-    passes = f"{plan.forward_passes:.3g} forward passes" if plan.forward_passes else "no forward pass"
+    count = f"{plan.forward_passes:,.0f}" if plan.forward_passes >= 100 else f"{plan.forward_passes:.3g}"
+    passes = f"{count} forward passes" if plan.forward_passes else "no forward pass"
     disk = size(plan.mask_bytes) + " of masks"
     if plan.model_bytes:
         disk += f", {size(plan.model_bytes)} of model"

@@ -34,7 +34,7 @@ def prune(
     if output is None:
         if options.save_model is None:
             raise OptionError("no output was given; give -o FILE for the masks, --save-model DIR, or both.")
-        output = options.save_model.with_name(f"{options.save_model.name}.masks.safetensors")
+        output = Path(f"{options.save_model}.masks.safetensors")
     found = run(
         model, output, options, force=say.force, progress=say.progress, announce=lambda plan: say.note(head(plan))
     )
@@ -45,7 +45,8 @@ def _print(found: "PruneSummary") -> None:
     rows = [(layer, f"{sparsity:.4f}", bar(sparsity)) for layer, sparsity in found.layers.items()]
     show(rows_table(("layer", "sparsity", ""), rows))
     zeros = f"{found.zeros:,} of {found.weights:,} weights, {found.linears} linears"
-    stood = found.heldout.items()
+    stood = [f"{step} stands in {some} of {all_} linears" for step, (some, all_) in found.heldout.items()]
+    stood += [f"{step} betters {some} of {all_} layers" for step, (some, all_) in found.layers_bettered.items()]
     improved = f"row sparsities beat uniform in {found.rows_improved} of {found.linears} linears"
     facts(
         {
@@ -53,7 +54,7 @@ def _print(found: "PruneSummary") -> None:
             "model": found.model_directory,
             "sparsity": f"{found.sparsity:.4%} ({zeros})",
             "TRIM": None if found.rows_improved is None else improved,
-            "held out": "; ".join(f"{step} stands in {some} of {all_} linears" for step, (some, all_) in stood) or None,
+            "held out": "; ".join(stood) or None,
             "resumed": f"after {found.resumed} layers" if found.resumed else None,
             "seconds": f"{found.seconds:.1f}",
             "peak memory": memory(found.peak_memory),

@@ -34,6 +34,8 @@ from trimcli.world import Found, World, current, joined
 
 # A target further than this from the mean of imported keep ratios was meant for another file.
 IMPORT_TOLERANCE = 0.005
+# How far patterns of whole weights may end from the target before it is said.
+PATTERN_TOLERANCE = 0.005
 
 T = TypeVar("T")
 
@@ -91,6 +93,9 @@ def _allocated(
     final = proposed.sparsity
     if proposed.pattern is None:
         final = settle(final, survey.counts, target, options.numerics)
+    elif abs(missed := weighted_mean(final, survey.counts) - target) > PATTERN_TOLERANCE:
+        what = f"the patterns that groups of {proposed.pattern[0][1]} allow take {target + missed:.2%} of the weights"
+        progress.warn(f"{what} where {target:.2%} were asked for; a larger --group comes nearer.")
     names = survey.names
     if beyond := int((final > 1).sum()):
         what = f"{beyond} of {len(names)} linears a sparsity above 1, the largest {float(final.max()):.4g}"

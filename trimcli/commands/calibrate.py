@@ -28,7 +28,7 @@ from trimcli.pipeline.fit import Fit, Work, fit
 from trimcli.pipeline.plan import refuse_experts
 from trimcli.pipeline.proof import prove
 from trimcli.pipeline.selection import chosen_linears
-from trimcli.pipeline.walk import Walk, default_seqlen, own_samples, sample_length
+from trimcli.pipeline.walk import Walk, default_seqlen, own_samples, refuse_length, sample_length
 from trimcli.text.encoding import Encoder
 from trimcli.text.stdin import file_of
 from trimcli.text.tokens import calibration_tokens, load_tokenizer, read_tokens
@@ -73,6 +73,7 @@ def _draw(skeleton: Skeleton, options: CalibrateOptions, progress: Progress) -> 
     if options.tokens is not None:
         return Found({"tokens": read_tokens(options.tokens)}, None)
     encoder, seqlen = encoder_of(skeleton, options), options.seqlen or default_seqlen(skeleton.config)
+    refuse_length(skeleton, seqlen)
     shared: dict[str, Any] = {"seqlen": seqlen, "seed": options.seed}
     kinds: list[Tensor] = []
     if text := options.nsamples - options.written:

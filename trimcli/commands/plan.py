@@ -1,6 +1,6 @@
 """`plan` without a run: targets from the options and whatever files they name, nothing computed and nothing written."""
 
-from trimcli.commands.options import CalibrateOptions, PruneOptions
+from trimcli.commands.options import AllocateOptions, CalibrateOptions, PruneOptions
 from trimcli.commands.resolve import matrices_of, refuse_samples_of_other_kind, targets_of
 from trimcli.commands.written import written_at_once
 from trimcli.console import NO_PROGRESS, Progress
@@ -26,10 +26,19 @@ def foresee(model: str, options: PruneOptions, *, progress: Progress = NO_PROGRE
     return foreseen(skeleton, matrices_of(skeleton, options, progress), options)
 
 
+def _before_allocation(allocate: AllocateOptions) -> Target:
+    """What every matrix loses before layers share it: the target, or the pattern of a group nearest to it."""
+    sparsity, group = allocate.sparsity or 0.0, getattr(allocate.own(), "group", None)
+    if group is None:
+        return Target(sparsity)
+    kept = group - round(sparsity * group)
+    return Target(1 - kept / group, (kept, group)) if kept else Target(sparsity)
+
+
 def foreseen(skeleton: Skeleton, linears: list[Matrix], options: PruneOptions) -> Plan:
     """The plan of a prune of these linears, before anything is calibrated or allocated. Raises what `foresee` does."""
     if options.allocate and options.allocate.sparsity is not None:
-        targets = dict.fromkeys((one.name for one in linears), Target(options.allocate.sparsity))
+        targets = dict.fromkeys((one.name for one in linears), _before_allocation(options.allocate))
     else:
         ratios = LayerSparsity.load(options.ratios) if options.ratios else None
         targets = targets_of(skeleton, linears, options, ratios)
@@ -53,6 +62,7 @@ def foreseen(skeleton: Skeleton, linears: list[Matrix], options: PruneOptions) -
         calibrates=options.calibrates,
         writes=written_at_once(drawn.written, seqlen) * seqlen,
         trials=options.allocate.trials if options.allocate else None,
+        allocation=options.allocate.method if options.allocate else None,
         batch_size=options.batch_size,
         spill=options.spill,
         otherwise=spill_folder(options.cache_dir),

@@ -57,7 +57,8 @@ KeepOf = Callable[[str], Tensor]
 class PruneSummary:
     """What prune did. layers: sparsity by layer, in the decoder or outside. resumed: those an earlier run had finished.
 
-    heldout: by step, in how many matrices held-out samples let it stand, of how many. planned: how it kept to memory.
+    heldout: by step, in how many matrices held-out samples let it stand, of how many. layers_bettered: by step of whole
+    layers, how many it brought nearer to the dense ones there. planned: how it kept to memory.
     """
 
     masks: Path
@@ -69,6 +70,7 @@ class PruneSummary:
     model_directory: Path | None
     rows_improved: int | None
     heldout: dict[str, tuple[int, int]]
+    layers_bettered: dict[str, tuple[int, int]]
     remarks: tuple[str, ...]
     resumed: int
     seconds: float
@@ -131,6 +133,7 @@ def prune(
         model_directory=options.save_model,
         rows_improved=improved,
         heldout=_stood(document["heldout"].values()),
+        layers_bettered=_bettered(document),
         remarks=tuple(document["remarks"]),
         resumed=resumed,
         seconds=time.monotonic() - started,
@@ -146,6 +149,15 @@ def _stood(judged: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tup
         for step, pair in steps.items():
             errors.setdefault(step, []).append(pair)
     return {step: (sum(after <= before for before, after in pairs), len(pairs)) for step, pairs in errors.items()}
+
+
+def _bettered(document: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """By step of whole layers, how many it left with a smaller error on held-out samples, and of how many."""
+    found = {}
+    for title, key in (("learning masks", "refinement"), ("reconstruction", "reconstruction")):
+        if pairs := [pair for pair in document[key].values() if pair is not None]:
+            found[title] = sum(after < before for before, after in pairs), len(pairs)
+    return found
 
 
 def _refuse_ranks(recipe: Recipe) -> None:
@@ -264,8 +276,10 @@ class _Run:
         options, obs = self.options, self.recipe.obs
         first = [rows.read(layer.index).facts for layer, _ in layers]
         reached = {name: {"tokens": count} for found in first for name, count in found.get("tokens", {}).items()}
-        before = [self.calibration.manifest] if self.calibration else []
-        before += [read_json(self.ratios)] if self.ratios else []
+        # What comes from the stage cache names the command that filled it, which may be of another run.
+        before = [self.calibration.manifest] if self.calibration and options.calibration else []
+        before += [read_json(options.ratios)] if options.ratios else []
+        rebuilt = self.recipe.barber and not self.recipe.barber.retain_reconstruction
         document = manifest(
             MASKS,
             "prune",
@@ -283,7 +297,7 @@ class _Run:
             allocation={"method": self.allocation.method, **self.allocation.parameters} if self.allocation else None,
             refinement={layer.name: part.facts.get("learned") for layer, part in layers},
             reconstruction={layer.name: part.facts.get("errors") for layer, part in layers},
-            heldout={name: entry for found in first for name, entry in found["judged"].items()},
+            heldout={name: entry for found in first for name, entry in found["judged"].items() if not rebuilt},
             compute_dtype=dtype_name(self.skeleton.dtype),
             bos=self.calibration.manifest.get("bos") if self.calibration else None,
         )

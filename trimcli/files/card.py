@@ -33,7 +33,7 @@ def model_card_section(document: Mapping[str, Any]) -> str:
     model = (pruning.get("model") or {}).get("id")
     what = (
         f"{len(linears)} weight matrices of {_code(model)} were pruned: {document['sparsity']:.2%} of their "
-        "weights are zero. What is not listed below is untouched."
+        f"weights are zero. {_untouched(pruning)}"
     )
     lines = [BEGIN, "## Pruned with trim", "", what, "", *_settings(pruning), ""]
     if commands := document.get("commands"):
@@ -48,6 +48,13 @@ def model_card_section(document: Mapping[str, Any]) -> str:
         lines += [packed, ""]
     lines += [f"`trim verify` checks these figures against the shards (trim {document['trim']}).", END, ""]
     return "\n".join(lines)
+
+
+def _untouched(pruning: Mapping[str, Any]) -> str:
+    errors = (pruning.get("reconstruction") or {}).values()
+    if any(pair is not None and pair[1] < pair[0] for pair in errors):
+        return "Norms and biases of the decoder layers were trained along with them; all else is untouched."
+    return "What is not listed below is untouched."
 
 
 def _trained(document: Mapping[str, Any]) -> list[str]:

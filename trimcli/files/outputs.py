@@ -68,6 +68,8 @@ def check_outputs(
                 what = f"{target} is standard output, which takes JSON and reports alone"
                 raise OptionError(f"{what}; name a {'file' if kind in ('file', 'kept') else 'directory'}.")
             continue
+        if not target.name:
+            raise OptionError(f"the output '{target}' is a folder without a name of its own; name a file or directory.")
         place = place_of(target)
         for source in sources:
             _refuse_input(target, place, source, folder=kind == "folder")

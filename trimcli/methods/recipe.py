@@ -36,7 +36,7 @@ RECONSTRUCTION = "Reconstruction"
 
 def _rate(flag: str, value: float) -> None:
     if not 0 < value < 1:
-        raise OptionError(f"{flag} {value:g} is no learning rate; give one such as 0.007.")
+        raise OptionError(f"{flag} {value:g} is no learning rate; give a part of what moves, such as 0.01.")
 
 
 @dataclass(frozen=True)

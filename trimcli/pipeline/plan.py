@@ -36,7 +36,8 @@ class PlannedLinear:
 class Plan:
     """What a prune will do. dense: matrices left dense. forward_passes: of the whole model.
 
-    fit: how it keeps to memory. trial: how the trials of an allocation do, None where nothing is tried.
+    fit: how it keeps to memory. trial: how the trials of an allocation do, None where nothing is tried. allocation: by
+    which layers will share the target, None where that is known.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Plan:
     model_bytes: int | None
     fit: Fit
     trial: Fit | None = None
+    allocation: str | None = None
 
     @property
     def fits(self) -> tuple[Fit, ...]:
@@ -78,7 +80,12 @@ class Plan:
     @property
     def why(self) -> tuple[str, ...]:
         """A line for each choice that is not the usual one."""
-        return tuple(dict.fromkeys(line for one in self.fits for line in one.why))
+        lines = [line for one in self.fits for line in one.why]
+        if self.allocation is not None:
+            lines.append(
+                f"matrices are counted evenly here; --alloc {self.allocation} will share the target among them"
+            )
+        return tuple(dict.fromkeys(lines))
 
     @property
     def weights(self) -> int:
@@ -135,6 +142,7 @@ def make_plan(
     calibrates: bool = False,
     writes: int = 0,
     trials: Trials | None = None,
+    allocation: str | None = None,
     batch_size: int | None = None,
     spill: Path | None = None,
     otherwise: Path | None = None,
@@ -142,7 +150,7 @@ def make_plan(
     """The plan of a prune.
 
     calibrates: gathers statistics of the dense model first. writes: how many tokens at once the whole model writes
-    before that. trials: of its allocation.
+    before that. trials: of its allocation. allocation: the one that is yet to be made.
     spill: the folder for hidden states, None for memory; `otherwise`, where that has not enough. Raises OptionError,
     and ResourceError where the skeleton's limits leave no way.
     """
@@ -182,6 +190,7 @@ def make_plan(
         model_bytes=checkpoint.nbytes if saves_model and checkpoint.has_weights else None,
         fit=fit(skeleton, work),
         trial=trial,
+        allocation=allocation,
     )
 
 

@@ -217,10 +217,15 @@ def refuse_foreign_tokens(skeleton: Skeleton, tokens: Tensor) -> None:
         known = f"the vocabulary of {skeleton.checkpoint.id} (0 to {vocabulary - 1})"
         what = f"token {low if low < 0 else high} is outside {known}"
         raise InputError(f"{what}; the tokens were made by another model's tokenizer.")
+    refuse_length(skeleton, tokens.shape[1])
+
+
+def refuse_length(skeleton: Skeleton, seqlen: int) -> None:
+    """Raise InputError for samples of more tokens than the model has positions."""
     positions = max_positions(skeleton.config)
-    if positions is not None and tokens.shape[1] > positions:
+    if positions is not None and seqlen > positions:
         known = f"the {positions} positions of {skeleton.checkpoint.id}"
-        raise InputError(f"samples of {tokens.shape[1]} tokens are longer than {known}; give --seqlen {positions}.")
+        raise InputError(f"samples of {seqlen} tokens are longer than {known}; give --seqlen {positions}.")
 
 
 def own_samples(samples: Tensor) -> Tensor:
