@@ -1,7 +1,6 @@
 """The alloc-layers stage on the embedded model and on a config alone, against the formulas."""
 
 import contextlib
-import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
