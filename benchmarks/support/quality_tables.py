@@ -113,15 +113,18 @@ def _cell(found: list[float], best: float | None, dense: float, published: bool)
 
 
 def _plot(runs: Sequence[Facts], dense: Facts, text: str, out: Path) -> None:
-    """Nats against sparsity, and at 70% against seconds."""
+    """Nats against sparsity, and at 70% against seconds where any were noted."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     matplotlib.rcParams["svg.hashsalt"] = "trim"
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
     cells = _grouped(run for run in runs if ":" not in run["target"])
+    timed = any("seconds" in run for (_, target), found in cells.items() if target == "0.7" for run in found)
+    panels = 2 if timed else 1
+    figure, axes = plt.subplots(1, panels, figsize=(4 + 4.5 * panels, 4.5), layout="constrained", squeeze=False)
+    left, right = axes[0, 0], axes[0, -1]
     for place, label in enumerate(dict.fromkeys(label for label, _ in cells)):
         points = {float(target): found for (one, target), found in cells.items() if one == label}
         published = next(iter(points.values()))[0]["published"]
@@ -133,11 +136,12 @@ def _plot(runs: Sequence[Facts], dense: Facts, text: str, out: Path) -> None:
         }
         order = sorted(points)
         left.plot(order, [mean(nats(points[at], dense, text)) for at in order], label=label, **style)
-        if timed := [run["seconds"] for run in points.get(0.7, []) if "seconds" in run]:
+        if seconds := [run["seconds"] for run in points.get(0.7, []) if "seconds" in run]:
             middle = mean(nats(points[0.7], dense, text))
-            right.scatter([mean(timed)], [middle], color=style["color"], marker=style["marker"])
+            right.scatter([mean(seconds)], [middle], color=style["color"], marker=style["marker"])
     left.set(xlabel="sparsity", ylabel="nats above dense", yscale="log", title=text)
-    right.set(xlabel="seconds of the prune, beside other work", xscale="log", yscale="log", title="at 70%")
+    if timed:
+        right.set(xlabel="seconds of the prune, beside other work", xscale="log", yscale="log", title="at 70%")
     figure.legend(fontsize=8, loc="outside right upper")
     figure.savefig(out, metadata={"Date": None})
     plt.close(figure)
