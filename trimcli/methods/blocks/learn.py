@@ -74,7 +74,7 @@ def learn_masks(
 
         keep = best = [one.keep for one in matrices]
         before = least = mean_error(layer, under(keep), heldout)
-        order = shuffled(training)
+        order, asked = shuffled(training), looks(steps)
         for step in range(1, steps + 1):
             values = under(keep)
             leaves = [one.requires_grad_() for one in values.values()]
@@ -86,7 +86,7 @@ def learn_masks(
                     one.move(gradient, lr * (1 - (step - 1) / steps))
             keep = [one.select() for one in learned]
             advance()
-            if step in looks(steps) and (error := mean_error(layer, under(keep), heldout)) < least:
+            if step in asked and (error := mean_error(layer, under(keep), heldout)) < least:
                 least, best = error, keep
     return Learned(best, before, least)
 

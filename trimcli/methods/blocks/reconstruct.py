@@ -111,7 +111,7 @@ def reconstruct(
             {name: one.detach().clone() for name, one in masters.items()},
             mean_error(layer, values(), heldout),
         )
-        least, order = before, shuffled(training)
+        least, order, asked = before, shuffled(training), looks(steps)
         for step in range(1, steps + 1):
             optimizer.zero_grad(set_to_none=True)
             (layer_error(layer, values(), next(order)) * scale).backward()
@@ -121,7 +121,7 @@ def reconstruct(
             optimizer.step()
             falling.step()
             advance()
-            if step in looks(steps) and (error := mean_error(layer, values(), heldout)) < least:
+            if step in asked and (error := mean_error(layer, values(), heldout)) < least:
                 least, best = error, {name: one.detach().clone() for name, one in masters.items()}
     return Reconstructed(best, before, least)
 
