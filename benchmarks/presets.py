@@ -2,8 +2,9 @@
 
     python -m benchmarks.presets --model DIR --calibrate TRAIN.json.gz --nsamples 256 --seqlen 256 --out FILE.md
 
-Every prune is a process of its own with an empty stage cache, one after the other; the least of --repeat runs counts,
-and of as many more as fit into half a minute: what the others are compared with is short.
+Every prune is a process of its own with an empty stage cache, one after the other; the least of as many runs
+counts as fill half a minute, or --steady SECONDS: what the others are compared with is short. `--shapes Qwen2.5-7B
+--device cuda --dtype bfloat16` says what layers of a large model cost, where no such model is at hand.
 """
 
 import argparse
@@ -14,49 +15,56 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.memory import config, make_model
+from benchmarks.speed import SHAPES, VOCABULARY
 from benchmarks.support.provenance import head, publish, table
 from trimcli.demo import MODEL, write_texts
+from trimcli.files.tensors import TensorSpec, write_tensors
 from trimcli.methods.presets import PRESETS
 
-# Runs go on until they have taken so many seconds.
-STEADY = 30.0
+# Of a model with random weights.
+LAYERS = 2
 
 
 def trim(command: str, given: argparse.Namespace, *words: str) -> dict[str, Any]:
-    """The JSON document that `trim` prints; calibrated as the options say."""
-    drawn = ["--dataset", given.calibrate, "--nsamples", given.nsamples, "--seqlen", given.seqlen]
-    line = [
-        sys.executable,
-        "-m",
-        "trimcli",
-        command,
-        given.model,
-        *drawn,
-        "--sparsity",
-        given.sparsity,
-        *words,
-        "--json",
-    ]
+    """The JSON document that `trim` prints; calibrated and computed as the options say."""
+    where = ["--sparsity", given.sparsity, "--device", given.device, "--dtype", given.dtype]
+    line = [sys.executable, "-m", "trimcli", command, given.model, *given.drawn, *where, *words, "--json"]
     found: dict[str, Any] = json.loads(subprocess.check_output([str(word) for word in line], stderr=subprocess.DEVNULL))
     return found
 
 
 def cost(given: argparse.Namespace, *words: str) -> dict[str, float]:
-    """Seconds of a prune, its own peak memory and the planned one in bytes, and the planned forward passes."""
+    """Seconds of a prune, its peak memory and the planned one in bytes of host and device, and the planned passes."""
     planned = trim("plan", given, *words, "--save-model", "unwritten")
     runs = list[dict[str, Any]]()
-    while len(runs) < given.repeat or sum(run["seconds"] for run in runs) < STEADY:
+    while not runs or sum(run["seconds"] for run in runs) < given.steady:
         with tempfile.TemporaryDirectory() as folder:
             made = ("-o", f"{folder}/masks", "--save-model", f"{folder}/saved", "--cache-dir", f"{folder}/cache")
             runs.append(trim("prune", given, *words, *made))
     least = min(runs, key=lambda run: run["seconds"])
-    passes = planned["forward_passes"]
-    return {
-        "seconds": least["seconds"],
-        "planned": planned["peak_host_bytes"],
-        "passes": passes,
-        **least["peak_memory"],
-    }
+    names = ("peak_host_bytes", "peak_device_bytes", "forward_passes")
+    return {"seconds": least["seconds"], **{name: planned[name] for name in names}, **least["peak_memory"]}
+
+
+def shaped(name: str, work: Path) -> Path:
+    """The directory of a model of LAYERS layers and random weights in the shapes of `name`."""
+    hidden, intermediate, heads, kv_heads = SHAPES[name][0]
+    shape = {"hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads}
+    return make_model(work, config(argparse.Namespace(**shape, layers=LAYERS, vocabulary=VOCABULARY)))
+
+
+def drawn(given: argparse.Namespace, work: Path) -> list[str]:
+    """The options that say what to calibrate on: text, or random tokens for a model of random weights."""
+    if given.shapes is None:
+        text = given.calibrate or write_texts(work).calibration
+        return ["--dataset", str(text), "--nsamples", str(given.nsamples), "--seqlen", str(given.seqlen)]
+    file, shape = work / "tokens.safetensors", (given.nsamples, given.seqlen)
+    tokens = torch.randint(VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+    write_tensors(file, {"tokens": TensorSpec(torch.int32, shape)}, lambda _: tokens.int())
+    return ["--tokens", str(file)]
 
 
 def main() -> None:
@@ -67,24 +75,37 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, default=256)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--sparsity", type=float, default=0.7)
-    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--shapes", choices=SHAPES, help=f"random weights in these shapes, {LAYERS} layers")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", help="of the computation")
+    parser.add_argument("--recipes", nargs="*", help="only these rows, by label; wanda is always there")
+    parser.add_argument("--steady", type=float, default=30.0, help="seconds until which a prune is repeated")
     parser.add_argument("--out", type=Path, help="the Markdown file to write (default: print)")
     given = parser.parse_args()
+    asked: dict[str, tuple[str, ...]] = {"wanda": (), **{name: ("--preset", name) for name in PRESETS}}
+    asked["learned masks"] = ("--refine", "learned", "--alloc", "search")
+    found = dict[str, dict[str, float]]()
     with tempfile.TemporaryDirectory() as folder:
-        given.calibrate = given.calibrate or write_texts(Path(folder)).calibration
-        asked: dict[str, tuple[str, ...]] = {"wanda": (), **{name: ("--preset", name) for name in PRESETS}}
-        asked["learned masks"] = ("--refine", "learned", "--alloc", "search")
-        found = {name: cost(given, *words) for name, words in asked.items()}
-    wanda = found["wanda"]
+        if given.shapes is not None:
+            given.model = shaped(given.shapes, Path(folder))
+        given.drawn = drawn(given, Path(folder))
+        for name, words in asked.items():
+            if given.recipes is None or name in ("wanda", *given.recipes):
+                found[name] = cost(given, *words)
+                print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+    gpu = "cuda" in found["wanda"]
+    measured = ("anonymous", "peak_host_bytes", *(("cuda", "peak_device_bytes") if gpu else ()))
     rows = []
     for name, made in found.items():
-        ratios = [f"{made[key] / wanda[key]:.2f}" for key in ("seconds", "passes")]
-        memory = [f"{made[key] / 2**20:.0f}" for key in ("anonymous", "planned")]
-        rows.append([name, f"{made['seconds']:.1f}", *ratios, *memory])
-    samples = f"{given.calibrate.name}, {given.nsamples} samples of {given.seqlen} tokens, sparsity {given.sparsity:g}"
-    lines = head("What the presets cost", "presets", {"model": given.model.name, "calibrated on": samples})
-    columns = ("recipe", "seconds", "of wanda's", "planned passes, of wanda's", "peak MiB", "planned MiB")
-    publish([*lines, *table(columns, rows)], given.out)
+        ratios = [f"{made[key] / found['wanda'][key]:.2f}" for key in ("seconds", "forward_passes")]
+        rows.append([name, f"{made['seconds']:.1f}", *ratios, *(f"{made[key] / 2**20:.0f}" for key in measured)])
+    what = f"{given.shapes} shapes, {LAYERS} layers, random" if given.shapes else given.model.name
+    text = "random tokens" if given.shapes else given.calibrate.name if given.calibrate else "the demo's text"
+    samples = f"{text}, {given.nsamples} samples of {given.seqlen} tokens, sparsity {given.sparsity:g}"
+    how = f"{given.dtype} on {given.device}"
+    lines = head("What the presets cost", "presets", {"model": what, "calibrated on": samples, "computed in": how})
+    columns = ["recipe", "seconds", "of wanda's", "planned passes, of wanda's", "peak MiB", "planned MiB"]
+    publish([*lines, *table([*columns, *(["device MiB", "planned device MiB"] if gpu else [])], rows)], given.out)
 
 
 if __name__ == "__main__":
