@@ -1,6 +1,8 @@
 """Hidden states through the layers: batches, buffers, what cannot be walked, and memory that runs out on the way."""
 
 import contextlib
+import gc
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,26 @@ def test_collecting_leaves_the_hidden_states_as_they_are(llama: Path) -> None:
     for layer in walk.layers():
         walk.collect(layer, Collector(walk.groups(layer), ALL, 3, walk.seqlen, skeleton.device))
         assert torch.equal(walk.states(slice(0, 3)), before)
+
+
+def test_of_a_layer_that_is_left_early_nothing_stays(llama: Path) -> None:
+    """Activations go with their batch, not when garbage is looked for the next time."""
+    skeleton = skeleton_of(llama)
+    walk = Walk(skeleton, samples(4), batch_size=1)
+    seen: list[weakref.ref[Tensor]] = []
+    layers = walk.layers()
+    layer = next(layers)
+    down = skeleton.linears["model.layers.0.mlp.down_proj"].module
+    gc.collect()
+    gc.disable()
+    try:
+        collector = Collector(walk.groups(layer), ALL, 4, walk.seqlen, skeleton.device)
+        with down.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0]))):
+            walk.collect(layer, collector)
+        assert len(seen) == 4
+        assert [one() for one in seen] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_one_layer_is_resident(llama: Path) -> None:

@@ -155,7 +155,11 @@ class Collector:
 
     @contextmanager
     def batch(self, samples: slice) -> Iterator[None]:
-        """The forward pass inside holds these samples; if it is left early, that is the end of the block."""
+        """The forward pass inside holds these samples. `LeftEarly` goes on to whoever entered it.
+
+        Swallowed here it would hold the batch's activations until garbage is looked for: from Python 3.12 on its
+        traceback leads to the frame that hands it to a generator, and that frame to it.
+        """
         first = self.world.share(self.nsamples).start
         self._samples, self._left = slice(first + samples.start, first + samples.stop), len(self.groups)
         if self.dense is not None:
@@ -166,8 +170,7 @@ class Collector:
                     self.dense(samples)
             finally:
                 self._pairing, self._left = False, len(self.groups)
-        with suppress(LeftEarly):
-            yield
+        yield
 
     def _take_in(self, name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
         """The hook of the group `name`."""

@@ -19,7 +19,7 @@ from trimcli.pipeline.reconstruct import fitted_logits
 from trimcli.world import current
 
 # What the interpreter and the libraries hold before any tensor is read; with those of an accelerator, so many times.
-LIBRARIES, WITH_DEVICE = 368 << 20, 4
+LIBRARIES, WITH_DEVICE = 368 << 20, 5
 # Bytes a weight of a matrix that is read as it is stored or held in another dtype: itself in float32. Bytes a weight of
 # the rows that are selected from at a time, and at most how many weights those are.
 CONVERTED, SELECTED, TOGETHER = 4, 18, 1 << 22
@@ -64,10 +64,12 @@ class Memory(NamedTuple):
     parts: Parts
 
 
-def peak_of(skeleton: Skeleton, stages: Iterable[Parts], states: int = 0, pictures: int = 0) -> Memory:
+def peak_of(
+    skeleton: Skeleton, stages: Iterable[Parts], states: int = 0, pictures: int = 0, brought: int = 0
+) -> Memory:
     """The memory of stages that follow one another, with hidden states of so many bytes beside them.
 
-    pictures: how many lie in the host's memory as pixels.
+    pictures: how many lie in the host's memory as pixels. brought: bytes that an accelerator's results take there.
     """
     largest = max(stages, key=lambda parts: sum(parts.values()))
     needed = sum(largest.values())
@@ -76,7 +78,7 @@ def peak_of(skeleton: Skeleton, stages: Iterable[Parts], states: int = 0, pictur
         beside[PICTURES] = pictures * math.prod(picture_shape(skeleton.config)) * 4
     if skeleton.device.type == "cpu":
         return Memory(0, sum(beside.values()) + needed, states, {**largest, **beside})
-    host = sum(beside.values()) + (WITH_DEVICE - 1) * LIBRARIES
+    host = sum(beside.values()) + (WITH_DEVICE - 1) * LIBRARIES + brought
     return Memory(needed, host, states, largest)
 
 
@@ -174,7 +176,14 @@ def pruning(
     stages = [{EMBEDDING: embedding_bytes(skeleton)}, *({LAYER: layer_bytes(skeleton), **one} for one in inside)]
     streams = 1 + recipe.needs_dense_walk + (recipe.reconstruct == "halves") + recipe.blends
     count = own_share(nsamples)
-    return peak_of(skeleton, stages, streams * state_bytes(skeleton, count * seqlen), count)
+    states = streams * state_bytes(skeleton, count * seqlen)
+    return peak_of(skeleton, stages, states, count, _part_bytes(skeleton, recipe))
+
+
+def _part_bytes(skeleton: Skeleton, recipe: Recipe) -> int:
+    """Of what a finished layer leaves: masks, and about the weights as they are stored where they change."""
+    weights = max(sum(one.numel for one in layer.linears) for layer in skeleton.layers)
+    return weights // 8 + (weights * skeleton.dtype.itemsize if recipe.changes_weights else 0)
 
 
 def walking(skeleton: Skeleton, needs: Collection[str], *, nsamples: int, seqlen: int, batch_size: int) -> Memory:

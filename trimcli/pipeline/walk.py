@@ -12,7 +12,7 @@ from trimcli.errors import InputError, OptionError, ResourceError, first_line
 from trimcli.model.forward import first_output
 from trimcli.model.pixels import hidden_form, picture_shape
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton
-from trimcli.pipeline.collector import Collector, InputGroup, find_groups
+from trimcli.pipeline.collector import Collector, InputGroup, LeftEarly, find_groups
 from trimcli.pipeline.recorded import Recorded
 from trimcli.pipeline.stream import Logits, Stream
 from trimcli.pipeline.suspended import Suspended
@@ -171,6 +171,8 @@ class Walk:
                         sound &= torch.isfinite(extreme)
                 if advance:
                     self.stream.put(layer, rows, result)
+        except LeftEarly:
+            return True
         except RuntimeError as problem:
             if not _out_of_memory(problem):
                 raise
