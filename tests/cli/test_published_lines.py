@@ -104,7 +104,9 @@ def test_every_line_does_what_it_says(section: str, home: Path, monkeypatch: pyt
         done = trim(*shortened(words))
         assert done.status == 0, f"trim {shlex.join(words)}: {done.err}"
         if words[0] == "prune" and (sparsity := asked(words)):
-            assert done.document["sparsity"] == pytest.approx(sparsity, abs=1e-5), shlex.join(words)
+            # N:M patterns round every layer's target, each by half a weight of M at most.
+            close = 0.5 / int(value(words, "--group") or 50_000)
+            assert done.document["sparsity"] == pytest.approx(sparsity, abs=close), shlex.join(words)
 
 
 def test_every_row_stands_for_something() -> None:
