@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.memory import config, make_model
-from benchmarks.speed import SHAPES, VOCABULARY
+from benchmarks.speed import SHAPES, VOCABULARY, shaped
 from benchmarks.support.provenance import head, publish, table
 from trimcli.demo import MODEL, write_texts
 from trimcli.files.tensors import TensorSpec, write_tensors
@@ -47,13 +46,6 @@ def cost(given: argparse.Namespace, *words: str) -> dict[str, float]:
     least = min(runs, key=lambda run: run["seconds"])
     names = ("peak_host_bytes", "peak_device_bytes", "forward_passes")
     return {"seconds": least["seconds"], **{name: planned[name] for name in names}, **least["peak_memory"]}
-
-
-def shaped(name: str, work: Path) -> Path:
-    """The directory of a model of LAYERS layers and random weights in the shapes of `name`."""
-    hidden, intermediate, heads, kv_heads = SHAPES[name][0]
-    shape = {"hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads}
-    return make_model(work, config(argparse.Namespace(**shape, layers=LAYERS, vocabulary=VOCABULARY)))
 
 
 def drawn(given: argparse.Namespace, work: Path) -> list[str]:
@@ -87,7 +79,7 @@ def main() -> None:
     found = dict[str, dict[str, float]]()
     with tempfile.TemporaryDirectory() as folder:
         if given.shapes is not None:
-            given.model = shaped(given.shapes, Path(folder))
+            given.model = shaped(given.shapes, LAYERS, Path(folder))
         given.drawn = drawn(given, Path(folder))
         for name, words in asked.items():
             if given.recipes is None or name in ("wanda", *given.recipes):

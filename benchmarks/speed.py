@@ -219,12 +219,17 @@ def models(named: Mapping[str, Path], work: Path) -> dict[str, tuple[Path, int |
     """Name -> directory, samples (None for as asked), and what of the model is measured."""
     found: dict[str, tuple[Path, int | None, str]] = {name: (path, None, "whole") for name, path in named.items()}
     found["embedded"] = (DEMO, None, "whole")
-    for name, ((hidden, intermediate, heads, kv_heads), layers, samples) in SHAPES.items():
-        shape = {"hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads}
-        given = argparse.Namespace(**shape, layers=layers, vocabulary=VOCABULARY)
+    for name, (_, layers, samples) in SHAPES.items():
         scaled = f"{layers} of its layers, random, vocabulary {VOCABULARY}"
-        found[f"{name} shapes"] = (make_model(work, config(given)), samples, scaled)
+        found[f"{name} shapes"] = (shaped(name, layers, work), samples, scaled)
     return found
+
+
+def shaped(name: str, layers: int, work: Path) -> Path:
+    """The directory inside `work` of a model of so many layers and random weights in the shapes of `name`."""
+    hidden, intermediate, heads, kv_heads = SHAPES[name][0]
+    shape = {"hidden": hidden, "intermediate": intermediate, "heads": heads, "kv_heads": kv_heads}
+    return make_model(work, config(argparse.Namespace(**shape, layers=layers, vocabulary=VOCABULARY)))
 
 
 def tables(document: Mapping[str, Any]) -> Iterator[str]:
