@@ -87,7 +87,7 @@ def test_garbage_is_looked_for_rarely_only_until_everything_is_imported() -> Non
 
 KEPT = """
 import ctypes
-from trimcli.memory import anonymous_bytes, return_what_is_freed
+from trimcli.memory import anonymous_bytes, return_what_is_freed, return_what_was_kept
 {first}
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -100,13 +100,17 @@ for _ in range(8):
     blocks += [large, libc.malloc(1 << 18)]  # what lies between keeps them apart
 for large in blocks[::2]:
     libc.free(large)
+{last}
 print((anonymous_bytes() - before) >> 20)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do as they please")
-@pytest.mark.parametrize("returns", [False, True])
-def test_large_blocks_go_back_to_the_system_when_asked_to(returns: bool) -> None:
-    program = KEPT.format(first="return_what_is_freed()" if returns else "")
+@pytest.mark.parametrize(
+    ("first", "last", "returns"),
+    [("", "", False), ("return_what_is_freed()", "", True), ("", "return_what_was_kept()", True)],
+)
+def test_large_blocks_go_back_to_the_system_when_asked_to(first: str, last: str, returns: bool) -> None:
+    program = KEPT.format(first=first, last=last)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert (int(done.stdout) < 8) == returns

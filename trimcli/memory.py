@@ -34,6 +34,15 @@ def return_what_is_freed() -> None:
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
+def return_what_was_kept() -> None:
+    """Let the C library give back what it kept of freed blocks until now, which comes to hundreds of MiB in pieces.
+
+    Before a pass and before a matrix it takes milliseconds. Where it is not glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class PeakMemory:
     """Samples this process's anonymous memory while it is entered: mapped shard pages are the kernel's to drop."""
 

@@ -138,7 +138,7 @@ def prune(
         resumed=resumed,
         seconds=time.monotonic() - started,
         peak_memory=peak,
-        planned=plan.fit.document(),
+        planned=plan.memory_document(),
     )
 
 

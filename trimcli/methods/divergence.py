@@ -13,6 +13,11 @@ from trimcli.methods.masks import slices
 PIECE, DEVICE_PIECE = 1 << 20, 1 << 27
 
 
+def piece(device: torch.device) -> int:
+    """How many logits are compared at a time."""
+    return PIECE if device.type == "cpu" else DEVICE_PIECE
+
+
 def divergence(sure: Tensor, given: Tensor) -> Tensor:
     """KL divergence of the predictions of logits `given` from those of `sure`, in nats: float32 [...].
 
@@ -32,7 +37,7 @@ class _Divergence(torch.autograd.Function):
         gap = torch.empty(given.shape, dtype=torch.float32, device=given.device) if ctx.needs_input_grad[1] else None
         vocabulary = given.shape[-1]
         pair = [logits.reshape(-1, vocabulary) for logits in (sure, given)]
-        for rows in slices(len(pair[0]), max(1, (PIECE if given.device.type == "cpu" else DEVICE_PIECE) // vocabulary)):
+        for rows in slices(len(pair[0]), max(1, piece(given.device) // vocabulary)):
             wanted, other = (logits[rows].float().log_softmax(dim=-1) for logits in pair)
             share = wanted.exp()
             if gap is not None:

@@ -16,7 +16,7 @@ from trimcli.files.manifest import ModelFingerprint
 from trimcli.files.masks import MaskFile
 from trimcli.files.names import grouped
 from trimcli.files.tensors import dtype_name
-from trimcli.memory import Limits, collect_as_usual, return_what_is_freed
+from trimcli.memory import Limits, collect_as_usual, return_what_is_freed, return_what_was_kept
 from trimcli.model.device import compute_device, compute_dtype, limit_device
 from trimcli.model.empty import (
     architectures,
@@ -267,6 +267,7 @@ class Skeleton:
     def drop_layer(self, layer: DecoderLayer) -> None:
         """Put a layer's parameters back on the meta device."""
         empty(layer.module)
+        return_what_was_kept()
 
     def load_everything(self) -> None:
         """Fill the whole model: what evaluating through other libraries needs. Tied parameters stay tied."""
@@ -313,6 +314,7 @@ class Skeleton:
     @contextmanager
     def filled_on_use(self, *, but: nn.Module | None = None) -> Iterator[None]:
         """Fill modules outside the decoder layers (but `but`) when the forward pass calls them; empty them after."""
+        return_what_was_kept()
         inside = {id(module) for layer in self.layers for module in layer.module.modules()}
         with ExitStack() as undo:
             for name, module in self.model.named_modules():

@@ -9,9 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from trimcli.methods.divergence import piece
 from trimcli.methods.layers.base import Trials
 from trimcli.methods.recipe import Recipe
 from trimcli.methods.stats import GRAM, STATISTICS
+from trimcli.model.device import held_logits
 from trimcli.model.matrix import Matrix
 from trimcli.model.pixels import hidden_form, picture_shape
 from trimcli.model.skeleton import DecoderLayer, Skeleton
@@ -39,6 +41,8 @@ GATHERED = 8 << 30
 GROUPS = 3
 # A layer's activations at a time, by the widest of them.
 WIDEST = 4
+# Bytes of a logit that is compared with another: both models' logarithms, a share and a term, in float32.
+COMPARED = 16
 # Bytes of a logit that is measured: itself in float32, its logarithm, and a margin for what these are made of.
 MEASURED = 10
 
@@ -205,8 +209,9 @@ def trying(skeleton: Skeleton, trials: Trials, *, nsamples: int, seqlen: int, ba
     layer, largest = layer_bytes(skeleton), max(one.numel for one in skeleton.linears.values())
     bits = trials.together * max(sum(one.numel for one in layer.linears) for layer in skeleton.layers) // 8
     head = skeleton.model.get_output_embeddings().weight
-    # Beside a sample's logits of the dense model those of a candidate, in pieces too small to count.
-    logits = seqlen * head.shape[0] * skeleton.dtype.itemsize
+    # Beside a sample's logits of the dense model a part of a candidate's, of which a piece is compared.
+    part = min(seqlen * head.shape[0], held_logits(skeleton.device))
+    logits = (seqlen * head.shape[0] + part) * skeleton.dtype.itemsize + COMPARED * min(part, piece(skeleton.device))
     activations = activation_bytes(skeleton, batch_size * seqlen)
     stages = [
         {EMBEDDING: embedding_bytes(skeleton)},

@@ -13,6 +13,7 @@ from trimcli.files.calibration import CalibrationFile
 from trimcli.files.names import grouped, layer_of
 from trimcli.files.parts import Part, Parts
 from trimcli.files.rowstats import row_facts, row_tensors
+from trimcli.memory import return_what_was_kept
 from trimcli.methods import masks
 from trimcli.methods.blocks.learn import Learned
 from trimcli.methods.blocks.reconstruct import Reconstructed
@@ -189,6 +190,7 @@ class Passes:
         made: dict[str, Tensor] = {}
 
         def work(linear: Matrix) -> Found:
+            return_what_was_kept()
             target, known = self.targets[linear.name], stats(linear)
             outcome = self.recipe.choose(weight(linear), known, target, keep_zeros=self.keep_zeros)
             outcome = replace(outcome, tokens=known.tokens)

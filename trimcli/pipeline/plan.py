@@ -122,6 +122,12 @@ class Plan:
             "mask_bytes": self.mask_bytes,
             "model_bytes": self.model_bytes,
             "spill": None if self.spill is None else str(self.spill),
+            **self.memory_document(),
+        }
+
+    def memory_document(self) -> dict[str, Any]:
+        """How the prune keeps to memory, as JSON; the bytes are those of all that it does, the trials, too."""
+        return {
             **self.fit.document(),
             "peak_host_bytes": self.host_bytes,
             "peak_device_bytes": self.device_bytes,

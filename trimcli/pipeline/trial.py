@@ -17,7 +17,7 @@ from trimcli.methods.scores import wanda
 from trimcli.methods.stats import LinearStats
 from trimcli.model.device import held_logits
 from trimcli.model.matrix import Matrix
-from trimcli.model.skeleton import Skeleton
+from trimcli.model.skeleton import DecoderLayer, Skeleton
 from trimcli.pipeline.stream import Logits
 from trimcli.pipeline.walk import Walk, batch_of, own_samples
 from trimcli.world import current
@@ -47,13 +47,7 @@ def divergences(
     with progress.task("trying", len(skeleton.layers) + count) as step:
         for layer in walk.layers():
             walk.advance(layer, rows=dense)
-            mine = [one for one in layer.linears if one.name in candidates[0]]
-            kept = {one.name: one.weight.clone() for one in mine}
-            bits = {one.name: _masks(skeleton, one, stats(one.name), candidates) for one in mine}
-            for block, candidate in zip(blocks, candidates, strict=True):
-                for one in mine:
-                    one.write(kept[one.name], masks.unpack(bits[one.name][candidate[one.name]], one.d_in))
-                walk.advance(layer, rows=block)
+            _try_layer(walk, layer, candidates, stats, blocks)
             step()
         total = torch.zeros(len(candidates), dtype=torch.float64, device=skeleton.device)
         with walk.head() as head:
@@ -61,6 +55,23 @@ def divergences(
                 total += _sample(head, sample, [block.start + sample for block in blocks], tokens.shape[1])
                 step()
     return (current().summed(total) / everyone).tolist()
+
+
+def _try_layer(
+    walk: Walk,
+    layer: DecoderLayer,
+    candidates: Sequence[Mapping[str, float]],
+    stats: Callable[[str], LinearStats],
+    blocks: Sequence[slice],
+) -> None:
+    """Run each candidate's samples through the loaded layer as the candidate prunes it."""
+    mine = [one for one in layer.linears if one.name in candidates[0]]
+    kept = {one.name: one.weight.clone() for one in mine}
+    bits = {one.name: _masks(walk.skeleton, one, stats(one.name), candidates) for one in mine}
+    for block, candidate in zip(blocks, candidates, strict=True):
+        for one in mine:
+            one.write(kept[one.name], masks.unpack(bits[one.name][candidate[one.name]], one.d_in))
+        walk.advance(layer, rows=block)
 
 
 def _masks(

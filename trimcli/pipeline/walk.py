@@ -9,6 +9,7 @@ from torch import Tensor
 
 from trimcli.console import NO_PROGRESS, Progress
 from trimcli.errors import InputError, OptionError, ResourceError, first_line
+from trimcli.memory import return_what_was_kept
 from trimcli.model.forward import first_output
 from trimcli.model.pixels import hidden_form, picture_shape
 from trimcli.model.skeleton import DecoderLayer, Form, Skeleton
@@ -128,6 +129,7 @@ class Walk:
         rows: slice | None = None,
         visit: Callable[[slice], Any] | None = None,
     ) -> None:
+        return_what_was_kept()
         verb = "forward" if collector is None else "collect"
         title = f"{self.skeleton.place(layer)} {verb}"
         if collector is not None:
