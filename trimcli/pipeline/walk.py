@@ -129,7 +129,8 @@ class Walk:
         rows: slice | None = None,
         visit: Callable[[slice], Any] | None = None,
     ) -> None:
-        return_what_was_kept()
+        if rows is None:  # blocks of samples follow one another alike, and in their thousands where layers are searched
+            return_what_was_kept()
         verb = "forward" if collector is None else "collect"
         title = f"{self.skeleton.place(layer)} {verb}"
         if collector is not None:
