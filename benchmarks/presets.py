@@ -2,9 +2,9 @@
 
     python -m benchmarks.presets --model DIR --calibrate TRAIN.json.gz --nsamples 256 --seqlen 256 --out FILE.md
 
-Every prune is a process of its own with an empty stage cache, one after the other; the least of as many runs
-counts as fill half a minute, or --steady SECONDS: what the others are compared with is short. `--shapes Qwen2.5-7B
---device cuda --dtype bfloat16` says what layers of a large model cost, where no such model is at hand.
+Every prune is a process of its own with an empty stage cache, one after the other. Before every other one a wanda prune
+runs, since a machine's speed changes from minute to minute; of seconds the medians count, of memory the most. `--shapes
+Qwen2.5-7B --device cuda --dtype bfloat16` says what layers of a large model cost, where no such model is at hand.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,17 +37,28 @@ def trim(command: str, given: argparse.Namespace, *words: str) -> dict[str, Any]
     return found
 
 
-def cost(given: argparse.Namespace, *words: str) -> dict[str, float]:
-    """Seconds of a prune, its peak memory and the planned one in bytes of host and device, and the planned passes."""
-    planned = trim("plan", given, *words, "--save-model", "unwritten")
-    runs = list[dict[str, Any]]()
-    while not runs or sum(run["seconds"] for run in runs) < given.steady:
-        with tempfile.TemporaryDirectory() as folder:
-            made = ("-o", f"{folder}/masks", "--save-model", f"{folder}/saved", "--cache-dir", f"{folder}/cache")
-            runs.append(trim("prune", given, *words, *made))
-    least = min(runs, key=lambda run: run["seconds"])
-    names = ("peak_host_bytes", "peak_device_bytes", "forward_passes")
-    return {"seconds": least["seconds"], **{name: planned[name] for name in names}, **least["peak_memory"]}
+def pruned(given: argparse.Namespace, *words: str) -> dict[str, Any]:
+    """What one prune says of itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = ("-o", f"{folder}/masks", "--save-model", f"{folder}/saved", "--cache-dir", f"{folder}/cache")
+        return trim("prune", given, *words, *made)
+
+
+def costs(given: argparse.Namespace, asked: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, float]]:
+    """By recipe the median of its seconds, how many runs that is of, its peak memory in bytes, and what was planned."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in asked}
+    for turn in range(given.rounds):
+        for name in [one for one in asked if one != "wanda"] or ["wanda"]:
+            for one in dict.fromkeys(["wanda", name]):
+                runs[one].append(pruned(given, *asked[one]))
+                print(f"round {turn + 1}, {one}: {runs[one][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    found = {}
+    for name, made in runs.items():
+        planned = trim("plan", given, *asked[name], "--save-model", "unwritten")
+        peaks = {kind: max(run["peak_memory"][kind] for run in made) for kind in made[0]["peak_memory"]}
+        kept = {key: planned[key] for key in ("peak_host_bytes", "peak_device_bytes", "forward_passes")}
+        found[name] = {"seconds": median(run["seconds"] for run in made), "runs": len(made), **kept, **peaks}
+    return found
 
 
 def drawn(given: argparse.Namespace, work: Path) -> list[str]:
@@ -71,32 +84,31 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the computation")
     parser.add_argument("--recipes", nargs="*", help="only these rows, by label; wanda is always there")
-    parser.add_argument("--steady", type=float, default=30.0, help="seconds until which a prune is repeated")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of every recipe; wanda has one before each of them")
     parser.add_argument("--out", type=Path, help="the Markdown file to write (default: print)")
     given = parser.parse_args()
     asked: dict[str, tuple[str, ...]] = {"wanda": (), **{name: ("--preset", name) for name in PRESETS}}
     asked["learned masks"] = ("--refine", "learned", "--alloc", "search")
-    found = dict[str, dict[str, float]]()
+    if given.recipes is not None:
+        asked = {name: words for name, words in asked.items() if name in ("wanda", *given.recipes)}
     with tempfile.TemporaryDirectory() as folder:
         if given.shapes is not None:
             given.model = shaped(given.shapes, LAYERS, Path(folder))
         given.drawn = drawn(given, Path(folder))
-        for name, words in asked.items():
-            if given.recipes is None or name in ("wanda", *given.recipes):
-                found[name] = cost(given, *words)
-                print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+        found = costs(given, asked)
     gpu = "cuda" in found["wanda"]
     measured = ("anonymous", "peak_host_bytes", *(("cuda", "peak_device_bytes") if gpu else ()))
     rows = []
     for name, made in found.items():
         ratios = [f"{made[key] / found['wanda'][key]:.2f}" for key in ("seconds", "forward_passes")]
-        rows.append([name, f"{made['seconds']:.1f}", *ratios, *(f"{made[key] / 2**20:.0f}" for key in measured)])
+        memory = [f"{made[key] / 2**20:.0f}" for key in measured]
+        rows.append([name, str(made["runs"]), f"{made['seconds']:.1f}", *ratios, *memory])
     what = f"{given.shapes} shapes, {LAYERS} layers, random" if given.shapes else given.model.name
     text = "random tokens" if given.shapes else given.calibrate.name if given.calibrate else "the demo's text"
     samples = f"{text}, {given.nsamples} samples of {given.seqlen} tokens, sparsity {given.sparsity:g}"
     how = f"{given.dtype} on {given.device}"
     lines = head("What the presets cost", "presets", {"model": what, "calibrated on": samples, "computed in": how})
-    columns = ["recipe", "seconds", "of wanda's", "planned passes, of wanda's", "peak MiB", "planned MiB"]
+    columns = ["recipe", "runs", "seconds", "of wanda's", "planned passes, of wanda's", "peak MiB", "planned MiB"]
     publish([*lines, *table([*columns, *(["device MiB", "planned device MiB"] if gpu else [])], rows)], given.out)
 
 
