@@ -47,11 +47,10 @@ def pruned(given: argparse.Namespace, *words: str) -> dict[str, Any]:
 def costs(given: argparse.Namespace, asked: Mapping[str, tuple[str, ...]]) -> dict[str, dict[str, float]]:
     """By recipe the median of its seconds, how many runs that is of, its peak memory in bytes, and what was planned."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in asked}
-    for turn in range(given.rounds):
-        for name in [one for one in asked if one != "wanda"] or ["wanda"]:
-            for one in dict.fromkeys(["wanda", name]):
-                runs[one].append(pruned(given, *asked[one]))
-                print(f"round {turn + 1}, {one}: {runs[one][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    pairs: list[tuple[str, ...]] = [("wanda", name) for name in asked if name != "wanda"] or [("wanda",)]
+    for name in [name for pair in pairs * given.rounds for name in pair]:
+        runs[name].append(pruned(given, *asked[name]))
+        print(f"{name}: {runs[name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
     found = {}
     for name, made in runs.items():
         planned = trim("plan", given, *asked[name], "--save-model", "unwritten")
@@ -83,12 +82,12 @@ def main() -> None:
     parser.add_argument("--shapes", choices=SHAPES, help=f"random weights in these shapes, {LAYERS} layers")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="of the computation")
-    parser.add_argument("--recipes", nargs="*", help="only these rows, by label; wanda is always there")
     parser.add_argument("--rounds", type=int, default=3, help="runs of every recipe; wanda has one before each of them")
     parser.add_argument("--out", type=Path, help="the Markdown file to write (default: print)")
-    given = parser.parse_args()
     asked: dict[str, tuple[str, ...]] = {"wanda": (), **{name: ("--preset", name) for name in PRESETS}}
     asked["learned masks"] = ("--refine", "learned", "--alloc", "search")
+    parser.add_argument("--recipes", nargs="*", choices=asked, help="only these rows; wanda is always there")
+    given = parser.parse_args()
     if given.recipes is not None:
         asked = {name: words for name, words in asked.items() if name in ("wanda", *given.recipes)}
     with tempfile.TemporaryDirectory() as folder:
